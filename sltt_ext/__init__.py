@@ -1,0 +1,18 @@
+"""sltt-ext: Spatial Learning Through Time for SpikingJelly and snnTorch networks."""
+
+from sltt_ext.conversion import convert, is_converted, revert
+from sltt_ext.errors import ConversionError, SLTTError
+from sltt_ext.online import CrossEntropyMSELoss, OnlineResult, OnlineTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConversionError",
+    "CrossEntropyMSELoss",
+    "OnlineResult",
+    "OnlineTrainer",
+    "SLTTError",
+    "convert",
+    "is_converted",
+    "revert",
+]

@@ -1,0 +1,42 @@
+"""The errors sltt_ext raises. All inherit :class:`SLTTError`; each message says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class SLTTError(Exception):
+    """Base class of every error raised on purpose by sltt_ext."""
+
+
+class ConversionError(SLTTError):
+    """A network cannot be converted. Nothing in it has been changed.
+
+    Attributes:
+        reasons: Module path -> why that module cannot be converted, and what to use instead.
+    """
+
+    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
+        self.reasons = dict(reasons or {})
+        lines = [f"  {path or '(the module itself)'}: {reason}" for path, reason in self.reasons.items()]
+        super().__init__("\n".join([message, *lines]))
+
+
+class ConfigurationError(SLTTError, ValueError):
+    """An option has a value that cannot work, alone or with the network it is used with."""
+
+
+class InputError(SLTTError, ValueError):
+    """Input data of the wrong shape, length or kind."""
+
+
+class LossError(SLTTError, ValueError):
+    """A loss or network output that cannot be back-propagated."""
+
+
+class BackendError(SLTTError, RuntimeError):
+    """A backend was asked for by name and cannot be used."""
+
+
+class MissingDependencyError(SLTTError, ImportError):
+    """An optional package is needed and not installed."""

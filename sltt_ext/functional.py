@@ -1,0 +1,315 @@
+r"""Fused multi-step IF, LIF and parametric LIF neurons with SLTT's gradient.
+
+For a sequence ``x[t]`` of input currents and an initial state ``v``, with ``v_rest = v_reset`` (0 for
+a soft reset) and the decay ``d = 1 / tau``::
+
+    IF                        h[t] = v[t-1] + x[t]
+    LIF, decay_input          h[t] = v[t-1] + (x[t] - (v[t-1] - v_rest)) d
+    LIF, not decay_input      h[t] = v[t-1] - (v[t-1] - v_rest) d + x[t]
+
+    s[t] = H(h[t] - v_threshold)
+    v[t] = h[t] - v_threshold s[t]                 soft reset (v_reset=None)
+    v[t] = v_reset s[t] + h[t] (1 - s[t])          hard reset
+
+Backward holds every ``v[t-1]`` constant (Meng et al. 2023, Sec. 4.1)::
+
+    dL/dx[t] = dL/ds[t] H'(h[t] - v_threshold) dh[t]/dx[t]
+
+with a surrogate gradient ``H'``. The last state ``v[T]`` carries its own local gradient, so a loss may
+read the membrane potential.
+
+Two registered operators, ``sltt_ext::lif`` and ``sltt_ext::lif_backward``, do the work; they run
+under ``torch.compile`` and with fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.kernels import check_backend, torch_backend
+from sltt_ext.neuron import state_dtype
+from sltt_ext.surrogate import Surrogate
+
+__all__ = ["multi_step_if", "multi_step_lif", "multi_step_plif"]
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DEFAULT_SURROGATE = Surrogate()
+
+
+def multi_step_if(
+    x_seq: Tensor,
+    v: Tensor | float | None = None,
+    *,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    detach_reset: bool = False,
+    surrogate: Surrogate = _DEFAULT_SURROGATE,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Integrate-and-fire neurons over a sequence.
+
+    Args:
+        x_seq: Input currents ``[T, N, ...]``: float32, float64, float16 or bfloat16.
+        v: Initial membrane potential ``[N, ...]``, one number for all, or None for the resting
+            potential. A constant for the gradient.
+        v_threshold: Firing threshold, in the units of ``x_seq``.
+        v_reset: Potential after a spike; None subtracts ``v_threshold`` instead (soft reset).
+        detach_reset: Leave the reset out of the final state's gradient.
+        surrogate: Surrogate gradient of the spike.
+        backend: ``"auto"`` or ``"torch"``.
+
+    Returns:
+        Spikes ``[T, N, ...]`` in the dtype of ``x_seq``, and the final membrane potential ``[N, ...]``,
+        in float32 for half-precision inputs.
+
+    Raises:
+        InputError: If ``x_seq`` or ``v`` has the wrong shape or dtype.
+        BackendError: If ``backend`` cannot be used.
+
+    >>> import torch
+    >>> spikes, v = multi_step_if(torch.full((3, 1), 0.6))
+    >>> spikes.flatten().tolist(), round(v.item(), 2)
+    ([0.0, 1.0, 0.0], 0.6)
+    """
+    return _multi_step(
+        x_seq, v, None, None, False, v_threshold, v_reset, detach_reset, surrogate, backend
+    )
+
+
+def multi_step_lif(
+    x_seq: Tensor,
+    v: Tensor | float | None = None,
+    *,
+    tau: float = 2.0,
+    decay_input: bool = True,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    detach_reset: bool = False,
+    surrogate: Surrogate = _DEFAULT_SURROGATE,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Leaky integrate-and-fire neurons over a sequence; see :func:`multi_step_if` for what they share.
+
+    Args:
+        x_seq: Input currents ``[T, N, ...]``.
+        v: Initial membrane potential.
+        tau: Membrane time constant, in time steps; positive.
+        decay_input: Whether the input current is divided by ``tau`` as well.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike, or None for a soft reset.
+        detach_reset: Leave the reset out of the final state's gradient.
+        surrogate: Surrogate gradient of the spike.
+        backend: ``"auto"`` or ``"torch"``.
+
+    Returns:
+        Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
+
+    Raises:
+        ConfigurationError: If ``tau`` is not positive.
+        InputError: If ``x_seq`` or ``v`` has the wrong shape or dtype.
+        BackendError: If ``backend`` cannot be used.
+
+    >>> import torch
+    >>> x_seq = torch.full((4, 1), 1.5, requires_grad=True)
+    >>> spikes, v = multi_step_lif(x_seq, tau=2.0)
+    >>> spikes.flatten().tolist()
+    [0.0, 1.0, 0.0, 1.0]
+    >>> spikes.sum().backward()
+    >>> x_seq.grad.shape
+    torch.Size([4, 1])
+    """
+    if not tau > 0:
+        raise ConfigurationError(f"tau must be positive, got {tau}")
+    return _multi_step(
+        x_seq, v, None, float(tau), decay_input, v_threshold, v_reset, detach_reset, surrogate, backend
+    )
+
+
+def multi_step_plif(
+    x_seq: Tensor,
+    w: Tensor,
+    v: Tensor | float | None = None,
+    *,
+    decay_input: bool = True,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    detach_reset: bool = False,
+    surrogate: Surrogate = _DEFAULT_SURROGATE,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Parametric LIF neurons over a sequence: ``1 / tau = sigmoid(w)`` with a learnable ``w``.
+
+    The gradient of ``w`` is the sum of each step's local term, the carried state held constant.
+    Equations of Fang et al. 2021 (Parametric LIF); see :func:`multi_step_if` for what the neurons share.
+
+    Args:
+        x_seq: Input currents ``[T, N, ...]``.
+        w: The parameter, a tensor with one element and no dimension.
+        v: Initial membrane potential.
+        decay_input: Whether the input current is divided by ``tau`` as well.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike, or None for a soft reset.
+        detach_reset: Leave the reset out of the final state's gradient.
+        surrogate: Surrogate gradient of the spike.
+        backend: ``"auto"`` or ``"torch"``.
+
+    Returns:
+        Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
+
+    Raises:
+        InputError: If ``x_seq``, ``v`` or ``w`` has the wrong shape or dtype.
+        BackendError: If ``backend`` cannot be used.
+
+    >>> import torch
+    >>> w = torch.tensor(0.0, requires_grad=True)
+    >>> spikes, v = multi_step_plif(torch.full((4, 1), 1.5), w)
+    >>> spikes.sum().backward()
+    >>> bool(w.grad > 0)
+    True
+    """
+    if w.dim() != 0:
+        raise InputError(f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}")
+    decay = w.to(state_dtype(x_seq.dtype)).sigmoid()
+    return _multi_step(
+        x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset, surrogate, backend
+    )
+
+
+def _multi_step(
+    x_seq: Tensor,
+    v: Tensor | float | None,
+    decay: Tensor | None,
+    tau: float | None,
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: Surrogate,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    check_backend(backend)
+    if x_seq.dtype not in _FLOATING:
+        raise InputError(f"x_seq must be floating point, got {x_seq.dtype}: convert it with x_seq.float()")
+    if x_seq.dim() < 1 or x_seq.shape[0] == 0:
+        raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
+    dtype = state_dtype(x_seq.dtype)
+    if not isinstance(v, Tensor):
+        v = torch.full_like(x_seq[0], (v_reset or 0.0) if v is None else v, dtype=dtype, requires_grad=False)
+    if v.shape != x_seq.shape[1:]:
+        raise InputError(f"v has shape {list(v.shape)}, one step of x_seq has {list(x_seq.shape[1:])}")
+    v = v.detach().to(dtype=dtype, device=x_seq.device)
+    learn_decay = decay is not None and decay.requires_grad
+    save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
+    run: Callable[..., Any] = lif if torch.compiler.is_compiling() else _EagerLIF.apply
+    s_seq, v_next, *_ = run(
+        x_seq, v, decay, tau, decay_input, float(v_threshold), v_reset, detach_reset,
+        surrogate.name, surrogate.parameters, save, save and learn_decay,
+    )  # fmt: skip
+    return s_seq, v_next
+
+
+@torch.library.custom_op("sltt_ext::lif", mutates_args=())
+def lif(
+    x_seq: Tensor,
+    v: Tensor,
+    decay: Optional[Tensor],
+    tau: Optional[float],
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: Optional[float],
+    detach_reset: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+    save: bool,
+    save_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The forward operator; see :func:`sltt_ext.kernels.torch_backend.forward`."""
+    return torch_backend.forward(
+        x_seq, v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
+        surrogate, parameters, save, save_slope,
+    )  # fmt: skip
+
+
+@lif.register_fake
+def _(
+    x_seq: Tensor, v: Tensor, decay: Any, tau: Any, decay_input: Any, v_threshold: Any, v_reset: Any,
+    detach_reset: Any, surrogate: Any, parameters: Any, save: bool, save_slope: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return (
+        torch.empty_like(x_seq),
+        torch.empty_like(v),
+        torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0),
+        torch.empty_like(v) if save else v.new_empty(0),
+        torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0),
+    )
+
+
+@torch.library.custom_op("sltt_ext::lif_backward", mutates_args=())
+def lif_backward(
+    grad_s_seq: Optional[Tensor],
+    grad_v: Optional[Tensor],
+    derivatives: Tensor,
+    h: Tensor,
+    slopes: Tensor,
+    decay: Optional[Tensor],
+    tau: Optional[float],
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: Optional[float],
+    detach_reset: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """The backward operator; see :func:`sltt_ext.kernels.torch_backend.backward`."""
+    return torch_backend.backward(
+        grad_s_seq, grad_v, derivatives, h, slopes, decay, tau, decay_input,
+        v_threshold, v_reset, detach_reset, surrogate, parameters,
+    )  # fmt: skip
+
+
+@lif_backward.register_fake
+def _(
+    grad_s_seq: Tensor | None, grad_v: Any, derivatives: Tensor, h: Tensor, slopes: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    if grad_s_seq is None:
+        grad_x = derivatives.new_empty((derivatives.shape[0] + 1, *h.shape))
+    else:
+        grad_x = torch.empty_like(grad_s_seq, dtype=derivatives.dtype)
+    return grad_x, h.new_empty(() if slopes.numel() else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    decay, settings = inputs[2], inputs[3:10]
+    _, _, derivatives, h, slopes = output
+    ctx.save_for_backward(derivatives, h, slopes, decay)
+    ctx.settings = settings
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_s_seq: Tensor | None, grad_v: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    derivatives, h, slopes, decay = ctx.saved_tensors
+    grad_x = grad_decay = None
+    if grad_s_seq is not None or grad_v is not None:
+        run = lif_backward if torch.compiler.is_compiling() else torch_backend.backward
+        grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, *ctx.settings)
+    return (grad_x, None, grad_decay if slopes.numel() else None, *[None] * 9)
+
+
+lif.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _EagerLIF(torch.autograd.Function):
+    """The operator as it runs outside of compilation: same kernels, a fraction of the cost per call."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = torch_backend.forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)

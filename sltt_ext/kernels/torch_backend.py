@@ -1,0 +1,151 @@
+"""The fused neuron in plain PyTorch: any device, and the reference for every other backend.
+
+Forward walks the T steps with buffers of its own and no autograd. What it keeps for backward is, per
+element, one number a step: for all steps but the last the local derivative ``c H'(h - v_threshold)``
+with ``c = dh/dx``, for the last step the charged potential ``h`` itself. From that ``h`` backward
+derives both the last local derivative and the local gradient of the final state, so that a loss on
+the membrane potential is exact at no cost. A learnable decay keeps one more tensor, ``dh/ddecay``.
+
+Backward has no loop over time: no step depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sltt_ext.surrogate import derivative as surrogate_derivative
+
+
+def forward(
+    x_seq: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    tau: float | None,
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+    save: bool,
+    save_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run all steps.
+
+    Returns:
+        Spikes ``[T, N, ...]``, final state ``[N, ...]``, and what backward needs: local derivatives
+        ``[T - 1, N, ...]``, the last charged potential ``[N, ...]`` and ``dh/ddecay`` ``[T, N, ...]``
+        (each empty where it is not needed).
+    """
+    time_steps = x_seq.shape[0]
+    s_seq = torch.empty_like(x_seq)
+    derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
+    slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
+    h, v_next = torch.empty_like(v), torch.empty_like(v)
+    scale = _input_scale(tau, decay_input)
+    divisor = None if tau is None else torch.full((), tau, dtype=v.dtype, device=v.device)
+    reset = None if v_reset is None else torch.full((), v_reset, dtype=v.dtype, device=v.device)
+    for t in range(time_steps):
+        x = x_seq[t].to(v.dtype)
+        slope = slopes[t] if save_slope else None
+        _charge(x, v, decay, divisor, decay_input, v_reset or 0.0, h, slope)
+        s = torch.ge(h, v_threshold, out=s_seq[t])
+        if reset is None:
+            torch.sub(h, s, alpha=v_threshold, out=v_next)
+        else:
+            torch.lerp(h, reset, s.to(v.dtype), out=v_next)
+        v = v_next
+        if save and t < time_steps - 1:
+            local = surrogate_derivative(h - v_threshold, surrogate, parameters, scale)
+            if decay is not None and decay_input:
+                local.mul_(decay)
+            derivatives[t] = local
+    return s_seq, v_next, derivatives, h if save else h.new_empty(0), slopes
+
+
+def backward(
+    grad_s_seq: Tensor | None,
+    grad_v: Tensor | None,
+    derivatives: Tensor,
+    h: Tensor,
+    slopes: Tensor,
+    decay: Tensor | None,
+    tau: float | None,
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x_seq`` ``[T, N, ...]`` and of the decay (empty where it is not learned)."""
+    dtype = derivatives.dtype
+    grad_h = surrogate_derivative(h - v_threshold, surrogate, parameters)
+    if grad_v is None:
+        grad_v_h = None
+    elif v_reset is None:
+        grad_v_h = grad_v if detach_reset else grad_v * (1 - v_threshold * grad_h)
+    else:
+        silent = (h < v_threshold).to(h.dtype)
+        grad_v_h = grad_v * (silent if detach_reset else silent + (v_reset - h) * grad_h)
+    if grad_s_seq is None:
+        grad_x = torch.zeros((derivatives.shape[0] + 1, *h.shape), dtype=dtype, device=h.device)
+        grad_h.zero_()
+    else:
+        grad_x = torch.empty_like(grad_s_seq, dtype=dtype)
+        torch.mul(grad_s_seq[:-1], derivatives, out=grad_x[:-1])
+        grad_h.mul_(grad_s_seq[-1])
+    if grad_v_h is not None:
+        grad_h.add_(grad_v_h)
+    c: Tensor | float = _input_scale(tau, decay_input)
+    if decay is not None and decay_input:
+        c = decay
+    grad_x[-1] = grad_h.mul_(c)
+    if not slopes.numel():
+        return grad_x, h.new_empty(0)
+    product = grad_x.to(h.dtype) * slopes
+    return grad_x, product.sum(dtype=torch.float64).div(c).to(h.dtype)
+
+
+def _input_scale(tau: float | None, decay_input: bool) -> float:
+    """``dh/dx``, but for a learnable decay."""
+    return 1 / tau if tau is not None and decay_input else 1.0
+
+
+def _charge(
+    x: Tensor,
+    v: Tensor,
+    decay: Tensor | None,
+    tau: Tensor | None,
+    decay_input: bool,
+    v_rest: float,
+    h: Tensor,
+    slope: Tensor | None,
+) -> None:
+    """Write the charged potential into ``h`` and ``dh/ddecay`` into ``slope``.
+
+    The order of operations is the frameworks' own: charged potentials are equal to theirs bit for bit.
+    """
+    if decay is None and tau is None:
+        torch.add(v, x, out=h)
+        return
+    leak = v if v_rest == 0 else torch.sub(v, v_rest, out=h)
+    if decay_input:
+        drive = torch.sub(x, leak, out=h)
+        if slope is not None:
+            slope.copy_(drive)
+        if tau is not None:
+            torch.addcdiv(v, drive, tau, out=h)
+        else:
+            torch.add(v, drive.mul_(decay), out=h)
+        return
+    if slope is not None:
+        torch.neg(leak, out=slope)
+    if tau is not None:
+        torch.div(leak, tau, out=h)
+    else:
+        torch.mul(leak, decay, out=h)
+    torch.sub(v, h, out=h).add_(x)

@@ -1,0 +1,83 @@
+"""The interface every converted neuron satisfies, whatever framework it comes from.
+
+SLTT keeps a neuron's forward pass and drops the temporal part of its gradient: the state that
+enters time step t is a constant (Meng et al. 2023, Sec. 4.1). All that `sltt_ext.online` relies on
+is in :class:`SLTTNeuron`; all that two adapters share is in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class SLTTNeuron:
+    """Mixin of every converted stateful module.
+
+    An adapter is a subclass of both this class and the framework's own class, so that a neuron is
+    converted in place by setting its ``__class__``; ``original`` is the class it stands in for.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    sltt_backend: str = "auto"
+
+    @property
+    def multi_step(self) -> bool:
+        """Whether the neuron takes whole sequences ``[T, N, ...]`` rather than one step ``[N, ...]``."""
+        raise NotImplementedError
+
+    def reset_state(self) -> None:
+        """Forget the carried state: the next step is the first of a new sequence."""
+        raise NotImplementedError
+
+    def detach_state(self) -> None:
+        """Make the carried state a constant, and so let go of the graph that computed it."""
+        raise NotImplementedError
+
+
+@functools.cache
+def adapter_subclass(adapter: type[SLTTNeuron], original: type[nn.Module]) -> type[SLTTNeuron]:
+    """The class of a converted ``original``, made once from the rules in ``adapter``.
+
+    Its instances pickle and deep-copy by ``(adapter, original)``, both importable, since the class
+    itself has no importable name.
+    """
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        _, _, *state = super(subclass, self).__reduce_ex__(protocol)  # type: ignore[misc]
+        return (_new_instance, (adapter, original), *state)
+
+    namespace = {
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "original": original,
+    }
+    subclass: type[SLTTNeuron] = type(f"SLTT{original.__name__}", (adapter, original), namespace)
+    return subclass
+
+
+def _new_instance(adapter: type[SLTTNeuron], original: type[nn.Module]) -> SLTTNeuron:
+    cls = adapter_subclass(adapter, original)
+    return cls.__new__(cls)
+
+
+def constant(state: Any) -> Any:
+    """A carried state as a constant for the gradient, also inside tuples, lists and dicts."""
+    if isinstance(state, Tensor):
+        return state.detach() if state.requires_grad else state
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        return type(state)(*map(constant, state))
+    if isinstance(state, (tuple, list)):
+        return type(state)(map(constant, state))
+    if isinstance(state, dict):
+        return {key: constant(value) for key, value in state.items()}
+    return state
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype membrane potentials are computed and kept in: float32 for half-precision inputs."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

@@ -1,0 +1,55 @@
+"""Which time steps are back-propagated, and how the steps are grouped into calls of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from sltt_ext.errors import ConfigurationError
+
+__all__ = ["Schedule", "random_steps", "runs", "selected_steps"]
+
+Schedule = Callable[[int, torch.Generator | None], Iterable[int]]
+
+
+def random_steps(k: int) -> Schedule:
+    """SLTT-K's schedule: ``k`` of the time steps, drawn without replacement (Meng et al. 2023, Sec. 4.3)."""
+
+    def schedule(time_steps: int, generator: torch.Generator | None) -> list[int]:
+        device = "cpu" if generator is None else generator.device
+        drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
+        return drawn
+
+    return schedule
+
+
+def selected_steps(schedule: Schedule, time_steps: int, generator: torch.Generator | None) -> tuple[int, ...]:
+    """The steps ``schedule`` selects, in order.
+
+    Raises:
+        ConfigurationError: If it selects no step, one step twice, or one outside ``0..time_steps - 1``.
+    """
+    drawn = [int(t) for t in schedule(time_steps, generator)]
+    steps = tuple(sorted(set(drawn)))
+    if not steps or len(steps) != len(drawn) or steps[0] < 0 or steps[-1] >= time_steps:
+        raise ConfigurationError(
+            f"schedule must select one or more different steps from 0 to {time_steps - 1}, got {drawn}"
+        )
+    return steps
+
+
+def runs(time_steps: int, selected: Iterable[int], chunk: int) -> Iterator[tuple[int, int, bool]]:
+    """Split ``0..time_steps`` into runs ``(start, stop, back-propagated)`` of at most ``chunk`` steps.
+
+    >>> list(runs(6, [2, 3], chunk=2))
+    [(0, 2, False), (2, 4, True), (4, 6, False)]
+    """
+    chosen = set(selected)
+    start = 0
+    while start < time_steps:
+        stop = start + 1
+        while stop < min(start + chunk, time_steps) and (stop in chosen) == (start in chosen):
+            stop += 1
+        yield start, stop, start in chosen
+        start = stop

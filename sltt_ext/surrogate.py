@@ -1,0 +1,117 @@
+r"""Surrogate gradients: what stands in for the derivative of the spike in the backward pass.
+
+A neuron fires ``s = H(u)`` with ``u = h - v_threshold``. The derivative of the Heaviside step is
+zero almost everywhere, so training uses a surrogate ``H'(u)``. This table is the only place where
+the surrogates known to the fused operators are written down:
+
+==================== ======================= ==========================================
+name                 parameters              ``H'(u)``
+==================== ======================= ==========================================
+sigmoid              alpha                   alpha * S * (1 - S),  S = sigmoid(alpha u)
+atan                 alpha                   alpha / 2 / (1 + (pi/2 alpha u)^2)
+piecewise_quadratic  alpha                   max(0, alpha - alpha^2 |u|)  (the paper's triangle)
+piecewise_exp        alpha                   alpha / 2 * exp(-alpha |u|)
+soft_sign            alpha                   1 / (2 alpha (1/alpha + |u|)^2)
+erf                  alpha                   alpha / sqrt(pi) * exp(-(alpha u)^2)
+leaky_k_relu         leak, k                 k where u >= 0, leak elsewhere
+rectangle            alpha                   alpha where |u| < 1 / (2 alpha), 0 elsewhere
+==================== ======================= ==========================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sltt_ext.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A surrogate gradient of the table above, with its parameters in the table's order.
+
+    Raises:
+        ConfigurationError: If the name or the number of parameters is not in the table.
+
+    >>> Surrogate("sigmoid", (4.0,))
+    Surrogate(name='sigmoid', parameters=(4.0,))
+    """
+
+    name: str = "sigmoid"
+    parameters: tuple[float, ...] = (4.0,)
+
+    def __post_init__(self) -> None:
+        if self.name not in SURROGATES:
+            raise ConfigurationError(f"unknown surrogate {self.name!r}; known are {', '.join(SURROGATES)}")
+        expected = SURROGATES[self.name].parameters
+        if len(self.parameters) != len(expected):
+            raise ConfigurationError(
+                f"surrogate {self.name!r} takes ({', '.join(expected)}), got {self.parameters}"
+            )
+
+
+@dataclass(frozen=True)
+class SurrogateDefinition:
+    """One row of the table.
+
+    Attributes:
+        parameters: Names of the parameters, in order.
+        derivative: ``(u, scale, *parameters) -> scale * H'(u)``. It may overwrite ``u`` and return it:
+            the caller owns ``u`` and forgets it.
+    """
+
+    parameters: tuple[str, ...]
+    derivative: Callable[..., Tensor]
+
+
+def derivative(u: Tensor, name: str, parameters: Sequence[float], scale: float = 1.0) -> Tensor:
+    """``scale * H'(u)`` for the named surrogate, computed in the memory of ``u``."""
+    return SURROGATES[name].derivative(u, scale, *parameters)
+
+
+def _sigmoid(u: Tensor, scale: float, alpha: float) -> Tensor:
+    s = u.mul_(alpha).sigmoid_()
+    return s.mul_(1 - s).mul_(alpha * scale)
+
+
+def _atan(u: Tensor, scale: float, alpha: float) -> Tensor:
+    return u.mul_(math.pi / 2 * alpha).square_().add_(1).reciprocal_().mul_(alpha / 2 * scale)
+
+
+def _piecewise_quadratic(u: Tensor, scale: float, alpha: float) -> Tensor:
+    return u.abs_().mul_(-(alpha**2) * scale).add_(alpha * scale).clamp_min_(0)
+
+
+def _piecewise_exp(u: Tensor, scale: float, alpha: float) -> Tensor:
+    return u.abs_().mul_(-alpha).exp_().mul_(alpha / 2 * scale)
+
+
+def _soft_sign(u: Tensor, scale: float, alpha: float) -> Tensor:
+    return u.abs_().add_(1 / alpha).square_().reciprocal_().mul_(scale / (2 * alpha))
+
+
+def _erf(u: Tensor, scale: float, alpha: float) -> Tensor:
+    return u.mul_(alpha).square_().neg_().exp_().mul_(alpha / math.sqrt(math.pi) * scale)
+
+
+def _leaky_k_relu(u: Tensor, scale: float, leak: float, k: float) -> Tensor:
+    return u.ge_(0).mul_((k - leak) * scale).add_(leak * scale)
+
+
+def _rectangle(u: Tensor, scale: float, alpha: float) -> Tensor:
+    return u.abs_().lt_(0.5 / alpha).mul_(alpha * scale)
+
+
+SURROGATES: dict[str, SurrogateDefinition] = {
+    "sigmoid": SurrogateDefinition(("alpha",), _sigmoid),
+    "atan": SurrogateDefinition(("alpha",), _atan),
+    "piecewise_quadratic": SurrogateDefinition(("alpha",), _piecewise_quadratic),
+    "piecewise_exp": SurrogateDefinition(("alpha",), _piecewise_exp),
+    "soft_sign": SurrogateDefinition(("alpha",), _soft_sign),
+    "erf": SurrogateDefinition(("alpha",), _erf),
+    "leaky_k_relu": SurrogateDefinition(("leak", "k"), _leaky_k_relu),
+    "rectangle": SurrogateDefinition(("alpha",), _rectangle),
+}
