@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sltt_ext.errors import ConfigurationError
@@ -74,7 +75,8 @@ def derivative(u: Tensor, name: str, parameters: Sequence[float], scale: float =
 
 def _sigmoid(u: Tensor, scale: float, alpha: float) -> Tensor:
     s = u.mul_(alpha).sigmoid_()
-    return s.mul_(1 - s).mul_(alpha * scale)
+    factor = torch.full((), alpha * scale, dtype=u.dtype, device=u.device)
+    return torch.ops.aten.sigmoid_backward.grad_input(factor, s, grad_input=s)
 
 
 def _atan(u: Tensor, scale: float, alpha: float) -> Tensor:

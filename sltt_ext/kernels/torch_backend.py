@@ -59,10 +59,11 @@ def forward(
             torch.lerp(h, reset, s.to(v.dtype), out=v_next)
         v = v_next
         if save and t < time_steps - 1:
-            local = surrogate_derivative(h - v_threshold, surrogate, parameters, scale)
+            local = _derivative_at(h, v_threshold, derivatives[t], surrogate, parameters, scale)
             if decay is not None and decay_input:
                 local.mul_(decay)
-            derivatives[t] = local
+            if local.dtype != derivatives.dtype:
+                derivatives[t] = local
     return s_seq, v_next, derivatives, h if save else h.new_empty(0), slopes
 
 
@@ -82,32 +83,51 @@ def backward(
     parameters: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x_seq`` ``[T, N, ...]`` and of the decay (empty where it is not learned)."""
-    dtype = derivatives.dtype
-    grad_h = surrogate_derivative(h - v_threshold, surrogate, parameters)
-    if grad_v is None:
-        grad_v_h = None
-    elif v_reset is None:
-        grad_v_h = grad_v if detach_reset else grad_v * (1 - v_threshold * grad_h)
-    else:
-        silent = (h < v_threshold).to(h.dtype)
-        grad_v_h = grad_v * (silent if detach_reset else silent + (v_reset - h) * grad_h)
     if grad_s_seq is None:
-        grad_x = torch.zeros((derivatives.shape[0] + 1, *h.shape), dtype=dtype, device=h.device)
-        grad_h.zero_()
+        grad_x = torch.zeros(
+            (derivatives.shape[0] + 1, *h.shape), dtype=derivatives.dtype, device=derivatives.device
+        )
     else:
-        grad_x = torch.empty_like(grad_s_seq, dtype=dtype)
+        grad_x = torch.empty_like(grad_s_seq)
         torch.mul(grad_s_seq[:-1], derivatives, out=grad_x[:-1])
-        grad_h.mul_(grad_s_seq[-1])
-    if grad_v_h is not None:
-        grad_h.add_(grad_v_h)
-    c: Tensor | float = _input_scale(tau, decay_input)
-    if decay is not None and decay_input:
-        c = decay
-    grad_x[-1] = grad_h.mul_(c)
+    c = decay if decay is not None and decay_input else None
+    scale = _input_scale(tau, decay_input)
+    last = _derivative_at(h, v_threshold, grad_x[-1], surrogate, parameters, scale)
+    state_part = None
+    if grad_v is not None:
+        state_part = _state_derivative(h, last, scale, v_threshold, v_reset, detach_reset).mul_(grad_v)
+    if grad_s_seq is None:
+        last.zero_()
+    else:
+        last.mul_(grad_s_seq[-1])
+    if state_part is not None:
+        last.add_(state_part)
+    if c is not None:
+        last.mul_(c)
+    if last.dtype != grad_x.dtype:
+        grad_x[-1] = last
     if not slopes.numel():
         return grad_x, h.new_empty(0)
-    product = grad_x.to(h.dtype) * slopes
-    return grad_x, product.sum(dtype=torch.float64).div(c).to(h.dtype)
+    grad_decay = (grad_x.to(h.dtype) * slopes).sum(dtype=torch.float64)
+    return grad_x, (grad_decay if c is None else grad_decay / c).to(h.dtype)
+
+
+def _derivative_at(
+    h: Tensor, v_threshold: float, out: Tensor, surrogate: str, parameters: Sequence[float], scale: float
+) -> Tensor:
+    """``scale * H'(h - v_threshold)``, in the memory of ``out`` if its dtype allows."""
+    u = torch.sub(h, v_threshold, out=out) if out.dtype == h.dtype else h - v_threshold
+    return surrogate_derivative(u, surrogate, parameters, scale)
+
+
+def _state_derivative(
+    h: Tensor, local: Tensor, scale: float, v_threshold: float, v_reset: float | None, detach_reset: bool
+) -> Tensor:
+    """``scale * dv/dh`` of the reset, from ``local = scale * H'(h - v_threshold)``."""
+    if v_reset is None:
+        return torch.full_like(h, scale) if detach_reset else scale - v_threshold * local
+    silent = (h < v_threshold).to(h.dtype).mul_(scale)
+    return silent if detach_reset else silent.add_((v_reset - h).mul_(local))
 
 
 def _input_scale(tau: float | None, decay_input: bool) -> float:

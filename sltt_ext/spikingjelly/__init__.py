@@ -5,18 +5,11 @@ The explicit classes can be used to build a network, e.g.
 for any other neuron, into a network that exists.
 """
 
-from sltt_ext.errors import MissingDependencyError
+from sltt_ext.optional import require
 
-try:
-    import spikingjelly.activation_based as _framework
-except ImportError as error:
-    raise MissingDependencyError(
-        "sltt_ext.spikingjelly needs SpikingJelly: pip install 'sltt-ext[spikingjelly]'"
-    ) from error
+require("spikingjelly.activation_based", extra="spikingjelly")
 
-from sltt_ext.spikingjelly import refused as _refused
-from sltt_ext.spikingjelly.neurons import SLTTIFNode, SLTTLIFNode, SLTTParametricLIFNode
+from sltt_ext.spikingjelly import refused as refused  # noqa: E402  registers the refusals
+from sltt_ext.spikingjelly.neurons import SLTTIFNode, SLTTLIFNode, SLTTParametricLIFNode  # noqa: E402
 
 __all__ = ["SLTTIFNode", "SLTTLIFNode", "SLTTParametricLIFNode"]
-
-del _framework, _refused
