@@ -29,6 +29,7 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.kernels import check_backend, torch_backend
@@ -312,4 +313,4 @@ class _EagerLIF(torch.autograd.Function):
         _setup_context(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward = staticmethod(once_differentiable(_backward))

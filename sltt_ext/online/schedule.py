@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sltt_ext.errors import ConfigurationError
 
@@ -18,7 +19,8 @@ def random_steps(k: int) -> Schedule:
 
     def schedule(time_steps: int, generator: torch.Generator | None) -> list[int]:
         device = "cpu" if generator is None else generator.device
-        drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
+        with _disable_current_modes():  # real numbers also where the network runs on fake tensors
+            drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
         return drawn
 
     return schedule

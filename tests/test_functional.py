@@ -1,0 +1,227 @@
+import math
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import surrogate as framework
+
+from sltt_ext import functional
+from sltt_ext.errors import BackendError, ConfigurationError, InputError
+from sltt_ext.surrogate import Surrogate
+
+SURROGATES = {
+    "sigmoid": (Surrogate("sigmoid", (4.0,)), framework.Sigmoid(4.0)),
+    "atan": (Surrogate("atan", (2.0,)), framework.ATan(2.0)),
+    "triangle": (Surrogate("piecewise_quadratic", (1.0,)), framework.PiecewiseQuadratic(1.0)),
+    "rectangle": (Surrogate("rectangle", (1.0,)), framework.Rect(1.0)),
+}
+
+
+def run_fused(kind, x_seq, v, w, tau, decay_input, **options):
+    if kind == "if":
+        return functional.multi_step_if(x_seq, v, **options)
+    if kind == "lif":
+        return functional.multi_step_lif(x_seq, v, tau=tau, decay_input=decay_input, **options)
+    return functional.multi_step_plif(x_seq, w, v, decay_input=decay_input, **options)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["if", "lif", "plif"]),
+    time_steps=st.integers(1, 6),
+    shape=st.lists(st.integers(1, 4), max_size=3),
+    tau=st.floats(1.05, 20),
+    decay_input=st.booleans(),
+    v_threshold=st.floats(0.1, 2),
+    v_reset=st.one_of(st.none(), st.floats(-0.9, 0.05)),
+    detach_reset=st.booleans(),
+    surrogate=st.sampled_from(sorted(SURROGATES)),
+    state_loss=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_spikes_state_and_gradients_are_those_of_the_equations(
+    kind, time_steps, shape, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, state_loss, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.randn(time_steps, *shape, generator=generator, dtype=torch.float64) + 0.5
+    v = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    row, heaviside = SURROGATES[surrogate]
+
+    def loss_gradients(run):
+        x_seq, w = x.clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        s_seq, v_next = run(x_seq, w)
+        loss = (s_seq * weight).sum()
+        if state_loss:
+            loss = loss + (v_next * weight[0]).sum()
+        loss.backward()
+        return s_seq.detach(), v_next.detach(), x_seq.grad, w.grad
+
+    def expected(x_seq, w):
+        decay = {"if": None, "lif": 1 / tau, "plif": w.sigmoid()}[kind]
+        return oracle.lif_by_autograd(
+            x_seq, v, decay, decay_input, v_threshold, v_reset, detach_reset, heaviside
+        )
+
+    def actual(x_seq, w):
+        options = {
+            "v_threshold": v_threshold,
+            "v_reset": v_reset,
+            "detach_reset": detach_reset,
+            "surrogate": row,
+        }
+        return run_fused(kind, x_seq, v, w, tau, decay_input, **options)
+
+    for got, want in zip(loss_gradients(actual), loss_gradients(expected)):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_loss_on_the_state_alone():
+    x_seq = torch.tensor([[0.3], [0.4]], requires_grad=True)
+    _, v = functional.multi_step_lif(x_seq, tau=2.0, v_threshold=math.inf)
+    v.sum().backward()
+    torch.testing.assert_close(x_seq.grad, torch.tensor([[0.0], [0.5]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["if", "lif", "plif"])
+def test_half_precision_computes_in_float32(kind, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(5, 40).to(dtype)
+    weight = torch.randn(5, 40).to(dtype)
+    results = []
+    for run_dtype in (dtype, torch.float32):
+        x_seq = x.detach().clone().to(run_dtype).requires_grad_()
+        w = torch.tensor(0.2, requires_grad=True)
+        s_seq, v = run_fused(kind, x_seq, None, w, 2.0, True)
+        (s_seq * weight.to(run_dtype)).sum().backward()
+        results.append((s_seq, v, x_seq.grad, w.grad))
+    (s_seq, v, grad, w_grad), (s_seq32, v32, grad32, w_grad32) = results
+    assert s_seq.dtype == grad.dtype == dtype
+    assert v.dtype == torch.float32
+    assert torch.equal(s_seq.float(), s_seq32)
+    assert torch.equal(v, v32)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(grad.float(), grad32, rtol=4 * eps, atol=eps / 100)
+    if kind == "plif":
+        torch.testing.assert_close(w_grad, w_grad32, rtol=0.02, atol=0.02)
+
+
+def layouts():
+    base = torch.randn(3, 4, 6, 5, 2)
+    return {
+        "transposed": base.transpose(1, 3),
+        "channels_last": base.permute(0, 1, 4, 2, 3),
+        "strided": torch.randn(6, 4, 12)[::2, :, ::3],
+        "repeated_over_time": torch.randn(4, 6).expand(3, 4, 6),
+    }
+
+
+@pytest.mark.parametrize("layout", sorted(layouts()))
+def test_any_memory_layout(layout):
+    x = layouts()[layout]
+    got = x.detach().requires_grad_()
+    want = x.detach().contiguous().requires_grad_()
+    weight = torch.randn(x.shape)
+    spikes = []
+    for x_seq in (got, want):
+        s_seq, _ = functional.multi_step_lif(x_seq)
+        (s_seq * weight).sum().backward()
+        spikes.append(s_seq)
+    assert torch.equal(*spikes)
+    torch.testing.assert_close(got.grad, want.grad, rtol=1e-6, atol=1e-7)
+
+
+def test_saves_one_tensor_per_step():
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.nbytes)
+        return tensor
+
+    x_seq = torch.randn(4, 100, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        functional.multi_step_lif(x_seq)
+    assert sum(saved) == x_seq.nbytes
+
+
+def test_keeps_nothing_without_gradients():
+    x_seq = torch.randn(4, 100)
+    spikes, v = functional.multi_step_lif(x_seq)
+    assert spikes.grad_fn is None
+    assert v.grad_fn is None
+
+
+ARGUMENTS = {
+    "lif": (None, 2.0, True, 1.0, 0.0, False, "sigmoid", (4.0,)),
+    "lif_soft": (None, 1.1, False, 1.0, None, True, "piecewise_quadratic", (1.0,)),
+    "if": (None, None, False, 1.0, -0.1, False, "atan", (2.0,)),
+    "plif": ("decay", None, True, 1.0, 0.0, False, "sigmoid", (4.0,)),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(ARGUMENTS))
+@pytest.mark.parametrize("time_steps", [1, 3])
+def test_opcheck(kind, time_steps):
+    decay, *rest = ARGUMENTS[kind]
+    if decay is not None:
+        decay = torch.tensor(0.4, requires_grad=True)
+    x_seq = torch.randn(time_steps, 4, requires_grad=True)
+    arguments = (x_seq, torch.randn(4), decay, *rest, True, decay is not None)
+    torch.library.opcheck(functional.lif, arguments)
+    with torch.no_grad():
+        _, v, *saved = functional.lif(*arguments)
+        constant_decay = None if decay is None else decay.detach()
+        backward = (torch.randn(time_steps, 4), torch.randn_like(v), *saved, constant_decay, *rest)
+    torch.library.opcheck(functional.lif_backward, backward)
+
+
+def test_eager_and_registered_operator_agree():
+    x_seq, v = torch.randn(3, 50, requires_grad=True), torch.randn(50)
+    weight = torch.randn(3, 50)
+    (functional.multi_step_lif(x_seq, v)[0] * weight).sum().backward()
+    eager, x_seq.grad = x_seq.grad, None
+    outputs = torch.ops.sltt_ext.lif(x_seq, v, *ARGUMENTS["lif"], True, False)
+    (outputs[0] * weight).sum().backward()
+    assert torch.equal(x_seq.grad, eager)
+
+
+def test_compiles_without_graph_break():
+    def loss(x_seq, w):
+        s_seq, v = functional.multi_step_plif(x_seq, w)
+        return (s_seq * x_seq.detach()).sum() + v.sum()
+
+    results = []
+    for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(0)
+        x_seq, w = torch.randn(3, 20, requires_grad=True), torch.tensor(0.1, requires_grad=True)
+        run(x_seq, w).backward()
+        results.append((x_seq.grad, w.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_second_derivatives_are_refused():
+    x_seq, weight = torch.randn(3, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
+    loss = (functional.multi_step_lif(x_seq)[0] * weight).sum()
+    (grad,) = torch.autograd.grad(loss, x_seq, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: functional.multi_step_if(torch.zeros(0, 3)), InputError, "T >= 1"),
+        (lambda: functional.multi_step_if(torch.tensor(1.0)), InputError, "T >= 1"),
+        (lambda: functional.multi_step_if(torch.zeros(2, 3, dtype=torch.long)), InputError, r"x_seq\.float\(\)"),
+        (lambda: functional.multi_step_if(torch.zeros(2, 3), torch.zeros(4)), InputError, r"\[4\].*\[3\]"),
+        (lambda: functional.multi_step_lif(torch.zeros(2, 3), tau=0.0), ConfigurationError, "tau"),
+        (lambda: functional.multi_step_plif(torch.zeros(2, 3), torch.zeros(3)), InputError, "no dimension"),
+        (lambda: functional.multi_step_if(torch.zeros(2, 3), backend="cuda"), BackendError, "'auto'"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
