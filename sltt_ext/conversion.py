@@ -13,17 +13,13 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from sltt_ext.errors import ConversionError
+from sltt_ext.errors import ConversionError, UnsupportedModuleError
 from sltt_ext.kernels import check_backend
 from sltt_ext.neuron import SLTTNeuron
 
-__all__ = ["Refusal", "convert", "is_converted", "register_adapter", "revert"]
+__all__ = ["convert", "is_converted", "register_adapter", "revert"]
 
 Module = TypeVar("Module", bound=nn.Module)
-
-
-class Refusal(Exception):
-    """Raised by a rule: this module cannot be converted. The message says why and what to use instead."""
 
 
 Rule = Callable[[nn.Module], type[SLTTNeuron]]
@@ -37,7 +33,7 @@ def register_adapter(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Register a rule for modules of the given classes and their subclasses.
 
     The decorated function gets a module and returns its adapter class (a subclass of the module's
-    own class and of :class:`SLTTNeuron`), or raises :class:`Refusal`. The rule of the closest base
+    own class and of :class:`SLTTNeuron`), or raises :class:`~sltt_ext.errors.UnsupportedModuleError`. The rule of the closest base
     class wins.
     """
 
@@ -74,12 +70,12 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
     adapters: list[tuple[nn.Module, type[SLTTNeuron]]] = []
     refused: dict[str, str] = {}
     for path, module in net.named_modules():
-        if isinstance(module, SLTTNeuron):
-            adapters.append((module, type(module)))
+        if issubclass(type(module), SLTTNeuron):
+            adapters.append((module, cast(type[SLTTNeuron], type(module))))
         elif (rule := _rule(type(module))) is not None:
             try:
                 adapters.append((module, rule(module)))
-            except Refusal as refusal:
+            except UnsupportedModuleError as refusal:
                 refused[path] = f"{type(module).__name__}: {refusal}"
     if refused:
         raise ConversionError("cannot be trained with SLTT, nothing was converted:", refused)
@@ -90,7 +86,7 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
             "BaseNode, or needs a rule given with sltt_ext.conversion.register_adapter."
         )
     for module, adapter in adapters:
-        module.__class__ = adapter
+        module.__class__ = adapter  # type: ignore[assignment]
         cast(SLTTNeuron, module).sltt_backend = backend
     return net
 
@@ -104,7 +100,7 @@ def revert(net: Module) -> Module:
     for module in net.modules():
         if isinstance(module, SLTTNeuron):
             vars(module).pop("sltt_backend", None)
-            module.__class__ = module.original
+            module.__class__ = module.original  # type: ignore[assignment]
     return net
 
 

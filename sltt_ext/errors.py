@@ -22,6 +22,13 @@ class ConversionError(SLTTError):
         super().__init__("\n".join([message, *lines]))
 
 
+class UnsupportedModuleError(SLTTError):
+    """Raised by a conversion rule: SLTT cannot train this module. Says why and what to use instead.
+
+    `sltt_ext.convert` collects these into one :class:`ConversionError`.
+    """
+
+
 class ConfigurationError(SLTTError, ValueError):
     """An option has a value that cannot work, alone or with the network it is used with."""
 

@@ -77,9 +77,7 @@ def multi_step_if(
     >>> spikes.flatten().tolist(), round(v.item(), 2)
     ([0.0, 1.0, 0.0], 0.6)
     """
-    return _multi_step(
-        x_seq, v, None, None, False, v_threshold, v_reset, detach_reset, surrogate, backend
-    )
+    return _multi_step(x_seq, v, None, None, False, v_threshold, v_reset, detach_reset, surrogate, backend)
 
 
 def multi_step_lif(
@@ -174,7 +172,9 @@ def multi_step_plif(
     True
     """
     if w.dim() != 0:
-        raise InputError(f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}")
+        raise InputError(
+            f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}"
+        )
     decay = w.to(state_dtype(x_seq.dtype)).sigmoid()
     return _multi_step(
         x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset, surrogate, backend
@@ -204,6 +204,7 @@ def _multi_step(
     if v.shape != x_seq.shape[1:]:
         raise InputError(f"v has shape {list(v.shape)}, one step of x_seq has {list(x_seq.shape[1:])}")
     v = v.detach().to(dtype=dtype, device=x_seq.device)
+    v_reset = None if v_reset is None else float(v_reset)
     learn_decay = decay is not None and decay.requires_grad
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
     run: Callable[..., Any] = lif if torch.compiler.is_compiling() else _EagerLIF.apply
@@ -292,7 +293,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_s_seq: Tensor | None, grad_v: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    grad_s_seq, grad_v, *_ = grads
     derivatives, h, slopes, decay = ctx.saved_tensors
     grad_x = grad_decay = None
     if grad_s_seq is not None or grad_v is not None:
@@ -311,6 +313,6 @@ class _EagerLIF(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output = torch_backend.forward(*inputs)
         _setup_context(ctx, inputs, output)
-        return output
+        return output[:2]
 
-    backward = staticmethod(once_differentiable(_backward))
+    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]

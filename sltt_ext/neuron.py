@@ -7,7 +7,6 @@ is in :class:`SLTTNeuron`; all that two adapters share is in this file.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +22,7 @@ class SLTTNeuron:
 
     original: ClassVar[type[nn.Module]]
     sltt_backend: str = "auto"
+    _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
 
     @property
     def multi_step(self) -> bool:
@@ -37,27 +37,29 @@ class SLTTNeuron:
         """Make the carried state a constant, and so let go of the graph that computed it."""
         raise NotImplementedError
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and deep-copy a class made at run time by what it was made from: it has no importable name."""
+        reduced = super().__reduce_ex__(protocol)
+        if self._made_from is None or isinstance(reduced, str):
+            return reduced
+        return (_new_instance, self._made_from, *reduced[2:])
 
-@functools.cache
+
+_MADE: dict[tuple[type[SLTTNeuron], type[nn.Module]], type[SLTTNeuron]] = {}
+
+
 def adapter_subclass(adapter: type[SLTTNeuron], original: type[nn.Module]) -> type[SLTTNeuron]:
-    """The class of a converted ``original``, made once from the rules in ``adapter``.
-
-    Its instances pickle and deep-copy by ``(adapter, original)``, both importable, since the class
-    itself has no importable name.
-    """
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        _, _, *state = super(subclass, self).__reduce_ex__(protocol)  # type: ignore[misc]
-        return (_new_instance, (adapter, original), *state)
-
-    namespace = {
-        "__module__": original.__module__,
-        "__doc__": original.__doc__,
-        "__reduce_ex__": __reduce_ex__,
-        "original": original,
-    }
-    subclass: type[SLTTNeuron] = type(f"SLTT{original.__name__}", (adapter, original), namespace)
-    return subclass
+    """The class of a converted ``original``, made once from the rules in ``adapter``."""
+    rules = (adapter, original)
+    if rules not in _MADE:
+        namespace = {
+            "__module__": original.__module__,
+            "__doc__": original.__doc__,
+            "original": original,
+            "_made_from": rules,
+        }
+        _MADE[rules] = type(f"SLTT{original.__name__}", rules, namespace)
+    return _MADE[rules]
 
 
 def _new_instance(adapter: type[SLTTNeuron], original: type[nn.Module]) -> SLTTNeuron:

@@ -73,18 +73,25 @@ def derivative(u: Tensor, name: str, parameters: Sequence[float], scale: float =
     return SURROGATES[name].derivative(u, scale, *parameters)
 
 
+def _number(value: float, like: Tensor) -> Tensor:
+    """A number where an operator takes tensors only."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
 def _sigmoid(u: Tensor, scale: float, alpha: float) -> Tensor:
     s = u.mul_(alpha).sigmoid_()
-    factor = torch.full((), alpha * scale, dtype=u.dtype, device=u.device)
-    return torch.ops.aten.sigmoid_backward.grad_input(factor, s, grad_input=s)
+    torch.ops.aten.sigmoid_backward.grad_input(_number(alpha * scale, u), s, grad_input=s)
+    return s
 
 
 def _atan(u: Tensor, scale: float, alpha: float) -> Tensor:
-    return u.mul_(math.pi / 2 * alpha).square_().add_(1).reciprocal_().mul_(alpha / 2 * scale)
+    torch.addcmul(_number(1, u), u, u, value=(math.pi / 2 * alpha) ** 2, out=u)
+    return torch.div(_number(alpha / 2 * scale, u), u, out=u)
 
 
 def _piecewise_quadratic(u: Tensor, scale: float, alpha: float) -> Tensor:
-    return u.abs_().mul_(-(alpha**2) * scale).add_(alpha * scale).clamp_min_(0)
+    peak = _number(alpha * scale, u)
+    return torch.sub(peak, u.abs_(), alpha=alpha**2 * scale, out=u).clamp_min_(0)
 
 
 def _piecewise_exp(u: Tensor, scale: float, alpha: float) -> Tensor:
@@ -92,11 +99,11 @@ def _piecewise_exp(u: Tensor, scale: float, alpha: float) -> Tensor:
 
 
 def _soft_sign(u: Tensor, scale: float, alpha: float) -> Tensor:
-    return u.abs_().add_(1 / alpha).square_().reciprocal_().mul_(scale / (2 * alpha))
+    return torch.div(_number(scale / (2 * alpha), u), u.abs_().add_(1 / alpha).square_(), out=u)
 
 
 def _erf(u: Tensor, scale: float, alpha: float) -> Tensor:
-    return u.mul_(alpha).square_().neg_().exp_().mul_(alpha / math.sqrt(math.pi) * scale)
+    return u.square_().mul_(-(alpha**2)).exp_().mul_(alpha / math.sqrt(math.pi) * scale)
 
 
 def _leaky_k_relu(u: Tensor, scale: float, leak: float, k: float) -> Tensor:

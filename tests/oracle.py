@@ -47,7 +47,9 @@ def relative_error(actual: list[Tensor] | Tensor, expected: list[Tensor] | Tenso
     """Norm of the difference over norm of the expected value, over all tensors together."""
     if isinstance(actual, Tensor):
         actual, expected = [actual], [expected]
-    difference = torch.cat([(a.double() - e.double()).flatten() for a, e in zip(actual, expected, strict=True)])
+    difference = torch.cat(
+        [(a.double() - e.double()).flatten() for a, e in zip(actual, expected, strict=True)]
+    )
     scale = torch.cat([e.double().flatten() for e in expected]).norm()
     return (difference.norm() / scale.clamp_min(1e-30)).item()
 

@@ -8,8 +8,8 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import sltt_ext
-from sltt_ext.conversion import Refusal, register_adapter
-from sltt_ext.errors import BackendError, ConversionError
+from sltt_ext.conversion import register_adapter
+from sltt_ext.errors import BackendError, ConversionError, UnsupportedModuleError
 from sltt_ext.neuron import SLTTNeuron
 
 
@@ -158,15 +158,18 @@ def test_rules_of_the_closest_base_class_win():
 
     @register_adapter(Base)
     def base_rule(module):
-        raise Refusal("the rule of the base")
+        raise UnsupportedModuleError("the rule of the base")
 
     @register_adapter(Derived)
     def derived_rule(module):
-        raise Refusal("the rule of the subclass")
+        raise UnsupportedModuleError("the rule of the subclass")
 
     with pytest.raises(ConversionError) as caught:
         sltt_ext.convert(nn.ModuleList([Base(), Derived()]))
-    assert caught.value.reasons == {"0": "Base: the rule of the base", "1": "Derived: the rule of the subclass"}
+    assert caught.value.reasons == {
+        "0": "Base: the rule of the base",
+        "1": "Derived: the rule of the subclass",
+    }
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,10 @@ def test_other_stateful_modules(stateful, step_mode):
 
     torch.manual_seed(0)
     net = nn.Sequential(
-        layer.Linear(7, 7), neuron.LIFNode(surrogate_function=surrogate.ATan()), stateful(), layer.Linear(7, 3)
+        layer.Linear(7, 7),
+        neuron.LIFNode(surrogate_function=surrogate.ATan()),
+        stateful(),
+        layer.Linear(7, 3),
     )
     with torch.no_grad():
         net[0].weight.mul_(4)
@@ -198,9 +204,6 @@ def test_other_stateful_modules(stateful, step_mode):
         oracle.detach_memories(net)
     torch.manual_seed(1)
     functional.set_step_mode(converted, step_mode)
-    if step_mode == "m":
-        output = converted(x_seq)
-    else:
-        output = torch.stack([converted(x) for x in x_seq])
+    output = converted(x_seq) if step_mode == "m" else torch.stack([converted(x) for x in x_seq])
     (output * weight).sum().backward()
     assert oracle.relative_error(oracle.gradients(converted), oracle.gradients(net)) < 1e-6

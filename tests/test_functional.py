@@ -215,7 +215,11 @@ def test_second_derivatives_are_refused():
     [
         (lambda: functional.multi_step_if(torch.zeros(0, 3)), InputError, "T >= 1"),
         (lambda: functional.multi_step_if(torch.tensor(1.0)), InputError, "T >= 1"),
-        (lambda: functional.multi_step_if(torch.zeros(2, 3, dtype=torch.long)), InputError, r"x_seq\.float\(\)"),
+        (
+            lambda: functional.multi_step_if(torch.zeros(2, 3, dtype=torch.long)),
+            InputError,
+            r"x_seq\.float\(\)",
+        ),
         (lambda: functional.multi_step_if(torch.zeros(2, 3), torch.zeros(4)), InputError, r"\[4\].*\[3\]"),
         (lambda: functional.multi_step_lif(torch.zeros(2, 3), tau=0.0), ConfigurationError, "tau"),
         (lambda: functional.multi_step_plif(torch.zeros(2, 3), torch.zeros(3)), InputError, "no dimension"),

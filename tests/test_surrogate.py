@@ -26,7 +26,9 @@ def test_derivative_is_the_frameworks(function):
     u = torch.linspace(-3, 3, 1001, dtype=torch.float64, requires_grad=True)
     function(u).sum().backward()
     row = known_surrogate(function)
-    torch.testing.assert_close(derivative(u.detach().clone(), row.name, row.parameters), u.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        derivative(u.detach().clone(), row.name, row.parameters), u.grad, rtol=1e-12, atol=1e-12
+    )
     scaled = derivative(u.detach().clone(), row.name, row.parameters, scale=0.3)
     torch.testing.assert_close(scaled, 0.3 * u.grad, rtol=1e-12, atol=1e-12)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         memory = progress.add_task("memory", total=len(METHODS), accuracy="")
         for _ in range(settings.epochs):
             for method, training in trainings.items():
-                training.epoch(lambda: progress.advance(tasks[method]))
+                training.epoch(partial(progress.advance, tasks[method]))
                 progress.update(tasks[method], accuracy=f"{training.result.accuracy[-1]:.1%}")
         lengths = sorted({*settings.memory_time_steps, settings.time_steps})
         for method, training in trainings.items():

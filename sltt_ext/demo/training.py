@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def bptt_step(net: nn.Module, time_steps: int) -> Step:
     def step(x: Tensor, target: Tensor) -> Tensor:
         losses = [F.cross_entropy(net(x), target) for _ in range(time_steps)]
         loss = torch.stack(losses).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         functional.reset_net(net)
         return loss.detach()
 
@@ -162,12 +163,14 @@ def batches_per_epoch(settings: DemoSettings, data: Digits) -> int:
     return -(-len(data.train_labels) // settings.batch_size)
 
 
-def peak_bytes(method: str, settings: DemoSettings, data: Digits, time_steps: Sequence[int]) -> dict[int, int]:
+def peak_bytes(
+    method: str, settings: DemoSettings, data: Digits, time_steps: Sequence[int]
+) -> dict[int, int]:
     """Peak activation bytes of one training iteration, for each number of time steps."""
     x, target = data.train_images[: settings.batch_size], data.train_labels[: settings.batch_size]
     peaks = {}
     for steps in time_steps:
         net = network(settings.channels).to(settings.device)
         step = method_step(method, net, steps)
-        peaks[steps] = peak_activation_bytes(lambda: step(x, target), net)
+        peaks[steps] = peak_activation_bytes(partial(step, x, target), net)
     return peaks

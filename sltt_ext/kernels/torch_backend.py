@@ -159,13 +159,13 @@ def _charge(
             slope.copy_(drive)
         if tau is not None:
             torch.addcdiv(v, drive, tau, out=h)
-        else:
+        elif decay is not None:
             torch.add(v, drive.mul_(decay), out=h)
         return
     if slope is not None:
         torch.neg(leak, out=slope)
     if tau is not None:
         torch.div(leak, tau, out=h)
-    else:
+    elif decay is not None:
         torch.mul(leak, decay, out=h)
     torch.sub(v, h, out=h).add_(x)

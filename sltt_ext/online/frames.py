@@ -27,7 +27,9 @@ def frames(x: Any, time_steps: int, time_dim: int | None, multi_step: bool) -> F
     if isinstance(x, Tensor):
         return _tensor_frames(x, time_steps, time_dim, multi_step)
     if time_dim is not None:
-        raise InputError(f"time_dim={time_dim} needs a tensor, got {type(x).__name__}: leave time_dim out for frames")
+        raise InputError(
+            f"time_dim={time_dim} needs a tensor, got {type(x).__name__}: leave time_dim out for frames"
+        )
     if not isinstance(x, Iterable):
         raise InputError(f"x must be a tensor or an iterable of frames, got {type(x).__name__}")
     if isinstance(x, Sized) and len(x) != time_steps:
@@ -37,11 +39,15 @@ def frames(x: Any, time_steps: int, time_dim: int | None, multi_step: bool) -> F
 
 def _tensor_frames(x: Tensor, time_steps: int, time_dim: int | None, multi_step: bool) -> Frames:
     if x.dim() == 0 or 0 in x.shape:
-        raise InputError(f"x is empty: shape {list(x.shape)}; skip empty batches (drop_last=True in the DataLoader)")
+        raise InputError(
+            f"x is empty: shape {list(x.shape)}; skip empty batches (drop_last=True in the DataLoader)"
+        )
     if time_dim is None:
         return lambda start, stop: x.unsqueeze(0).expand(stop - start, *x.shape) if multi_step else x
     if time_dim not in (0, 1) or x.dim() <= time_dim:
-        raise InputError(f"time_dim must be 0 ([T, N, ...]) or 1 ([N, T, ...]), got {time_dim} for {list(x.shape)}")
+        raise InputError(
+            f"time_dim must be 0 ([T, N, ...]) or 1 ([N, T, ...]), got {time_dim} for {list(x.shape)}"
+        )
     if x.shape[time_dim] != time_steps:
         raise InputError(
             f"x of shape {list(x.shape)} has {x.shape[time_dim]} steps along time_dim={time_dim}, "
@@ -57,7 +63,9 @@ def _stream_frames(x: Iterable[Any], time_steps: int, multi_step: bool) -> Frame
     def take(start: int, stop: int) -> Any:
         got = list(islice(stream, stop - start))
         if len(got) < stop - start:
-            raise InputError(f"x ended after {start + len(got)} frames, the trainer was made for time_steps={time_steps}")
+            raise InputError(
+                f"x ended after {start + len(got)} frames, the trainer was made for time_steps={time_steps}"
+            )
         for frame in got:
             if isinstance(frame, Tensor) and (frame.dim() == 0 or 0 in frame.shape):
                 raise InputError(f"x has an empty frame at step {start}: shape {list(frame.shape)}")

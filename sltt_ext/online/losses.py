@@ -48,5 +48,5 @@ class CrossEntropyMSELoss(nn.Module):
             pull = output.new_full((), self.mse_target).expand_as(output)
         return (1 - self.mse_weight) * cross_entropy + self.mse_weight * F.mse_loss(output, pull)
 
-    def extra_repr(self) -> str:
+    def extra_repr(self) -> str:  # noqa: D102
         return f"mse_weight={self.mse_weight}, mse_target={self.mse_target!r}"

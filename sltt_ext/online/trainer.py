@@ -177,7 +177,9 @@ class OnlineTrainer:
 
     def _neurons(self) -> tuple[list[SLTTNeuron], bool]:
         """The network's neurons, and whether the network takes sequences."""
-        neurons = [module for module in self.net.modules() if isinstance(module, SLTTNeuron)]
+        neurons: list[SLTTNeuron] = [
+            module for module in self.net.modules() if isinstance(module, SLTTNeuron)
+        ]
         if not neurons:
             raise SLTTError(f"{type(self.net).__name__} is not converted: call sltt_ext.convert(net) first")
         multi_step = any(neuron.multi_step for neuron in neurons)
@@ -216,7 +218,9 @@ class OnlineTrainer:
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise LossError(f"loss_fn must return a scalar tensor, got {got}: reduce it, e.g. with .mean()")
+                raise LossError(
+                    f"loss_fn must return a scalar tensor, got {got}: reduce it, e.g. with .mean()"
+                )
         total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         if not total.requires_grad:
             raise LossError(
@@ -227,7 +231,7 @@ class OnlineTrainer:
 
     def _backward(self, loss: Tensor) -> None:
         if self.backward is None:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         else:
             self.backward(loss)
 

@@ -14,7 +14,8 @@ from spikingjelly.activation_based import base, neuron
 from torch import Tensor, nn
 
 from sltt_ext import functional
-from sltt_ext.conversion import Refusal, register_adapter
+from sltt_ext.conversion import register_adapter
+from sltt_ext.errors import UnsupportedModuleError
 from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant
 from sltt_ext.spikingjelly.surrogates import known_surrogate
 from sltt_ext.surrogate import Surrogate
@@ -189,7 +190,9 @@ def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
 @register_adapter(base.MemoryModule)
 def _stepwise(module: nn.Module) -> type[SLTTNeuron]:
     if "s" not in cast(base.MemoryModule, module).supported_step_mode():
-        raise Refusal("runs whole sequences only (step mode 'm'); SLTT needs a step-by-step form, step mode 's'")
+        raise UnsupportedModuleError(
+            "runs whole sequences only (step mode 'm'); SLTT needs a step-by-step form, step mode 's'"
+        )
     return adapter_subclass(StepwiseNode, type(module))
 
 

@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from torch import nn
 
-from sltt_ext.conversion import Refusal, register_adapter
+from sltt_ext.conversion import register_adapter
+from sltt_ext.errors import UnsupportedModuleError
 
 _STEP_BY_STEP = "use a neuron that runs step by step, such as LIFNode or ParametricLIFNode"
 
@@ -38,7 +39,7 @@ _REASONS = {
 def _refuse(reason: str, *classes: type[nn.Module]) -> None:
     @register_adapter(*classes)
     def rule(module: nn.Module) -> NoReturn:
-        raise Refusal(reason)
+        raise UnsupportedModuleError(reason)
 
 
 for _room, _reasons in _REASONS.items():

@@ -1,0 +1,48 @@
+"""Checks in environments of their own; `nox -l` lists them."""
+
+import nox
+
+nox.options.sessions = ["wheel", "oldest"]
+nox.options.reuse_existing_virtualenvs = True
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The wheel installs and imports in an environment with torch alone."""
+    dist = session.create_tmp()
+    session.install("build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", dist, silent=True)
+    session.install("-c", "constraints.txt", "torch")
+    session.install("--no-deps", "--force-reinstall", *[str(path) for path in _wheels(dist)])
+    session.cd(dist)
+    session.run("python", "-c", CONVERT_NOTHING)
+    session.run("sltt", "--version")
+    session.run("sltt", "demo", success_codes=[1])
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The test suite with the oldest supported torch."""
+    session.install("torch==2.6.0", "torchvision==0.21.0", "spikingjelly==2.0.0", "numpy<2.3")
+    session.install("scikit-learn", "matplotlib", "rich", "hypothesis", "pytest", "pytest-xdist")
+    session.install("--no-deps", "-e", ".")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+def _wheels(folder: str) -> list[str]:
+    from pathlib import Path
+
+    return sorted(map(str, Path(folder).glob("*.whl")))
+
+
+CONVERT_NOTHING = """
+import torch, sltt_ext
+from sltt_ext.functional import multi_step_lif
+try:
+    sltt_ext.convert(torch.nn.Linear(2, 2))
+except sltt_ext.ConversionError as error:
+    print(error)
+spikes, v = multi_step_lif(torch.ones(4, 3, requires_grad=True))
+spikes.sum().backward()
+print(sltt_ext.__version__, sltt_ext.__file__)
+"""
