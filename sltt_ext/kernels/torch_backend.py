@@ -89,7 +89,8 @@ def backward(
         )
     else:
         grad_x = torch.empty_like(grad_s_seq)
-        torch.mul(grad_s_seq[:-1], derivatives, out=grad_x[:-1])
+        if derivatives.shape[0]:
+            torch.mul(grad_s_seq[:-1], derivatives, out=grad_x[:-1])
     c = decay if decay is not None and decay_input else None
     scale = _input_scale(tau, decay_input)
     last = _derivative_at(h, v_threshold, grad_x[-1], surrogate, parameters, scale)

@@ -230,10 +230,19 @@ class OnlineTrainer:
         return total
 
     def _backward(self, loss: Tensor) -> None:
-        if self.backward is None:
-            loss.backward()
-        else:
-            self.backward(loss)
+        try:
+            if self.backward is None:
+                loss.backward()
+            else:
+                self.backward(loss)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise LossError(
+                "the loss reaches back to an earlier time step: a module carries a tensor from step to step that "
+                "the conversion does not see. Register it as state (SpikingJelly: register_memory), or detach it "
+                "before the module keeps it"
+            ) from error
 
 
 class _Mean:

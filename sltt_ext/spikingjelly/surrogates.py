@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from spikingjelly.activation_based import surrogate
 
 from sltt_ext.surrogate import SURROGATES, Surrogate
@@ -32,4 +34,9 @@ def known_surrogate(function: object) -> Surrogate | None:
     parameters = tuple(getattr(function, parameter) for parameter in SURROGATES[name].parameters)
     if not all(isinstance(parameter, (int, float)) for parameter in parameters):
         return None
+    return _row(name, parameters)
+
+
+@functools.cache
+def _row(name: str, parameters: tuple[float, ...]) -> Surrogate:
     return Surrogate(name, tuple(map(float, parameters)))

@@ -357,6 +357,22 @@ def test_multi_step_network_that_averages_over_time():
         trainer(net, chunk=T).forward_backward(X, TARGET)
 
 
+def test_state_that_the_conversion_does_not_see():
+    class PlainAttribute(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.previous = 0.0
+
+        def forward(self, x):
+            self.previous = 0.5 * self.previous + x
+            return self.previous
+
+    net = networks.conv_net().append(PlainAttribute())
+    with pytest.raises(LossError, match="register_memory"):
+        trainer(net).forward_backward(X, TARGET)
+    assert oracle.gradients(net) == [None] * 6
+
+
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, torch.cuda.OutOfMemoryError])
 def test_exception_on_the_way(interrupt):
     net = networks.conv_net()
