@@ -1,7 +1,7 @@
 """Train a SpikingJelly network on scikit-learn's handwritten digits with SLTT or SLTT-K.
 
-    python examples/digits/train.py            SLTT
-    python examples/digits/train.py --k 2      SLTT-K with K = 2
+python examples/digits/train.py            SLTT
+python examples/digits/train.py --k 2      SLTT-K with K = 2
 """
 
 import argparse
