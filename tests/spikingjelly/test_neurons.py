@@ -188,6 +188,24 @@ def test_loss_on_the_membrane_potential(cls, kwargs, detach_reset):
     assert oracle.relative_error(results[1], results[0]) < 1e-6
 
 
+@pytest.mark.parametrize("reset", [0.0, None, 0.25])
+def test_potential_exactly_at_the_threshold(reset):
+    original = neuron.IFNode(v_reset=reset)
+    converted = sltt_ext.convert(copy.deepcopy(original))
+    x_seq, weight = (4 * currents(5)).round() / 4, torch.rand(4, 7)
+    assert (x_seq[0] == 1.0).any()
+    results = []
+    for node in (original, converted):
+        inputs, spikes = x_seq.clone().requires_grad_(), []
+        for x in inputs:
+            spikes.append(node(x))
+            (spikes[-1].sum() + (node.v * weight).sum()).backward()
+            functional.detach_net(node)
+        results.append((torch.stack(spikes), inputs.grad))
+    assert torch.equal(results[1][0], results[0][0])
+    assert oracle.relative_error(results[1][1], results[0][1]) < 1e-6
+
+
 def test_bptt_gradient_is_different():
     """The oracle is not BPTT in disguise: the original's own gradient has temporal terms."""
     original = neuron.LIFNode()
