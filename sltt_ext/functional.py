@@ -24,7 +24,7 @@ under ``torch.compile`` and with fake tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Optional
 
 import torch
@@ -51,6 +51,7 @@ def multi_step_if(
     detach_reset: bool = False,
     surrogate: Surrogate = _DEFAULT_SURROGATE,
     backend: str = "auto",
+    single_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Integrate-and-fire neurons over a sequence.
 
@@ -63,6 +64,7 @@ def multi_step_if(
         detach_reset: Leave the reset out of the final state's gradient.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"`` or ``"torch"``.
+        single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
 
     Returns:
         Spikes ``[T, N, ...]`` in the dtype of ``x_seq``, and the final membrane potential ``[N, ...]``,
@@ -77,7 +79,9 @@ def multi_step_if(
     >>> spikes.flatten().tolist(), round(v.item(), 2)
     ([0.0, 1.0, 0.0], 0.6)
     """
-    return _multi_step(x_seq, v, None, None, False, v_threshold, v_reset, detach_reset, surrogate, backend)
+    return _run(
+        x_seq, v, None, None, False, v_threshold, v_reset, detach_reset, surrogate, backend, single_step
+    )
 
 
 def multi_step_lif(
@@ -91,6 +95,7 @@ def multi_step_lif(
     detach_reset: bool = False,
     surrogate: Surrogate = _DEFAULT_SURROGATE,
     backend: str = "auto",
+    single_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Leaky integrate-and-fire neurons over a sequence; see :func:`multi_step_if` for what they share.
 
@@ -104,6 +109,7 @@ def multi_step_lif(
         detach_reset: Leave the reset out of the final state's gradient.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"`` or ``"torch"``.
+        single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
 
     Returns:
         Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
@@ -124,9 +130,10 @@ def multi_step_lif(
     """
     if not tau > 0:
         raise ConfigurationError(f"tau must be positive, got {tau}")
-    return _multi_step(
-        x_seq, v, None, float(tau), decay_input, v_threshold, v_reset, detach_reset, surrogate, backend
-    )
+    return _run(
+        x_seq, v, None, float(tau), decay_input, v_threshold, v_reset, detach_reset,
+        surrogate, backend, single_step,
+    )  # fmt: skip
 
 
 def multi_step_plif(
@@ -140,6 +147,7 @@ def multi_step_plif(
     detach_reset: bool = False,
     surrogate: Surrogate = _DEFAULT_SURROGATE,
     backend: str = "auto",
+    single_step: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Parametric LIF neurons over a sequence: ``1 / tau = sigmoid(w)`` with a learnable ``w``.
 
@@ -156,6 +164,7 @@ def multi_step_plif(
         detach_reset: Leave the reset out of the final state's gradient.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"`` or ``"torch"``.
+        single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
 
     Returns:
         Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
@@ -176,12 +185,13 @@ def multi_step_plif(
             f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}"
         )
     decay = w.to(state_dtype(x_seq.dtype)).sigmoid()
-    return _multi_step(
-        x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset, surrogate, backend
-    )
+    return _run(
+        x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset,
+        surrogate, backend, single_step,
+    )  # fmt: skip
 
 
-def _multi_step(
+def _run(
     x_seq: Tensor,
     v: Tensor | float | None,
     decay: Tensor | None,
@@ -192,27 +202,35 @@ def _multi_step(
     detach_reset: bool,
     surrogate: Surrogate,
     backend: str,
+    single_step: bool,
 ) -> tuple[Tensor, Tensor]:
     check_backend(backend)
     if x_seq.dtype not in _FLOATING:
         raise InputError(f"x_seq must be floating point, got {x_seq.dtype}: convert it with x_seq.float()")
-    if x_seq.dim() < 1 or x_seq.shape[0] == 0:
+    if not single_step and (x_seq.dim() < 1 or x_seq.shape[0] == 0):
         raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
     dtype = state_dtype(x_seq.dtype)
+    shape = x_seq.shape if single_step else x_seq.shape[1:]
     if not isinstance(v, Tensor):
-        v = torch.full_like(x_seq[0], (v_reset or 0.0) if v is None else v, dtype=dtype, requires_grad=False)
-    if v.shape != x_seq.shape[1:]:
-        raise InputError(f"v has shape {list(v.shape)}, one step of x_seq has {list(x_seq.shape[1:])}")
+        rest = (v_reset or 0.0) if v is None else v
+        v = torch.full_like(x_seq if single_step else x_seq[0], rest, dtype=dtype, requires_grad=False)
+    if v.shape != shape:
+        raise InputError(f"v has shape {list(v.shape)}, one step of x_seq has {list(shape)}")
     v = v.detach().to(dtype=dtype, device=x_seq.device)
-    v_reset = None if v_reset is None else float(v_reset)
     learn_decay = decay is not None and decay.requires_grad
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
-    run: Callable[..., Any] = lif if torch.compiler.is_compiling() else _EagerLIF.apply
-    s_seq, v_next, *_ = run(
-        x_seq, v, decay, tau, decay_input, float(v_threshold), v_reset, detach_reset,
-        surrogate.name, surrogate.parameters, save, save and learn_decay,
+    arguments = (
+        v, decay, tau, decay_input, float(v_threshold), None if v_reset is None else float(v_reset),
+        detach_reset, surrogate.name, surrogate.parameters, save, save and learn_decay,
     )  # fmt: skip
-    return s_seq, v_next
+    if not torch.compiler.is_compiling():
+        outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(single_step, x_seq, *arguments)
+        return outputs
+    if not single_step:
+        s_seq, v_next, *_ = lif(x_seq, *arguments)
+        return s_seq, v_next
+    s_seq, v_next, *_ = lif(x_seq.unsqueeze(0), *arguments)
+    return s_seq.squeeze(0), v_next
 
 
 @torch.library.custom_op("sltt_ext::lif", mutates_args=())
@@ -307,12 +325,27 @@ lif.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _EagerLIF(torch.autograd.Function):
-    """The operator as it runs outside of compilation: same kernels, a fraction of the cost per call."""
+    """The operator as it runs outside of compilation: same kernels, a fraction of the cost per call.
+
+    A single step is reshaped in here, where no view costs an autograd node.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, single_step: bool, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        ctx.single_step = single_step
+        inputs = (x.unsqueeze(0) if single_step else x, *settings)
         output = torch_backend.forward(*inputs)
         _setup_context(ctx, inputs, output)
-        return output[:2]
+        s_seq, v_next, *_ = output
+        return s_seq.squeeze_(0) if single_step else s_seq, v_next
 
-    backward = staticmethod(once_differentiable(_backward))  # type: ignore[assignment]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_s, grad_v = grads
+        if ctx.single_step and grad_s is not None:
+            grad_s = grad_s.unsqueeze(0)
+        grad_x, *others = _backward(ctx, grad_s, grad_v)
+        if ctx.single_step and grad_x is not None:
+            grad_x.squeeze_(0)
+        return (None, grad_x, *others)

@@ -134,6 +134,29 @@ def test_any_memory_layout(layout):
     torch.testing.assert_close(got.grad, want.grad, rtol=1e-6, atol=1e-7)
 
 
+def test_single_step_is_a_sequence_of_one():
+    x, v, weight = torch.randn(30), torch.randn(30), torch.rand(30)
+    results = []
+    for single_step in (False, True):
+        given = (x if single_step else x.unsqueeze(0)).clone().requires_grad_()
+        s, v_next = functional.multi_step_lif(given, v, single_step=single_step)
+        ((s * weight).sum() + v_next.sum()).backward()
+        assert s.shape == given.shape
+        results.append([tensor.reshape(30) for tensor in (s, v_next, given.grad)])
+    assert all(torch.equal(*pair) for pair in zip(*results))
+
+
+def test_spikes_may_be_modified_in_place():
+    x = torch.randn(30, requires_grad=True)
+    for single_step in (True, False):
+        s, _ = functional.multi_step_lif(x if single_step else x.unsqueeze(0), single_step=single_step)
+        x.grad = None
+        s.mul_(3).sum().backward()
+        tripled, x.grad = x.grad, None
+        functional.multi_step_lif(x, single_step=True)[0].sum().backward()
+        torch.testing.assert_close(tripled, 3 * x.grad)
+
+
 def test_saves_one_tensor_per_step():
     saved = []
 
@@ -188,9 +211,10 @@ def test_eager_and_registered_operator_agree():
     assert torch.equal(x_seq.grad, eager)
 
 
-def test_compiles_without_graph_break():
+@pytest.mark.parametrize("single_step", [False, True])
+def test_compiles_without_graph_break(single_step):
     def loss(x_seq, w):
-        s_seq, v = functional.multi_step_plif(x_seq, w)
+        s_seq, v = functional.multi_step_plif(x_seq, w, single_step=single_step)
         return (s_seq * x_seq.detach()).sum() + v.sum()
 
     results = []

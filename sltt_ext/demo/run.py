@@ -157,6 +157,7 @@ def _plot(results: dict[str, MethodResult], settings: DemoSettings, path: Path) 
     lengths = list(results["BPTT"].peak_bytes)
     memory_axes.set_xticks(lengths, [str(length) for length in lengths], minor=False)
     memory_axes.minorticks_off()
+    memory_axes.yaxis.set_major_formatter("{x:g}")
     memory_axes.set_title(f"Memory of one iteration, batch of {settings.batch_size}")
     for axes in (accuracy_axes, memory_axes):
         axes.grid(alpha=0.3)

@@ -73,14 +73,14 @@ class FusedNode(StepwiseNode):
         surrogate = self._fused_surrogate(x)
         if surrogate is None:
             return super().single_step_forward(x, *args, **kwargs)
-        return self._run_fused(x.unsqueeze(0), surrogate).squeeze(0)
+        return self._run_fused(x, surrogate, single_step=True)
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x_seq)
         if surrogate is None:
             return super().multi_step_forward(x_seq, *args, **kwargs)
         self.v_seq = None
-        return self._run_fused(x_seq, surrogate)
+        return self._run_fused(x_seq, surrogate, single_step=False)
 
     def single_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
@@ -88,8 +88,8 @@ class FusedNode(StepwiseNode):
         surrogate = self._fused_surrogate(inputs[0])
         if surrogate is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)
-        s_seq, v = self._fused(inputs[0].unsqueeze(0), states[0], surrogate)
-        return (s_seq.squeeze(0),), (v, *states[1:])
+        s, v = self._fused(inputs[0], states[0], surrogate, single_step=True)
+        return (s,), (v, *states[1:])
 
     def multi_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
@@ -97,17 +97,20 @@ class FusedNode(StepwiseNode):
         surrogate = self._fused_surrogate(inputs[0])
         if surrogate is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)
-        s_seq, v = self._fused(inputs[0], states[0], surrogate)
+        s_seq, v = self._fused(inputs[0], states[0], surrogate, single_step=False)
         return (s_seq,), (v, *states[1:])
 
-    def _run_fused(self, x_seq: Tensor, surrogate: Surrogate) -> Tensor:
+    def _run_fused(self, x: Tensor, surrogate: Surrogate, single_step: bool) -> Tensor:
         v = self._memories["v"]
-        if isinstance(v, Tensor) and v.shape != x_seq.shape[1:]:
+        if isinstance(v, Tensor) and v.shape != (x.shape if single_step else x.shape[1:]):
             v = None  # as SpikingJelly does: a batch of another shape starts from rest
-        s_seq, self._memories["v"] = self._fused(x_seq, v, surrogate)
-        return s_seq
+        s, self._memories["v"] = self._fused(x, v, surrogate, single_step)
+        return s
 
-    def _fused(self, x_seq: Tensor, v: Tensor | float | None, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
+    def _fused(
+        self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes and final potential for ``x`` ``[N, ...]`` (single-step) or ``[T, N, ...]``."""
         raise NotImplementedError
 
     def _fused_surrogate(self, x: Tensor) -> Surrogate | None:
@@ -118,8 +121,10 @@ class FusedNode(StepwiseNode):
             return None
         return known_surrogate(self.surrogate_function)
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, surrogate: Surrogate, single_step: bool) -> dict[str, Any]:
         return {
+            "surrogate": surrogate,
+            "single_step": single_step,
             "v_threshold": self.v_threshold,
             "v_reset": self.v_reset,
             "detach_reset": self.detach_reset,
@@ -128,22 +133,26 @@ class FusedNode(StepwiseNode):
 
 
 class _FusedIF(FusedNode):
-    def _fused(self, x_seq: Tensor, v: Tensor | float | None, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-        return functional.multi_step_if(x_seq, v, surrogate=surrogate, **self._settings())
+    def _fused(
+        self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
+    ) -> tuple[Tensor, Tensor]:
+        return functional.multi_step_if(x, v, **self._settings(surrogate, single_step))
 
 
 class _FusedLIF(FusedNode):
-    def _fused(self, x_seq: Tensor, v: Tensor | float | None, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-        return functional.multi_step_lif(
-            x_seq, v, tau=self.tau, decay_input=self.decay_input, surrogate=surrogate, **self._settings()
-        )
+    def _fused(
+        self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
+    ) -> tuple[Tensor, Tensor]:
+        settings = self._settings(surrogate, single_step)
+        return functional.multi_step_lif(x, v, tau=self.tau, decay_input=self.decay_input, **settings)
 
 
 class _FusedParametricLIF(FusedNode):
-    def _fused(self, x_seq: Tensor, v: Tensor | float | None, surrogate: Surrogate) -> tuple[Tensor, Tensor]:
-        return functional.multi_step_plif(
-            x_seq, self.w, v, decay_input=self.decay_input, surrogate=surrogate, **self._settings()
-        )
+    def _fused(
+        self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
+    ) -> tuple[Tensor, Tensor]:
+        settings = self._settings(surrogate, single_step)
+        return functional.multi_step_plif(x, self.w, v, decay_input=self.decay_input, **settings)
 
 
 class SLTTIFNode(_FusedIF, neuron.IFNode):
