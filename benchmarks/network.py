@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.analysis import peak_activation_bytes
 
-TIMED_BATCH, TIMED_PIXELS, TIMED_STEPS, REPEATS = 4, 64, 6, 7
+TIMED_BATCH, TIMED_PIXELS, TIMED_STEPS, REPEATS = 4, 64, 6, 21
 MEMORY_BATCH, MEMORY_PIXELS, MEMORY_STEPS = 32, 224, (1, 2, 4, 6, 8, 16, 32)
 
 

@@ -4,7 +4,7 @@ import pickle
 import networks
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate
 from torch import nn
 
 import sltt_ext
@@ -126,12 +126,13 @@ def test_refusal_lists_every_module_and_changes_nothing():
         {
             "good": neuron.LIFNode(),
             "psn": neuron.PSN(T=4),
+            "lstm": rnn.SpikingLSTM(3, 3, 1),
             "block": nn.Sequential(layer.Conv2d(1, 1, 1), neuron.NonSpikingLIFNode()),
         }
     )
     with pytest.raises(ConversionError, match="nothing was converted") as caught:
         sltt_ext.convert(net)
-    assert set(caught.value.reasons) == {"psn", "block.1"}
+    assert set(caught.value.reasons) == {"psn", "lstm", "block.1"}
     assert "use a neuron that runs step by step" in str(caught.value)
     assert not sltt_ext.is_converted(net)
 

@@ -1,3 +1,4 @@
+import csv
 import re
 from pathlib import Path
 
@@ -30,3 +31,36 @@ def test_the_readme_changes_three_lines_at_most():
     diff = re.search(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
     assert 0 < sum(line.startswith("+") for line in diff.splitlines()) <= 3
     assert 0 < sum(line.startswith("-") for line in diff.splitlines()) <= 3
+
+
+def results(name):
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_figures_in_the_docs_are_the_measured_ones():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for row in results("digits"):
+        figures = [row[key] for key in ("mean_test_accuracy", "lowest_test_accuracy", "seconds_per_epoch")]
+        assert f"| {row['method']} | {' | '.join(figures)} |" in page
+    for row in results("network_time"):
+        assert f"| {row['seconds']} | {row['relative_to_bptt']} |" in page
+    for row in results("neuron"):
+        assert f"| {row['milliseconds']} |" in page
+
+
+def test_the_readmes_table_is_the_measured_one():
+    readme = (ROOT / "README.md").read_text()
+    for row in results("digits"):
+        accuracy, seconds = float(row["mean_test_accuracy"]), float(row["seconds_per_epoch"])
+        ratio, memory = float(row["time_relative_to_bptt"]), float(row["peak_activation_mb"])
+        assert f"| {row['method']} | {accuracy:.1%} | {seconds:.2f} | {ratio:.2f} | {memory:.1f} |" in readme
+
+
+def test_measured_accuracy_and_time_hold_what_is_claimed():
+    by_method = {row["method"]: row for row in results("digits")}
+    accuracy = {method: float(row["mean_test_accuracy"]) for method, row in by_method.items()}
+    assert accuracy["SLTT"] >= accuracy["BPTT"] - 0.01
+    assert accuracy["SLTT-2"] >= accuracy["BPTT"] - 0.01
+    assert accuracy["SLTT-1"] >= accuracy["BPTT"] - 0.02
+    assert float(by_method["SLTT-1"]["time_relative_to_bptt"]) <= 0.6
