@@ -57,17 +57,17 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         progress_bars.TextColumn("{task.description:8}"),
         progress_bars.BarColumn(),
         progress_bars.MofNCompleteColumn(),
-        progress_bars.TextColumn("test accuracy {task.fields[accuracy]}"),
+        progress_bars.TextColumn("{task.fields[note]}"),
         progress_bars.TimeElapsedColumn(),
     )
     with progress_bars.Progress(*columns, console=console) as progress:
         total = settings.epochs * batches_per_epoch(settings, data)
-        tasks = {method: progress.add_task(method, total=total, accuracy="-") for method in METHODS}
-        memory = progress.add_task("memory", total=len(METHODS), accuracy="")
+        tasks = {method: progress.add_task(method, total=total, note="") for method in METHODS}
+        memory = progress.add_task("memory", total=len(METHODS), note="")
         for _ in range(settings.epochs):
             for method, training in trainings.items():
                 training.epoch(partial(progress.advance, tasks[method]))
-                progress.update(tasks[method], accuracy=f"{training.result.accuracy[-1]:.1%}")
+                progress.update(tasks[method], note=f"test accuracy {training.result.accuracy[-1]:.1%}")
         lengths = sorted({*settings.memory_time_steps, settings.time_steps})
         for method, training in trainings.items():
             training.result.peak_bytes = peak_bytes(method, settings, data, lengths)
