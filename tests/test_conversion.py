@@ -121,18 +121,27 @@ def test_what_is_no_module():
         sltt_ext.convert(lambda x: x)
 
 
+class OverridesForward(neuron.LIFNode):
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
 def test_refusal_lists_every_module_and_changes_nothing():
     net = nn.ModuleDict(
         {
             "good": neuron.LIFNode(),
             "psn": neuron.PSN(T=4),
-            "lstm": rnn.SpikingLSTM(3, 3, 1),
+            "raf": neuron.RAFNode(),
+            "glif": neuron.GatedLIFNode(T=4),
+            "delay": layer.Delay(1),
+            "cell": rnn.SpikingLSTMCell(3, 3),
+            "own": OverridesForward(),
             "block": nn.Sequential(layer.Conv2d(1, 1, 1), neuron.NonSpikingLIFNode()),
         }
     )
     with pytest.raises(ConversionError, match="nothing was converted") as caught:
         sltt_ext.convert(net)
-    assert set(caught.value.reasons) == {"psn", "lstm", "block.1"}
+    assert set(caught.value.reasons) == {"psn", "raf", "glif", "delay", "cell", "own", "block.1"}
     assert "use a neuron that runs step by step" in str(caught.value)
     assert not sltt_ext.is_converted(net)
 

@@ -198,11 +198,26 @@ def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
 
 @register_adapter(base.MemoryModule)
 def _stepwise(module: nn.Module) -> type[SLTTNeuron]:
-    if "s" not in cast(base.MemoryModule, module).supported_step_mode():
+    cls = type(module)
+    if cls.forward is not base.MemoryModule.forward:
+        raise UnsupportedModuleError(
+            "overrides forward, past which its state cannot be held constant; compute the step in "
+            "single_step_forward or single_step_functional_forward instead"
+        )
+    if "s" not in cast(base.MemoryModule, module).supported_step_mode() or not _has_step(cls):
         raise UnsupportedModuleError(
             "runs whole sequences only (step mode 'm'); SLTT needs a step-by-step form, step mode 's'"
         )
-    return adapter_subclass(StepwiseNode, type(module))
+    return adapter_subclass(StepwiseNode, cls)
+
+
+def _has_step(cls: type[nn.Module]) -> bool:
+    """Whether a class says how to compute one step, not only inherits the framework's frame for it."""
+    frames = (base.MemoryModule, neuron.BaseNode)
+    return any(
+        all(getattr(cls, name) is not getattr(frame, name) for frame in frames)
+        for name in ("single_step_forward", "single_step_functional_forward")
+    )
 
 
 def _same_dynamics(cls: type[nn.Module], original: type[nn.Module]) -> bool:

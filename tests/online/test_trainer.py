@@ -297,6 +297,7 @@ def stops_after(frames):
 X, TARGET = networks.images()
 BAD_CALLS = {
     "too few frames": ({}, lambda: sequence(4).unbind(), TARGET, InputError, "4 frames.*time_steps=6"),
+    "too many frames": ({}, lambda: sequence(8).unbind(), TARGET, InputError, "8 frames.*time_steps=6"),
     "too long a sequence": ({"time_dim": 0}, lambda: sequence(8), TARGET, InputError, "8 steps along time_dim=0"),
     "stream that ends": ({}, lambda: stops_after(4), TARGET, InputError, "ended after 4 frames"),
     "empty batch": ({}, lambda: X[:0], TARGET[:0], InputError, "drop_last=True"),
