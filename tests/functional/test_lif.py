@@ -193,12 +193,12 @@ def test_opcheck(kind, time_steps):
         decay = torch.tensor(0.4, requires_grad=True)
     x_seq = torch.randn(time_steps, 4, requires_grad=True)
     arguments = (x_seq, torch.randn(4), decay, *rest, True, decay is not None)
-    torch.library.opcheck(functional.lif, arguments)
+    torch.library.opcheck(torch.ops.sltt_ext.lif.default, arguments)
     with torch.no_grad():
-        _, v, *saved = functional.lif(*arguments)
+        _, v, *saved = torch.ops.sltt_ext.lif(*arguments)
         constant_decay = None if decay is None else decay.detach()
         backward = (torch.randn(time_steps, 4), torch.randn_like(v), *saved, constant_decay, *rest)
-    torch.library.opcheck(functional.lif_backward, backward)
+    torch.library.opcheck(torch.ops.sltt_ext.lif_backward.default, backward)
 
 
 def test_eager_and_registered_operator_agree():

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.kernels import check_backend, torch_backend
+from sltt_ext.kernels import check_backend, torch_lif
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import Surrogate
 
@@ -248,8 +248,8 @@ def lif(
     save: bool,
     save_slope: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward operator; see :func:`sltt_ext.kernels.torch_backend.forward`."""
-    return torch_backend.forward(
+    """The forward operator; see :func:`sltt_ext.kernels.torch_lif.forward`."""
+    return torch_lif.forward(
         x_seq, v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
         surrogate, parameters, save, save_slope,
     )  # fmt: skip
@@ -285,8 +285,8 @@ def lif_backward(
     surrogate: str,
     parameters: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """The backward operator; see :func:`sltt_ext.kernels.torch_backend.backward`."""
-    return torch_backend.backward(
+    """The backward operator; see :func:`sltt_ext.kernels.torch_lif.backward`."""
+    return torch_lif.backward(
         grad_s_seq, grad_v, derivatives, h, slopes, decay, tau, decay_input,
         v_threshold, v_reset, detach_reset, surrogate, parameters,
     )  # fmt: skip
@@ -316,7 +316,7 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
     derivatives, h, slopes, decay = ctx.saved_tensors
     grad_x = grad_decay = None
     if grad_s_seq is not None or grad_v is not None:
-        run = lif_backward if torch.compiler.is_compiling() else torch_backend.backward
+        run = lif_backward if torch.compiler.is_compiling() else torch_lif.backward
         grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, *ctx.settings)
     return (grad_x, None, grad_decay if slopes.numel() else None, *[None] * 9)
 
@@ -334,7 +334,7 @@ class _EagerLIF(torch.autograd.Function):
     def forward(ctx: Any, single_step: bool, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
         ctx.single_step = single_step
         inputs = (x.unsqueeze(0) if single_step else x, *settings)
-        output = torch_backend.forward(*inputs)
+        output = torch_lif.forward(*inputs)
         _setup_context(ctx, inputs, output)
         s_seq, v_next, *_ = output
         return s_seq.squeeze_(0) if single_step else s_seq, v_next
