@@ -26,7 +26,10 @@ Rule = Callable[[nn.Module], type[SLTTNeuron]]
 
 _RULES: dict[type[nn.Module], Rule] = {}
 
-_FRAMEWORKS = {"spikingjelly.activation_based": "sltt_ext.spikingjelly"}
+_FRAMEWORKS = {
+    "spikingjelly.activation_based": "sltt_ext.spikingjelly",
+    "snntorch": "sltt_ext.snntorch",
+}
 
 
 def register_adapter(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
@@ -52,7 +55,7 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
     Converting a converted network again is harmless.
 
     Args:
-        net: A network with SpikingJelly neurons, or one neuron.
+        net: A network with SpikingJelly or snnTorch neurons, or one neuron.
         backend: What the fused neurons run on: ``"auto"`` (the fastest there is) or ``"torch"``.
 
     Returns:
@@ -82,8 +85,9 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
     if not adapters:
         raise ConversionError(
             f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of "
-            "SpikingJelly (spikingjelly.activation_based); a neuron of your own has to be a subclass of its "
-            "BaseNode, or needs a rule given with sltt_ext.conversion.register_adapter."
+            "SpikingJelly (spikingjelly.activation_based) and of snnTorch; a neuron of your own has to be a "
+            "subclass of SpikingJelly's BaseNode or snnTorch's SpikingNeuron, or needs a rule given with "
+            "sltt_ext.conversion.register_adapter."
         )
     for module, adapter in adapters:
         module.__class__ = adapter  # type: ignore[assignment]

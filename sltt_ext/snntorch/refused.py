@@ -1,0 +1,31 @@
+"""snnTorch modules that SLTT cannot train: they compute all time steps in one call and carry no state."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import snntorch
+from torch import nn
+
+from sltt_ext.conversion import register_adapter
+from sltt_ext.errors import UnsupportedModuleError
+
+_STEP_BY_STEP = "use a neuron that runs step by step, such as Leaky or RLeaky, or train with BPTT"
+
+_REASONS = {
+    "StateLeaky": f"convolves its input over time with a decaying kernel; {_STEP_BY_STEP}",
+    "LinearLeaky": f"convolves its input over time with a decaying kernel; {_STEP_BY_STEP}",
+    "LeakyParallel": f"runs a whole sequence through an RNN in one call; {_STEP_BY_STEP}",
+    "AssociativeLeaky": f"computes an associative memory over all time steps at once; {_STEP_BY_STEP}",
+}
+
+
+def _refuse(reason: str, cls: type[nn.Module]) -> None:
+    @register_adapter(cls)
+    def rule(module: nn.Module) -> NoReturn:
+        raise UnsupportedModuleError(reason)
+
+
+for _name, _reason in _REASONS.items():
+    if hasattr(snntorch, _name):  # snnTorch 0.9 has fewer
+        _refuse(_reason, getattr(snntorch, _name))
