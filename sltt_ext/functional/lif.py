@@ -215,7 +215,10 @@ def _run(
         rest = (v_reset or 0.0) if v is None else v
         v = torch.full_like(x_seq if single_step else x_seq[0], rest, dtype=dtype, requires_grad=False)
     if v.shape != shape:
-        raise InputError(f"v has shape {list(v.shape)}, one step of x_seq has {list(shape)}")
+        raise InputError(
+            f"v has shape {list(v.shape)}, one step of x_seq has {list(shape)}: reset the network between batches "
+            "of different shape"
+        )
     v = v.detach().to(dtype=dtype, device=x_seq.device)
     learn_decay = decay is not None and decay.requires_grad
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
