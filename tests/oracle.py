@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, functional
@@ -9,16 +10,56 @@ from torch import Tensor, nn
 
 
 def detach_memories(net: nn.Module) -> None:
-    """SpikingJelly's detach, for modules too where its in-place form fails on views."""
+    """SpikingJelly's detach, for modules too where its in-place form fails: views, and lists of tensors."""
     for module in net.modules():
         if isinstance(module, base.MemoryModule):
             for name, value in module._memories.items():
                 if isinstance(value, Tensor):
                     module._memories[name] = value.detach()
+                elif isinstance(value, list):
+                    module._memories[name] = [element.detach() for element in value]
 
 
 def gradients(net: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in net.parameters()]
+    """The gradients of all parameters; zeros where nothing has reached one."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters()]
+
+
+def first(output: Any) -> Tensor:
+    """The output itself, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def run(module: nn.Module, x_seq: Tensor, step_mode: str) -> Tensor:
+    """A module's output over a sequence, in one call or step by step."""
+    module.step_mode = step_mode
+    if step_mode == "m":
+        return first(module(x_seq))
+    return torch.stack([first(module(x)) for x in x_seq])
+
+
+def module_gradients(
+    module: nn.Module, x_seq: Tensor, weight: Tensor, step_mode: str, detach: bool = False
+) -> list[Tensor]:
+    """Gradients of input and parameters for a loss that weights the output of each step; one backward per step in 's'."""
+    x_seq = x_seq.clone().requires_grad_()
+    module.zero_grad()
+    module.reset()
+    module.step_mode = step_mode
+    if step_mode == "m":
+        _backward((first(module(x_seq)) * weight).sum())
+    else:
+        for x, step_weight in zip(x_seq, weight, strict=True):
+            _backward((first(module(x)) * step_weight).sum())
+            if detach:
+                detach_memories(module)
+    grad = torch.zeros_like(x_seq) if x_seq.grad is None else x_seq.grad
+    return [grad, *gradients(module)]
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # a module may pass on nothing of its own step
+        loss.backward()
 
 
 def sltt_gradients(
