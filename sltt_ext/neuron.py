@@ -2,7 +2,7 @@
 
 SLTT keeps a neuron's forward pass and drops the temporal part of its gradient: the state that
 enters time step t is a constant (Meng et al. 2023, Sec. 4.1). All that `sltt_ext.online` relies on
-is in :class:`SLTTNeuron`; all that two adapters share is in this file.
+is in :class:`StatefulModule`; all that two adapters share is in this file.
 """
 
 from __future__ import annotations
@@ -13,28 +13,18 @@ import torch
 from torch import Tensor, nn
 
 
-class SLTTNeuron:
-    """Mixin of every converted stateful module.
-
-    An adapter is a subclass of both this class and the framework's own class, so that a neuron is
-    converted in place by setting its ``__class__``.
+class StatefulModule:
+    """What the time loop knows of a module that carries state, or of a network in which modules do.
 
     Attributes:
-        original: The class the adapter stands in for.
-        caveat: What a user has to know of SLTT's gradient through it; `convert` says it in a warning.
         whole_sequence: The module needs all T steps in one call; it cannot be given them in parts.
-        sltt_backend: What its fused operator runs on.
     """
 
-    original: ClassVar[type[nn.Module]]
-    caveat: ClassVar[str] = ""
-    whole_sequence: ClassVar[bool] = False
-    sltt_backend: str = "auto"
-    _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
+    whole_sequence: bool = False
 
     @property
     def multi_step(self) -> bool:
-        """Whether the neuron takes whole sequences ``[T, N, ...]`` rather than one step ``[N, ...]``."""
+        """Whether the module takes whole sequences ``[T, N, ...]`` rather than one step ``[N, ...]``."""
         raise NotImplementedError
 
     def reset_state(self) -> None:
@@ -44,6 +34,24 @@ class SLTTNeuron:
     def detach_state(self) -> None:
         """Make the carried state a constant, and so let go of the graph that computed it."""
         raise NotImplementedError
+
+
+class SLTTNeuron(StatefulModule):
+    """Mixin of every converted stateful module.
+
+    An adapter is a subclass of both this class and the framework's own class, so that a neuron is
+    converted in place by setting its ``__class__``.
+
+    Attributes:
+        original: The class the adapter stands in for.
+        caveat: What a user has to know of SLTT's gradient through it; `convert` says it in a warning.
+        sltt_backend: What its fused operator runs on.
+    """
+
+    original: ClassVar[type[nn.Module]]
+    caveat: ClassVar[str] = ""
+    sltt_backend: str = "auto"
+    _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deep-copy a class made at run time by what it was made from: it has no importable name."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError, LossError, SLTTError
-from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.frames import frames
 from sltt_ext.online.schedule import Schedule, random_steps, runs, selected_steps
 
@@ -63,8 +63,8 @@ class OnlineTrainer:
         generator: Source of the random steps; None is torch's default generator.
         time_dim: None shows the same ``x`` ``[N, ...]`` at every step; 0 or 1 is the axis of time in
             ``x`` ``[T, N, ...]`` or ``[N, T, ...]``. Any other iterable is a stream of T frames.
-        output: What the loss reads of the network's return value: None takes the tensor itself or the
-            first of a tuple, ``"membrane"`` the last of a tuple, a function anything else.
+        output: What the loss reads of the network's return value: None or ``"spike"`` takes the tensor
+            itself or the first of a tuple, ``"membrane"`` the last of a tuple, a function anything else.
         full_output: False stops after the last back-propagated step (same gradient, less time);
             ``result.output`` is then the mean over fewer steps.
         backward: How a loss is back-propagated; default ``loss.backward()``. For mixed precision
@@ -101,8 +101,10 @@ class OnlineTrainer:
             raise ConfigurationError(f"scale must be 'mean' or 'paper', got {scale!r}")
         if time_dim not in (None, 0, 1):
             raise ConfigurationError(f"time_dim must be None, 0 or 1, got {time_dim!r}")
-        if isinstance(output, str) and output != "membrane":
-            raise ConfigurationError(f"output must be None, 'membrane' or a function, got {output!r}")
+        if isinstance(output, str) and output not in ("spike", "membrane"):
+            raise ConfigurationError(
+                f"output must be None, 'spike', 'membrane' or a function, got {output!r}"
+            )
         self.net = net
         self.loss_fn = loss_fn
         self.time_steps = time_steps
@@ -175,18 +177,19 @@ class OnlineTrainer:
             mean.add(self._step(take(start, stop), stop - start, multi_step))
         return mean.value()
 
-    def _neurons(self) -> tuple[list[SLTTNeuron], bool]:
+    def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""
-        neurons: list[SLTTNeuron] = [
-            module for module in self.net.modules() if isinstance(module, SLTTNeuron)
+        neurons: list[StatefulModule] = [
+            module for module in self.net.modules() if isinstance(module, StatefulModule)
         ]
-        if not neurons:
+        if not any(isinstance(neuron, SLTTNeuron) for neuron in neurons):
             raise SLTTError(f"{type(self.net).__name__} is not converted: call sltt_ext.convert(net) first")
         multi_step = any(neuron.multi_step for neuron in neurons)
         if self.chunk > 1 and not multi_step:
             raise ConfigurationError(
                 f"chunk={self.chunk} needs a multi-step network, and this one takes single steps: use chunk=1, or "
-                "set the network to multi-step mode (SpikingJelly: functional.set_step_mode(net, 'm'))"
+                "set the network to multi-step mode (SpikingJelly: functional.set_step_mode(net, 'm'); snnTorch: "
+                "sltt_ext.snntorch.MultiStep(net))"
             )
         if self.chunk < self.time_steps or self.schedule is not None:
             for neuron in neurons:
@@ -270,7 +273,7 @@ class _Mean:
 
 
 @contextmanager
-def _all_or_nothing(net: nn.Module, neurons: list[SLTTNeuron]) -> Iterator[None]:
+def _all_or_nothing(net: nn.Module, neurons: list[StatefulModule]) -> Iterator[None]:
     """Put gradients and state back if anything goes wrong; out-of-memory and Ctrl-C included."""
     before = [
         (parameter, None if parameter.grad is None else parameter.grad.clone())
@@ -289,7 +292,7 @@ def _all_or_nothing(net: nn.Module, neurons: list[SLTTNeuron]) -> Iterator[None]
         raise
 
 
-def _reset(neurons: list[SLTTNeuron]) -> None:
+def _reset(neurons: list[StatefulModule]) -> None:
     for neuron in neurons:
         neuron.reset_state()
 

@@ -48,7 +48,7 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
     def detach_state(self) -> None:
         self._buffers.update({name: constant(self._buffers[name]) for name in _computed(self._buffers)})
         own = {name: value for name, value in vars(self).items() if name not in _OF_EVERY_MODULE}
-        vars(self).update({name: constant(own[name]) for name in _computed(own)})
+        self.__dict__.update({name: constant(own[name]) for name in _computed(own)})
 
     def forward(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
         if self.sltt_time_steps is None:

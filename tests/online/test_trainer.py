@@ -264,7 +264,7 @@ CONFIGURATION = {
     "chunk=2": ({"chunk": 2}, r"chunk=2 needs a multi-step network.*set_step_mode\(net, 'm'\)"),
     "scale": ({"scale": "sum"}, "scale must be 'mean' or 'paper'"),
     "time_dim": ({"time_dim": 2}, "time_dim must be None, 0 or 1"),
-    "output": ({"output": "spikes"}, "output must be None, 'membrane' or a function"),
+    "output": ({"output": "spikes"}, "output must be None, 'spike', 'membrane' or a function"),
     "k and schedule": ({"k": 1, "schedule": lambda *_: [0]}, "not both"),
 }
 

@@ -1,0 +1,151 @@
+"""Whole sequences through a snnTorch network, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils._pytree import tree_map
+
+from sltt_ext.errors import ConfigurationError, InputError, SLTTError
+from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.snntorch.neurons import StepwiseNeuron
+
+__all__ = ["MultiStep"]
+
+
+class MultiStep(StatefulModule, nn.Module):
+    """Runs a converted network over ``[T, N, ...]`` in one call, layer by layer.
+
+    Time is folded into the batch: the network's own ``forward`` sees ``[T * N, ...]``, so that every
+    stateless layer takes all steps at once, and each neuron unfolds time, Leaky through the fused operator,
+    any other one step after the other. Outputs, states and gradients are those of a loop that calls the
+    network T times. Normalisation that reads batch statistics runs step by step, as in that loop; a
+    ``BatchNormTT`` list in the network is a layer whose t-th norm takes step t. Dropout draws other random
+    numbers than the loop does.
+
+    The neurons have to keep their state (``init_hidden=True``), and ``forward`` has to treat the samples of
+    a batch alike and keep the batch in front (``x.flatten(1)``, not ``x.view(batch_size, -1)``).
+
+    In an `OnlineTrainer`, ``chunk`` is how many steps go through the network in one call.
+
+    Args:
+        net: A converted network.
+
+    Raises:
+        SLTTError: If ``net`` is not converted.
+        ConfigurationError: If ``net`` has stateful modules of another framework.
+
+    >>> import sltt_ext, snntorch, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
+    >>> multi_step = MultiStep(sltt_ext.convert(net))
+    >>> multi_step(torch.rand(25, 8, 4)).shape
+    torch.Size([25, 8, 2])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        neurons = [module for module in net.modules() if isinstance(module, SLTTNeuron)]
+        if not neurons:
+            raise SLTTError(f"{type(net).__name__} is not converted: call sltt_ext.convert(net) first")
+        others = {type(module).__name__ for module in neurons if not isinstance(module, StepwiseNeuron)}
+        if others:
+            raise ConfigurationError(
+                f"MultiStep runs snnTorch's neurons only, and the network has {', '.join(sorted(others))}: "
+                "call it step by step"
+            )
+        self.net = net
+
+    @property
+    def multi_step(self) -> bool:
+        return True
+
+    @property
+    def whole_sequence(self) -> bool:  # type: ignore[override]
+        """A ``BatchNormTT`` list knows the steps of a sequence by their place in the call."""
+        return any(map(_is_batch_norm_through_time, self.net.modules()))
+
+    def reset_state(self) -> None:
+        """The neurons in the network carry the state, and are reset themselves."""
+
+    def detach_state(self) -> None:
+        """The neurons in the network carry the state, and are detached themselves."""
+
+    def forward(self, x_seq: Tensor) -> Any:
+        """What the network returns for every step of ``x_seq`` ``[T, N, ...]``, each tensor ``[T, N, ...]``.
+
+        Raises:
+            InputError: If ``x_seq`` is no sequence, has another number of steps than a ``BatchNormTT`` list,
+                or the network returns a tensor that does not have the batch in front.
+            ConfigurationError: If a neuron is passed its state.
+        """
+        if x_seq.dim() < 2 or x_seq.shape[0] == 0:
+            raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
+        time_steps, batch = x_seq.shape[:2]
+
+        def unfolded(output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return output
+            if output.dim() == 0 or output.shape[0] != time_steps * batch:
+                raise InputError(
+                    f"the network returned shape {list(output.shape)} for {time_steps} steps of {batch} samples, "
+                    f"folded to a batch of {time_steps * batch}: its forward has to keep the batch in front"
+                )
+            return output.unflatten(0, (time_steps, batch))
+
+        with _unfolding(self.net, time_steps):
+            return tree_map(unfolded, self.net(x_seq.flatten(0, 1)))
+
+
+@contextmanager
+def _unfolding(net: nn.Module, time_steps: int) -> Iterator[None]:
+    """Let the modules of ``net`` that tell time steps apart unfold them from the batch."""
+    with ExitStack() as stack:
+        for module in net.modules():
+            if isinstance(module, StepwiseNeuron):
+                stack.enter_context(_attribute(module, "sltt_time_steps", time_steps))
+            elif _is_batch_norm_through_time(module):
+                forward = partial(_norm_through_time, module, time_steps)
+                stack.enter_context(_attribute(module, "forward", forward))
+            elif isinstance(module, _NormBase) and (module.training or module.running_mean is None):
+                forward = partial(_step_by_step, module.forward, time_steps)
+                stack.enter_context(_attribute(module, "forward", forward))
+        yield
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give a module's own attribute a value for a while."""
+    own = vars(module)
+    before = {name: own[name]} if name in own else {}
+    own[name] = value
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)
+
+
+def _step_by_step(forward: Callable[[Tensor], Tensor], time_steps: int, x: Tensor) -> Tensor:
+    return torch.cat([forward(x_t) for x_t in x.unflatten(0, (time_steps, -1))])
+
+
+def _norm_through_time(norms: Any, time_steps: int, x: Tensor) -> Tensor:
+    if len(norms) != time_steps:
+        raise InputError(
+            f"a BatchNormTT made for {len(norms)} time steps got a sequence of {time_steps}: run all of them in one call"
+        )
+    steps = x.unflatten(0, (time_steps, -1))
+    return torch.cat([type(norm).forward(norm, x_t) for norm, x_t in zip(norms, steps)])
+
+
+def _is_batch_norm_through_time(module: nn.Module) -> bool:
+    """Whether a module is what snnTorch's BatchNormTT1d and BatchNormTT2d return."""
+    return (
+        type(module) is nn.ModuleList and len(module) > 0 and all(isinstance(n, _BatchNorm) for n in module)
+    )

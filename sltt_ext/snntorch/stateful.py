@@ -1,0 +1,72 @@
+"""Networks whose forward takes and returns their states, as the time loop can run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from sltt_ext.errors import InputError
+from sltt_ext.neuron import StatefulModule, constant
+
+__all__ = ["Stateful"]
+
+Step = Callable[[nn.Module, Any, Any], tuple[Any, Any]]
+
+
+class Stateful(StatefulModule, nn.Module):
+    """A network that takes and returns its states, as one that keeps them from step to step.
+
+    The step interface is that of a PyTorch RNN cell: ``net(x, state)`` returns ``(output, state)``. The
+    state is anything the network likes, tensors in tuples, lists or dicts, also the number of the step;
+    it is None in the first step of a sequence. It enters each step as a constant.
+
+    Args:
+        net: The network.
+        step: Runs one step, ``(net, x, state) -> (output, state)``, for a network with another interface.
+
+    Raises:
+        InputError: In forward, if a step does not return a pair.
+
+    >>> import sltt_ext, snntorch, torch
+    >>> class Net(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fc, self.lif = torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9)
+    ...     def forward(self, x, state):
+    ...         spk, mem = self.lif(self.fc(x), state)
+    ...         return spk, mem
+    >>> net = Stateful(sltt_ext.convert(Net()))
+    >>> online = sltt_ext.OnlineTrainer(net, torch.nn.functional.cross_entropy, time_steps=5)
+    >>> online.forward_backward(torch.rand(8, 4), torch.randint(2, (8,))).output.shape
+    torch.Size([8, 2])
+    """
+
+    def __init__(self, net: nn.Module, step: Step | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.step = step
+        self.state: Any = None
+
+    @property
+    def multi_step(self) -> bool:
+        return False
+
+    def reset_state(self) -> None:
+        self.state = None
+
+    def detach_state(self) -> None:
+        self.state = constant(self.state)
+
+    def forward(self, x: Any) -> Any:
+        """The output of one step for its input ``[N, ...]``."""
+        self.detach_state()
+        returned = self.net(x, self.state) if self.step is None else self.step(self.net, x, self.state)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise InputError(
+                "one step has to return (output, state), as an RNN cell does: change the network's forward, or give "
+                f"Stateful a step function; got a {type(returned).__name__}"
+            )
+        output, self.state = returned
+        return output
