@@ -7,7 +7,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
     pytest.param(block, id=f"{page}-{number}")
-    for page in ("index.md", "spikingjelly.md")
+    for page in ("index.md", "spikingjelly.md", "snntorch.md")
     for number, block in enumerate(
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     )

@@ -137,7 +137,10 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 def _channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A convolution that lays its output out channels last: the pooling after it is several times as fast."""
-    return conv._conv_forward(x, conv.weight.contiguous(memory_format=torch.channels_last), conv.bias)
+    weight = (
+        conv.weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    )  # also where there is one channel
+    return conv._conv_forward(x, weight, conv.bias)
 
 
 def _step_by_step(forward: Callable[[Tensor], Tensor], time_steps: int, x: Tensor) -> Tensor:
