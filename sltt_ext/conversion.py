@@ -93,7 +93,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
                 adapters.append((module, adapter))
                 if adapter.caveat:
                     caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
-    if refused and strict:
+    if refused and (strict or not adapters):
         raise ConversionError("cannot be trained with SLTT, nothing was converted:", refused)
     if not adapters:
         raise ConversionError(
