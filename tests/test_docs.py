@@ -55,6 +55,8 @@ def test_figures_in_the_docs_are_the_measured_ones():
         assert f"| {row['seconds']} | {row['relative_to_bptt']} |" in page
     for row in results("neuron"):
         assert f"| {row['milliseconds']} |" in page
+    for row in results("conversion"):
+        assert f"| {row['operation']} | {row['median_ms']} |" in page
 
 
 def test_the_readmes_table_is_the_measured_one():
