@@ -29,6 +29,11 @@ _RULES: dict[type[nn.Module] | str, Rule] = {}
 _LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
 _CONVERTED_BUT = "converted, but know what SLTT means for them:"
 
+_RETIRED = {
+    "spikingjelly.clock_driven": " Neurons of spikingjelly.clock_driven (0.0.0.0.12 and older) are not known: build the "
+    "network with the neurons of spikingjelly.activation_based, which take the same arguments.",
+}
+
 _FRAMEWORKS = {
     "spikingjelly.activation_based": "sltt_ext.spikingjelly",
     "snntorch": "sltt_ext.snntorch",
@@ -96,14 +101,15 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
                 adapters.append((module, adapter))
                 if adapter.caveat:
                     caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
-    if refused and strict:
+    if refused and (strict or not adapters):
         raise ConversionError("cannot be trained with SLTT, nothing was converted:", refused)
     if not adapters:
+        retired = next((hint for package, hint in _RETIRED.items() if package in sys.modules), "")
         raise ConversionError(
             f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of "
             "SpikingJelly (spikingjelly.activation_based) and of snnTorch; a neuron of your own has to be a "
             "subclass of SpikingJelly's BaseNode or snnTorch's SpikingNeuron, or needs a rule given with "
-            "sltt_ext.conversion.register_adapter."
+            f"sltt_ext.conversion.register_adapter.{retired}"
         )
     for module, adapter in adapters:
         module.__class__ = adapter  # type: ignore[assignment]

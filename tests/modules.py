@@ -50,9 +50,13 @@ def leaky_core(x: torch.Tensor, v: torch.Tensor, decay: torch.Tensor) -> tuple[t
 
 
 class LIAFNode(neuron.LIAFNode):
-    """0.0.0.0.14 asks for an attribute that nothing sets."""
+    """0.0.0.0.14's own asks for an attribute that nothing sets, and does not make its potential a tensor."""
 
     single_step_cupy_fp32_inference = False
+
+    def neuronal_charge(self, x: torch.Tensor) -> None:
+        self.v_float_to_tensor(x)
+        super().neuronal_charge(x)
 
 
 def _installed(cases: list[Case]) -> list[Case]:

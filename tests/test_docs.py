@@ -1,22 +1,53 @@
 import csv
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import modules
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = [
-    pytest.param(block, id=f"{page}-{number}")
-    for page in ("index.md", "spikingjelly.md", "snntorch.md")
-    for number, block in enumerate(
-        re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
-    )
-]
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_examples_run_as_printed(example):
-    exec(example, {})
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["index.md", "spikingjelly.md", "snntorch.md"])
+def test_examples_run_as_printed_from_top_to_bottom(page):
+    names = {}
+    for example in blocks(page, "python"):
+        exec(example, names)
+
+
+def test_the_time_loop_of_a_tutorial_leaves_forward_with_three_new_lines():
+    (diff,) = blocks("snntorch.md", "diff")
+    before, after = (block for block in blocks("snntorch.md", "python") if "def forward" in block)
+    lines = {sign: [line[1:] for line in diff.splitlines() if line[0] == sign] for sign in "-+ "}
+    assert len(lines["+"]) == 3
+    assert all(line in before for line in lines["-"])
+    assert all(line in after for line in lines["+"] + lines[" "])
+
+
+def test_the_snntorch_example_runs():
+    command = [
+        sys.executable,
+        ROOT / "examples" / "snntorch" / "train.py",
+        "--epochs",
+        "1",
+        "--time-steps",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("%")) == (0, 4), done.stderr
+
+
+def test_every_module_is_in_the_table():
+    page = (ROOT / "docs" / "spikingjelly.md").read_text()
+    for case in [*modules.FUSED, *modules.GENERIC, *modules.SEQUENCES, *modules.REFUSED]:
+        stem = re.sub(r"[23]d$", "1d", case.name) if "BatchNorm" in case.name else case.name
+        assert f"`{stem}`" in page, case.name
 
 
 @pytest.mark.parametrize(
@@ -47,6 +78,8 @@ def test_figures_in_the_docs_are_the_measured_ones():
         assert f"| {row['seconds']} | {row['relative_to_bptt']} |" in page
     for row in results("neuron"):
         assert f"| {row['milliseconds']} |" in page
+    for row in results("conversion"):
+        assert f"| {row['operation']} | {row['median_ms']} |" in page
 
 
 def test_the_readmes_table_is_the_measured_one():
