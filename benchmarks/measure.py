@@ -41,12 +41,14 @@ def interleaved_medians(runs: Mapping[str, Callable[[], Any]], repeats: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def write_results(name: str, rows: Iterable[Mapping[str, Any]], device: str = "cpu") -> None:
+def write_results(
+    name: str, rows: Iterable[Mapping[str, Any]], device: str = "cpu", framework: str = "spikingjelly"
+) -> None:
     """Write ``benchmarks/results/NAME.csv``, with device and versions in every row."""
     common = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "spikingjelly": version("spikingjelly"),
+        framework: version(framework),
     }
     rows = [{**row, **common} for row in rows]
     RESULTS.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ are found again by walking through time, with two element-wise operations a step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,29 +37,67 @@ def forward(
         needed, or if they are the returned ``[T, N, ...]``).
     """
     same_step = resets_in_step(reset_mechanism, reset_delay)
-    resets, keep = reset_mechanism != "none", save or return_mem_seq
+    keep = save or return_mem_seq
     s_seq = torch.empty_like(x_seq)
     h_seq = torch.empty_like(x_seq if keep else x_seq[:1], dtype=mem.dtype)
-    mem_seq = torch.empty_like(h_seq) if return_mem_seq and same_step else h_seq
+    mem_seq = torch.empty_like(h_seq) if return_mem_seq and same_step else None
+    last = torch.empty_like(h_seq[0]) if not return_mem_seq else None
+    for part in _parts(mem, beta, threshold):
+        mem_part = _walk(
+            x_seq[part], mem[part[1:]], beta, threshold, reset_mechanism, same_step,
+            s_seq[part], h_seq[part], None if mem_seq is None else mem_seq[part],
+        )  # fmt: skip
+        if last is not None:
+            last[part[1:]] = mem_part
+    nothing = h_seq.new_empty(0)
+    if last is not None:
+        return s_seq, last, h_seq if save else nothing
+    return (s_seq, h_seq, nothing) if mem_seq is None else (s_seq, mem_seq, h_seq if save else nothing)
+
+
+def _walk(
+    x_seq: Tensor,
+    mem: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    reset_mechanism: str,
+    same_step: bool,
+    s_seq: Tensor,
+    h_seq: Tensor,
+    mem_seq: Tensor | None,
+) -> Tensor:
+    """Walk through time; ``h_seq`` has room for every step or for one. Returns the last potential."""
     r = torch.gt(mem, threshold).to(mem.dtype)
     for t, x in enumerate(x_seq):
-        h = h_seq[t if keep else 0]
+        h = h_seq[t % len(h_seq)]
         torch.mul((1 - r).mul_(mem) if reset_mechanism == "zero" else mem, beta, out=h).add_(x)
         if reset_mechanism == "subtract":
             h.addcmul_(r, threshold, value=-1)
         s = torch.gt(h, threshold, out=s_seq[t]).to(mem.dtype)
         if same_step:
             mem = reset_within_step(h, s, r, threshold, reset_mechanism)
-            if return_mem_seq:
+            r = torch.gt(mem, threshold).to(mem.dtype)
+            if mem_seq is not None:
                 mem_seq[t] = mem
         else:
-            mem = h
-        if resets:
-            r = torch.gt(mem, threshold).to(mem.dtype) if same_step else s
-    nothing = h_seq.new_empty(0)
-    if return_mem_seq:
-        return s_seq, mem_seq, h_seq if save and same_step else nothing
-    return s_seq, mem if same_step else mem.clone(), h_seq if save else nothing
+            mem, r = h, s
+    return mem
+
+
+def _parts(mem: Tensor, beta: Tensor, threshold: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Index tuples of ``[T, N, ...]`` that split a small step on the CPU into parts of the batch.
+
+    PyTorch spreads an operator over threads from 32,768 elements on. For a few times as many, run
+    step after step, waiting for the threads costs more than they save.
+    """
+    grain, size = 32768, mem.numel()
+    varies = any(tensor.dim() == mem.dim() and tensor.shape[:1] != (1,) for tensor in (beta, threshold))
+    if mem.device.type != "cpu" or varies or not grain <= size <= 4 * grain:
+        yield (slice(None),)
+        return
+    samples = max(1, (grain - 1) * len(mem) // size)
+    for start in range(0, len(mem), samples):
+        yield slice(None), slice(start, start + samples)
 
 
 def backward(

@@ -228,6 +228,21 @@ def test_any_memory_layout(layout):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(8, 5000), (3, 16, 32, 32), (300, 200), (1, 50000)])
+@pytest.mark.parametrize("return_mem_seq", [True, False])
+@pytest.mark.parametrize("reset_delay", [True, False])
+def test_steps_large_enough_to_be_split(shape, return_mem_seq, reset_delay):
+    x_seq, mem = currents(0, 3, shape), currents(1, 1, shape)[0]
+    options = {"beta": 0.9, "reset_delay": reset_delay, "return_mem_seq": return_mem_seq}
+    s_seq, membrane = functional.multi_step_leaky(x_seq, mem, **options)
+    lif, steps = snntorch.Leaky(beta=0.9, reset_delay=reset_delay), []
+    for x in x_seq:
+        spikes, mem = lif(x, mem)
+        steps.append((spikes, mem))
+    assert torch.equal(s_seq, torch.stack([spikes for spikes, _ in steps]))
+    assert torch.equal(membrane, torch.stack([mem for _, mem in steps]) if return_mem_seq else mem)
+
+
 def saved_bytes(run):
     saved = {}
 
