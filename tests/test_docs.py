@@ -76,6 +76,9 @@ def test_figures_in_the_docs_are_the_measured_ones():
         assert f"| {row['method']} | {' | '.join(figures)} |" in page
     for row in results("network_time"):
         assert f"| {row['seconds']} | {row['relative_to_bptt']} |" in page
+    for row in results("tutorials"):
+        figures = [row[key] for key in ("seconds", "times_as_fast_as_bptt", "peak_activation_mb")]
+        assert f"| {row['network']} | {row['contender']} | {' | '.join(figures)} |" in page
     for row in results("neuron"):
         assert f"| {row['milliseconds']} |" in page
     for row in results("conversion"):
