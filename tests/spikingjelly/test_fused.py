@@ -69,6 +69,17 @@ def test_gradients(case, step_mode):
         assert oracle.relative_error(gradient, want) < 1e-6
 
 
+@step_modes
+@cases
+def test_gradients_in_evaluation_mode_are_the_originals(case, step_mode):
+    """0.0.0.0.14's IF and LIF, and 2.x's SLTTLIFNode, have no surrogate there."""
+    original, converted = (node.eval() for node in fused_and_original(case.make))
+    has_surrogate = case.name == "ParametricLIFNode" or (FUNCTIONAL_FORM and case.name != "SLTTLIFNode")
+    assert original(currents(1)[0].requires_grad_()).requires_grad == has_surrogate
+    x_seq = currents(2).requires_grad_()
+    assert oracle.run(converted, x_seq, step_mode).requires_grad == has_surrogate
+
+
 def test_the_fused_operator_is_what_runs(monkeypatch):
     """The two tests above would pass on the generic path, too."""
     calls = []
