@@ -74,11 +74,10 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
 class FusedLeaky(StepwiseNeuron):
     """Leaky neurons through the fused operator."""
 
-    def _step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
+    def _step(self, input_: Tensor, mem: Tensor | None = None) -> Any:  # type: ignore[override]
         settings = self._fused_settings(input_)
-        mem = named_states.get("mem", states[0] if states else None)
         if settings is None or (self.init_hidden and mem is not None):
-            return super()._step(input_, *states, **named_states)
+            return super()._step(input_, mem)
         mem = self._entering(input_, mem)
         spk, self.mem = functional.multi_step_leaky(input_, mem, single_step=True, **settings)
         return self._returned(spk * self.graded_spikes_factor, self.mem)

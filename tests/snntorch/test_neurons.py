@@ -289,6 +289,13 @@ def test_passing_a_state_to_a_neuron_that_keeps_it_is_snntorchs_error():
         converted(x, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize(("states", "named"), [((0, 0), {}), ((), {"syn": 0})])
+def test_arguments_that_the_original_does_not_take(states, named):
+    converted = sltt_ext.convert(snntorch.Leaky(beta=0.8))
+    with pytest.raises(TypeError):
+        converted(currents(DENSE)[0], *states, **named)
+
+
 def test_state_passed_by_name():
     original = snntorch.Leaky(beta=0.8)
     converted = sltt_ext.convert(copy.deepcopy(original))
