@@ -15,6 +15,10 @@ soft_sign            alpha                   1 / (2 alpha (1/alpha + |u|)^2)
 erf                  alpha                   alpha / sqrt(pi) * exp(-(alpha u)^2)
 leaky_k_relu         leak, k                 k where u >= 0, leak elsewhere
 rectangle            alpha                   alpha where |u| < 1 / (2 alpha), 0 elsewhere
+fast_sigmoid         slope                   1 / (1 + slope |u|)^2
+sparse_fast_sigmoid  slope, bound            1 / (1 + slope |u|)^2 where u > bound, 0 elsewhere
+spike_rate_escape    beta, slope             slope * exp(-beta |u - 1|)
+leaky_spike          leak                    1 where u > 0, leak elsewhere
 ==================== ======================= ==========================================
 """
 
@@ -124,6 +128,23 @@ def _rectangle(u: Tensor, scale: float, alpha: float) -> Tensor:
     return u.abs_().lt_(0.5 / alpha).mul_(alpha * scale)
 
 
+def _fast_sigmoid(u: Tensor, scale: float, slope: float) -> Tensor:
+    return torch.div(_number(scale, u), u.abs_().mul_(slope).add_(1).square_(), out=u)
+
+
+def _sparse_fast_sigmoid(u: Tensor, scale: float, slope: float, bound: float) -> Tensor:
+    above = u > bound
+    return _fast_sigmoid(u, scale, slope).mul_(above)
+
+
+def _spike_rate_escape(u: Tensor, scale: float, beta: float, slope: float) -> Tensor:
+    return u.sub_(1).abs_().mul_(-beta).exp_().mul_(slope * scale)
+
+
+def _leaky_spike(u: Tensor, scale: float, leak: float) -> Tensor:
+    return u.gt_(0).mul_((1 - leak) * scale).add_(leak * scale)
+
+
 SURROGATES: dict[str, SurrogateDefinition] = {
     "sigmoid": SurrogateDefinition(
         ("alpha",),
@@ -172,5 +193,29 @@ SURROGATES: dict[str, SurrogateDefinition] = {
         _rectangle,
         lambda scale, alpha: (0.5 / alpha, alpha * scale),
         "return (fabsf(u) < c0 ? 1.0f : 0.0f) * c1;",
+    ),
+    "fast_sigmoid": SurrogateDefinition(
+        ("slope",),
+        _fast_sigmoid,
+        lambda scale, slope: (slope, scale),
+        "const float d = fabsf(u) * c0 + 1; return c1 / (d * d);",
+    ),
+    "sparse_fast_sigmoid": SurrogateDefinition(
+        ("slope", "bound"),
+        _sparse_fast_sigmoid,
+        lambda scale, slope, bound: (slope, scale, bound),
+        "const float d = fabsf(u) * c0 + 1; return c1 / (d * d) * (u > c2 ? 1.0f : 0.0f);",
+    ),
+    "spike_rate_escape": SurrogateDefinition(
+        ("beta", "slope"),
+        _spike_rate_escape,
+        lambda scale, beta, slope: (-beta, slope * scale),
+        "return expf(fabsf(u - 1) * c0) * c1;",
+    ),
+    "leaky_spike": SurrogateDefinition(
+        ("leak",),
+        _leaky_spike,
+        lambda scale, leak: ((1 - leak) * scale, leak * scale),
+        "return (u > 0 ? 1.0f : 0.0f) * c0 + c1;",
     ),
 }

@@ -80,3 +80,30 @@ def lif_by_autograd(
         v = h - v_threshold * reset_by if v_reset is None else v_reset * reset_by + (1 - reset_by) * h
         spikes.append(s)
     return torch.stack(spikes), v
+
+
+def leaky_by_autograd(
+    x_seq: Tensor,
+    mem: Tensor,
+    beta: Tensor,
+    threshold: Tensor,
+    reset_mechanism: str,
+    reset_delay: bool,
+    heaviside: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The equations of snnTorch's Leaky, step by step under autograd, carried state detached."""
+    spikes, potentials = [], []
+    for x in x_seq:
+        mem = mem.detach()
+        r = (mem > threshold).to(mem.dtype)
+        if reset_mechanism == "zero":
+            h = beta * (1 - r) * mem + x
+        else:
+            h = beta * mem + x - (r * threshold if reset_mechanism == "subtract" else 0)
+        s = heaviside(h - threshold).to(h.dtype)
+        mem = h
+        if not reset_delay and reset_mechanism != "none":
+            mem = h - (s - r) * (threshold if reset_mechanism == "subtract" else h)
+        spikes.append(s)
+        potentials.append(mem)
+    return torch.stack(spikes), torch.stack(potentials)

@@ -32,13 +32,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.functional.inputs import initial_state
 from sltt_ext.kernels import check_backend, torch_lif
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import Surrogate
 
 __all__ = ["multi_step_if", "multi_step_lif", "multi_step_plif"]
 
-_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DEFAULT_SURROGATE = Surrogate()
 
 
@@ -205,18 +205,7 @@ def _run(
     single_step: bool,
 ) -> tuple[Tensor, Tensor]:
     check_backend(backend)
-    if x_seq.dtype not in _FLOATING:
-        raise InputError(f"x_seq must be floating point, got {x_seq.dtype}: convert it with x_seq.float()")
-    if not single_step and (x_seq.dim() < 1 or x_seq.shape[0] == 0):
-        raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
-    dtype = state_dtype(x_seq.dtype)
-    shape = x_seq.shape if single_step else x_seq.shape[1:]
-    if not isinstance(v, Tensor):
-        rest = (v_reset or 0.0) if v is None else v
-        v = torch.full_like(x_seq if single_step else x_seq[0], rest, dtype=dtype, requires_grad=False)
-    if v.shape != shape:
-        raise InputError(f"v has shape {list(v.shape)}, one step of x_seq has {list(shape)}")
-    v = v.detach().to(dtype=dtype, device=x_seq.device)
+    v = initial_state("v", (v_reset or 0.0) if v is None else v, x_seq, single_step)
     learn_decay = decay is not None and decay.requires_grad
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
     arguments = (

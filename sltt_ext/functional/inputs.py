@@ -1,0 +1,41 @@
+"""The inputs every fused neuron takes: a sequence of currents and an initial state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sltt_ext.errors import InputError
+from sltt_ext.neuron import state_dtype
+
+__all__ = ["initial_state", "step_shape"]
+
+_FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def step_shape(x_seq: Tensor, single_step: bool) -> torch.Size:
+    """Shape of one step of ``x_seq``, ``[T, N, ...]`` or, for a single step, ``[N, ...]``.
+
+    Raises:
+        InputError: If ``x_seq`` has no step or is not floating point.
+    """
+    if x_seq.dtype not in _FLOATING:
+        raise InputError(f"x_seq must be floating point, got {x_seq.dtype}: convert it with x_seq.float()")
+    if not single_step and (x_seq.dim() < 1 or x_seq.shape[0] == 0):
+        raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
+    return x_seq.shape if single_step else x_seq.shape[1:]
+
+
+def initial_state(name: str, state: Tensor | float, x_seq: Tensor, single_step: bool) -> Tensor:
+    """``state`` ``[N, ...]``, or one number for all, as a constant in the dtype states are kept in.
+
+    Raises:
+        InputError: If ``x_seq`` has no step or is not floating point, or the shapes disagree.
+    """
+    shape, dtype = step_shape(x_seq, single_step), state_dtype(x_seq.dtype)
+    if not isinstance(state, Tensor):
+        one_step = x_seq if single_step else x_seq[0]
+        return torch.full_like(one_step, state, dtype=dtype, requires_grad=False)
+    if state.shape != shape:
+        raise InputError(f"{name} has shape {list(state.shape)}, one step of x_seq has {list(shape)}")
+    return state.detach().to(dtype=dtype, device=x_seq.device)
