@@ -17,7 +17,7 @@ import torch
 from sltt_ext.kernels.geometry import THREADS
 from sltt_ext.kernels.source import Kernel, translation_unit
 
-OPTIONS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w"]
+OPTIONS = ["-std=c++17", "-O0", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
 HEADER = Path(__file__).parent / "kernels" / "host.h"
 
 _BUILT: dict[Kernel, ctypes.CDLL] = {}
@@ -27,7 +27,8 @@ def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], devi
     if kernel not in _BUILT:
         build([kernel])
     values = [
-        ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value) for value in arguments
+        ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
+        for value in arguments
     ]
     pointers = (ctypes.c_void_p * len(values))(
         *[ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
@@ -44,7 +45,7 @@ def build(kernels: list[Kernel]) -> None:
         for kernel in kernels
     ]
     source = "\n".join([HEADER.read_text(), translation_unit(kernels), *entries])
-    library = _folder() / f"{hashlib.sha256(source.encode()).hexdigest()[:24]}.so"
+    library = _folder() / f"{hashlib.sha256((source + str(OPTIONS)).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         command = ["g++", *OPTIONS, "-x", "c++", "-", "-o", str(made)]

@@ -55,9 +55,7 @@ def forward(
     x_at, v_at, *written = (tensor.data_ptr() for tensor in (x_seq, v, *outputs))
     geometry = launch_geometry(v.numel(), x_seq.element_size(), (x_at, v_at, *written))
     charge = _charge(decay, tau, decay_input)
-    kernel = forward_kernel(
-        x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope
-    )
+    kernel = forward_kernel(x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope)
     arguments = (
         x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, v.numel(), x_seq.shape[0],
         1.0 if tau is None else tau, v_threshold, v_reset or 0.0,
@@ -142,9 +140,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-def backward_kernel(
-    dtype: torch.dtype, width: int, surrogate: str, soft_reset: bool, reduce: bool
-) -> Kernel:
+def backward_kernel(dtype: torch.dtype, width: int, surrogate: str, soft_reset: bool, reduce: bool) -> Kernel:
     """The backward kernel for the given choices."""
     return make_kernel(
         "lif", "backward", dtype, width, surrogate, SOFT_RESET=int(soft_reset), REDUCE=int(reduce)

@@ -1,11 +1,10 @@
-// CUDA's words for a C++ compiler: the kernels run on the host, one block after the other.
-//
-// The threads of a block run one after the other too, unless the kernel synchronises them.
+// CUDA's words for a C++ compiler: kernels run on the host, in one thread.
 
 #include <math.h>
-#include <pthread.h>
 #include <string.h>
+#include <ucontext.h>
 
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -19,10 +18,44 @@ struct Index {
     unsigned int x;
 };
 
-static thread_local Index threadIdx, blockIdx, gridDim;
-static pthread_barrier_t all_threads;
+static Index threadIdx, blockIdx, gridDim;
+static std::function<void()> body;
 
-static inline void __syncthreads() { pthread_barrier_wait(&all_threads); }
+struct Thread {
+    ucontext_t here, scheduler;
+    std::vector<char> stack = std::vector<char>(32768);
+    bool finished;
+
+    static Thread* running;
+
+    void start() {
+        finished = false;
+        getcontext(&here);
+        here.uc_stack.ss_sp = stack.data();
+        here.uc_stack.ss_size = stack.size();
+        here.uc_link = &scheduler;
+        makecontext(&here, run, 0);
+    }
+
+    bool resume() {
+        running = this;
+        if (!finished) swapcontext(&scheduler, &here);
+        return !finished;
+    }
+
+    static void run() {
+        Thread* self = running;
+        body();
+        self->finished = true;
+    }
+};
+
+Thread* Thread::running;
+
+static inline void __syncthreads() {
+    Thread* self = Thread::running;
+    swapcontext(&self->here, &self->scheduler);
+}
 
 static inline float __uint_as_float(unsigned int bits) {
     float value;
@@ -54,40 +87,21 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i
     kernel(*static_cast<Parameters*>(arguments[i])...);
 }
 
-template <class... Parameters>
-struct Thread {
-    void (*kernel)(Parameters...);
-    void** arguments;
-    unsigned int blocks, number;
-
-    void run(unsigned int block) const {
-        gridDim.x = blocks, blockIdx.x = block, threadIdx.x = number;
-        call(kernel, arguments, std::index_sequence_for<Parameters...>());
-    }
-
-    static void* run_all(void* self) {
-        const Thread& thread = *static_cast<Thread*>(self);
-        for (unsigned int block = 0; block < thread.blocks; ++block) {
-            thread.run(block);
-            __syncthreads();
-        }
-        return nullptr;
-    }
-};
-
+// One block at a time. Its threads run one after the other, each from one __syncthreads() to the next if it has any.
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), unsigned int blocks, unsigned int threads, bool synchronises, void** arguments) {
-    std::vector<Thread<Parameters...>> all;
-    for (unsigned int k = 0; k < threads; ++k) all.push_back({kernel, arguments, blocks, k});
-    if (!synchronises) {
-        for (unsigned int block = 0; block < blocks; ++block)
-            for (const auto& thread : all) thread.run(block);
-        return;
+    body = [=] { call(kernel, arguments, std::index_sequence_for<Parameters...>()); };
+    gridDim.x = blocks;
+    std::vector<Thread> all(synchronises ? threads : 0);
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+        if (!synchronises) {
+            for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) body();
+            continue;
+        }
+        for (Thread& thread : all) thread.start();
+        for (unsigned int unfinished = threads; unfinished;) {
+            unfinished = 0;
+            for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) unfinished += all[threadIdx.x].resume();
+        }
     }
-    pthread_barrier_init(&all_threads, nullptr, threads);
-    std::vector<pthread_t> running(threads);
-    for (unsigned int k = 0; k < threads; ++k)
-        pthread_create(&running[k], nullptr, Thread<Parameters...>::run_all, &all[k]);
-    for (pthread_t thread : running) pthread_join(thread, nullptr);
-    pthread_barrier_destroy(&all_threads);
 }
