@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+import variants
 
 from sltt_ext.kernels.geometry import THREADS
 from sltt_ext.kernels.source import Kernel, translation_unit
@@ -25,7 +26,7 @@ _BUILT: dict[Kernel, ctypes.CDLL] = {}
 
 def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], device: torch.device) -> None:
     if kernel not in _BUILT:
-        build([kernel])
+        build(next((group for group in variants.groups().values() if kernel in group), [kernel]))
     values = [
         ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
         for value in arguments
@@ -38,10 +39,10 @@ def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], devi
 
 
 def build(kernels: list[Kernel]) -> None:
-    """Build kernels together, once a session for all processes that test."""
+    """Build kernels together, once a session for all processes that test; `launch` does it by itself."""
     entries = [
         f'extern "C" void launch_{kernel.name}(unsigned blocks, unsigned threads, bool synchronises, void** '
-        f"arguments) {{ launch(of_{kernel.name}::{kernel.name}, blocks, threads, synchronises, arguments); }}"
+        f"arguments) {{ launch<of_{kernel.name}::{kernel.name}>(blocks, threads, synchronises, arguments); }}"
         for kernel in kernels
     ]
     source = "\n".join([HEADER.read_text(), translation_unit(kernels), *entries])

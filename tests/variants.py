@@ -1,5 +1,6 @@
 """The variants of the CUDA kernels."""
 
+import functools
 import itertools
 
 import torch
@@ -41,6 +42,7 @@ def lif_kernels_without_surrogate(dtype: torch.dtype, width: int) -> list[Kernel
     ]
 
 
+@functools.cache
 def groups() -> dict[str, list[Kernel]]:
     """All variants: every choice with each surrogate at full width, and with one of them at the others."""
     named = {}

@@ -4,7 +4,6 @@
 #include <string.h>
 #include <ucontext.h>
 
-#include <functional>
 #include <utility>
 #include <vector>
 
@@ -19,7 +18,8 @@ struct Index {
 };
 
 static Index threadIdx, blockIdx, gridDim;
-static std::function<void()> body;
+static void (*body)();
+static void** passed;
 
 struct Thread {
     ucontext_t here, scheduler;
@@ -82,15 +82,21 @@ static inline unsigned short float_to_half(float number) {
     return bits;
 }
 
-template <class... Parameters, std::size_t... i>
-void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i...>) {
-    kernel(*static_cast<Parameters*>(arguments[i])...);
+template <auto kernel, class... Parameters, std::size_t... i>
+void call(void (*)(Parameters...), std::index_sequence<i...>) {
+    kernel(*static_cast<Parameters*>(passed[i])...);
+}
+
+template <auto kernel, class... Parameters>
+std::index_sequence_for<Parameters...> numbers_of(void (*)(Parameters...)) {
+    return {};
 }
 
 // One block at a time. Its threads run one after the other, each from one __syncthreads() to the next if it has any.
-template <class... Parameters>
-void launch(void (*kernel)(Parameters...), unsigned int blocks, unsigned int threads, bool synchronises, void** arguments) {
-    body = [=] { call(kernel, arguments, std::index_sequence_for<Parameters...>()); };
+template <auto kernel>
+void launch(unsigned int blocks, unsigned int threads, bool synchronises, void** arguments) {
+    passed = arguments;
+    body = [] { call<kernel>(kernel, decltype(numbers_of<kernel>(kernel))()); };
     gridDim.x = blocks;
     std::vector<Thread> all(synchronises ? threads : 0);
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {

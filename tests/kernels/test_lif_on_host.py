@@ -101,9 +101,7 @@ def compare_random(kind, dtype, surrogate, shape, v_reset, detach_reset):
 @pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
 def test_every_variant_at_full_width(dtype, surrogate):
     width = variants.widths(dtype)[0]
-    host.build(variants.lif_kernels_without_surrogate(dtype, width))
-    host.build(variants.lif_kernels(dtype, width, surrogate))
-    for kind, v_reset, detach_reset in itertools.product(KINDS, [None, -0.2], variants.BOTH):
+    for kind, (v_reset, detach_reset) in itertools.product(KINDS, [(None, False), (-0.2, True)]):
         compare_random(kind, dtype, surrogate, (3, ELEMENTS[width]), v_reset, detach_reset)
 
 
@@ -111,8 +109,6 @@ def test_every_variant_at_full_width(dtype, surrogate):
     ("dtype", "width"), [(d, w) for d in variants.DTYPES for w in variants.widths(d)[1:]], ids=str
 )
 def test_every_variant_at_other_widths(dtype, width):
-    host.build(variants.lif_kernels_without_surrogate(dtype, width))
-    host.build(variants.lif_kernels(dtype, width, "atan"))
     for kind, v_reset, detach_reset in itertools.product(KINDS, [None, 0.0], variants.BOTH):
         compare_random(kind, dtype, "atan", (3, ELEMENTS[width]), v_reset, detach_reset)
 
