@@ -5,11 +5,12 @@ import itertools
 
 import torch
 
-from sltt_ext.kernels import cuda_lif
+from sltt_ext.kernels import cuda_leaky, cuda_lif
 from sltt_ext.kernels.source import SCALARS, Kernel
 from sltt_ext.surrogate import SURROGATES
 
 DTYPES = tuple(SCALARS)
+RESETS = (("subtract", False), ("subtract", True), ("zero", False), ("zero", True), ("none", False))
 CHARGES = range(5)
 LEARNABLE_CHARGES = (3, 4)
 BOTH = (False, True)
@@ -42,6 +43,19 @@ def lif_kernels_without_surrogate(dtype: torch.dtype, width: int) -> list[Kernel
     ]
 
 
+def leaky_kernels(dtype: torch.dtype, width: int, surrogate: str) -> list[Kernel]:
+    """All choices of backward with a given surrogate."""
+    return [
+        cuda_leaky.backward_kernel(dtype, width, surrogate, *reset, reduce)
+        for reset, reduce in itertools.product(RESETS, BOTH)
+    ]
+
+
+def leaky_kernels_without_surrogate(dtype: torch.dtype, width: int) -> list[Kernel]:
+    """All choices of forward."""
+    return [cuda_leaky.forward_kernel(dtype, width, *reset) for reset in RESETS]
+
+
 @functools.cache
 def groups() -> dict[str, list[Kernel]]:
     """All variants: every choice with each surrogate at full width, and with one of them at the others."""
@@ -52,6 +66,11 @@ def groups() -> dict[str, list[Kernel]]:
             named[f"{at}-inference"] = lif_kernels_without_surrogate(dtype, width)
             for surrogate in SURROGATES if width == widths(dtype)[0] else ["atan"]:
                 named[f"{at}-{surrogate}"] = lif_kernels(dtype, width, surrogate)
+        for width in (4, 2, 1):
+            at = f"leaky-{str(dtype)[6:]}-{width}"
+            named[f"{at}-forward"] = leaky_kernels_without_surrogate(dtype, width)
+            for surrogate in SURROGATES if width == 4 else ["atan"]:
+                named[f"{at}-{surrogate}"] = leaky_kernels(dtype, width, surrogate)
     return named
 
 
@@ -61,6 +80,9 @@ def selection() -> list[Kernel]:
     for k, dtype in enumerate(DTYPES):
         width = widths(dtype)[0]
         kernels += (lif_kernels_without_surrogate(dtype, width) + lif_kernels(dtype, width, "sigmoid"))[k::3]
+        kernels += leaky_kernels_without_surrogate(dtype, 4) + leaky_kernels(dtype, 4, "atan")[k::3]
     for surrogate in SURROGATES:
-        kernels += lif_kernels(torch.float32, 4, surrogate)[::9]
+        kernels += (
+            lif_kernels(torch.float32, 4, surrogate)[::9] + leaky_kernels(torch.float32, 4, surrogate)[3:4]
+        )
     return list(dict.fromkeys(kernels))
