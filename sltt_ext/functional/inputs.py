@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,6 @@ def check_number(name: str, value: float) -> float:
         ConfigurationError: If it is NaN.
     """
     value = float(value)
-    if value != value:
+    if math.isnan(value):
         raise ConfigurationError(f"{name} must be a number, got nan")
     return value

@@ -90,19 +90,19 @@ def backward(
     grad_x = torch.empty_like(h_seq)
     step, time_steps = h_seq[0], h_seq.shape[0]
     if not h_seq.numel():
-        return grad_x, *(
-            h_seq.new_zeros(0 if shape is None else shape) for shape in (beta_shape, threshold_shape)
-        )  # type: ignore[return-value]
+        nothing = [h_seq.new_zeros(0 if shape is None else shape) for shape in (beta_shape, threshold_shape)]
+        return grad_x, nothing[0], nothing[1]
     given = [grad_s_seq, grad_mem, None if mem is None else mem.unsqueeze(0)]
     sequences = [h_seq, grad_x, *(tensor for tensor in given if tensor is not None)]
     per_element = [shape is not None and math.prod(shape) > 1 for shape in (beta_shape, threshold_shape)]
     if not _can_walk(step, sequences, threshold) or (any(per_element) and not step.is_contiguous()):
-        computed, *learned = backward(
-            *(None if tensor is None else tensor.contiguous() for tensor in (grad_s_seq, grad_mem)),
+        computed, grad_beta, grad_threshold = backward(
+            None if grad_s_seq is None else grad_s_seq.contiguous(),
+            None if grad_mem is None else grad_mem.contiguous(),
             h_seq.contiguous(), None if mem is None else mem.contiguous(), threshold, reset_mechanism, reset_delay,
             surrogate, parameters, beta_shape, learn_threshold, launch,
         )  # fmt: skip
-        return grad_x.copy_(computed), *learned  # type: ignore[return-value]
+        return grad_x.copy_(computed), grad_beta, grad_threshold
     threshold, *threshold_period = _periodic(threshold, step.shape)
     read = [0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_mem, h_seq, mem)]
     walk, reduce = same_step or any(per_element), beta_shape is not None or learn_threshold

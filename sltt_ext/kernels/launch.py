@@ -73,7 +73,8 @@ def cupy_versions() -> dict[str, str]:
         Exception: Whatever importing CuPy or loading NVRTC raises.
     """
     import cupy
-    from cupy.cuda import driver, nvrtc
+
+    driver, nvrtc = cupy.cuda.driver, cupy.cuda.nvrtc
 
     built_for = driver.get_build_version()
     return {
@@ -99,23 +100,27 @@ def _problem_of_machine() -> str | None:
         return "PyTorch is built for ROCm, the kernels are for CUDA"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "PyTorch finds no CUDA device (torch.cuda.is_available() is False)"
-    major = torch.version.cuda.partition(".")[0]
+    return _problem_of_cupy(torch.version.cuda)
+
+
+def _problem_of_cupy(cuda: str) -> str | None:
+    major = cuda.partition(".")[0]
+    reinstall = f"pip uninstall every cupy package, then pip install 'sltt-ext[cupy{major}]'"
     try:
         import cupy  # noqa: F401
     except ModuleNotFoundError as error:
         return f"{error.name} is not installed: pip install 'sltt-ext[cupy{major}]'"
     except Exception as error:
-        return f"CuPy cannot be imported ({_first_lines(error)}): {_reinstall(major)}"
+        return f"CuPy cannot be imported ({_first_lines(error)}): {reinstall}"
     try:
-        versions = cupy_versions()
+        built_for = cupy_versions()["CuPy's CUDA"]
     except Exception as error:
         return (
             f"NVRTC, CUDA's run-time compiler, cannot be loaded ({_first_lines(error)}): "
             f"pip install 'cupy-cuda{major}x[ctk]', or set CUDA_PATH to a CUDA {major} toolkit"
         )
-    if versions["CuPy's CUDA"].partition(".")[0] != major:
-        built_for = versions["CuPy's CUDA"]
-        return f"CuPy is built for CUDA {built_for}, PyTorch for {torch.version.cuda}: {_reinstall(major)}"
+    if built_for.partition(".")[0] != major:
+        return f"CuPy is built for CUDA {built_for}, PyTorch for {cuda}: {reinstall}"
     return None
 
 
@@ -137,10 +142,6 @@ def _problem_of_device(index: int) -> str | None:
             f"pip install -U 'cupy-cuda{major}x[ctk]'"
         )
     return None
-
-
-def _reinstall(major: str) -> str:
-    return f"pip uninstall every cupy package, then pip install 'sltt-ext[cupy{major}]'"
 
 
 def _first_lines(error: Exception) -> str:

@@ -43,7 +43,7 @@ def make_kernel(
     """The kernel ``entry`` of ``file`` for elements of ``dtype``, ``width`` at once."""
     scalar = SCALARS[dtype]
     name = "_".join(map(str, ("sltt", file, entry, scalar, width, surrogate, *choices.values())))
-    defined = {
+    defined: dict[str, str | int] = {
         "KERNEL": name,
         "SCALAR": scalar,
         "WIDTH": width,
