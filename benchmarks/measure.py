@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,20 @@ def interleaved_medians(runs: Mapping[str, Callable[[], Any]], repeats: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def version_of(package: str) -> str:
+    """The installed version of a package, or nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def write_results(name: str, rows: Iterable[Mapping[str, Any]], device: str = "cpu") -> None:
     """Write ``benchmarks/results/NAME.csv``, with device and versions in every row."""
     common = {
         "device": device_name(device),
         "torch": torch.__version__,
-        "spikingjelly": version("spikingjelly"),
+        "spikingjelly": version_of("spikingjelly"),
     }
     rows = [{**row, **common} for row in rows]
     RESULTS.mkdir(exist_ok=True)

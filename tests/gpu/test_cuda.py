@@ -11,8 +11,8 @@ from sltt_ext.functional import multi_step_lif
 
 pytest.importorskip("spikingjelly")
 
-import networks  # noqa: E402
-import oracle  # noqa: E402
+import networks
+import oracle
 
 pytestmark = [
     pytest.mark.gpu,

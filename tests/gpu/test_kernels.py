@@ -82,7 +82,7 @@ def compare_with_the_cpu(neuron, x_seq, v_reset=None, **options):
 def test_every_variant_on_the_device(name, dtype):
     for neuron, v_reset in itertools.product(NEURONS, [None, 0.0]):
         compare_with_the_cpu(
-            neuron, 2 * torch.randn(4, 8 * 2**16 // 4).to(dtype), v_reset, surrogate=surrogate(name)
+            neuron, 2 * torch.randn(2, 8 * 2**16).to(dtype), v_reset, surrogate=surrogate(name)
         )
 
 
@@ -109,10 +109,9 @@ def test_memory_layouts(neuron):
 
 
 def test_the_default_is_cupy():
-    x_seq = torch.randn(3, 1000, device="cuda")
-    before = len(launch._COMPILED)
-    multi_step_lif(x_seq, surrogate=surrogate("erf"), tau=3.3)
-    assert len(launch._COMPILED) >= before > 0
+    launch._COMPILED.clear()
+    multi_step_lif(torch.randn(3, 1000, device="cuda"))
+    assert len(launch._COMPILED) == 1
 
 
 def test_learned_gradients_do_not_change_from_run_to_run():
