@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.functional.inputs import check_device, check_number, initial_state
+from sltt_ext.functional.inputs import check_device, check_number, initial_state, step_shape
 from sltt_ext.kernels import cuda_lif, select_backend, torch_lif
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import Surrogate
@@ -208,15 +208,20 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     v_threshold = check_number("v_threshold", v_threshold)
     v_reset = None if v_reset is None else check_number("v_reset", v_reset)
-    v = initial_state("v", (v_reset or 0.0) if v is None else v, x_seq, single_step)
+    v = (v_reset or 0.0) if v is None else v
+    compiling = torch.compiler.is_compiling()
+    kernels = torch_lif if compiling else _KERNELS[select_backend(backend, x_seq)]
+    if kernels is torch_lif or isinstance(v, Tensor):
+        v = initial_state("v", v, x_seq, single_step)
+    else:
+        step_shape(x_seq, single_step)
     learn_decay = decay is not None and decay.requires_grad
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
     arguments = (
         v, decay, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate.name, surrogate.parameters,
         save, save and learn_decay,
     )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        kernels = _KERNELS[select_backend(backend, x_seq)]
+    if not compiling:
         outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(kernels, single_step, x_seq, *arguments)
         return outputs
     if not single_step:

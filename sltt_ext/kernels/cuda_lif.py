@@ -23,7 +23,7 @@ _INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY = range(5)  # as in lif.cu
 
 def forward(
     x_seq: Tensor,
-    v: Tensor,
+    v: Tensor | float,
     decay: Tensor | None,
     tau: float | None,
     decay_input: bool,
@@ -36,29 +36,34 @@ def forward(
     save_slope: bool,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all steps; see :func:`sltt_ext.kernels.torch_lif.forward`."""
-    s_seq, v_next = torch.empty_like(x_seq), torch.empty_like(v)
+    """Run all steps; see :func:`sltt_ext.kernels.torch_lif.forward`.
+
+    ``v`` may be one number for all neurons, which spares writing and reading a tensor of them.
+    """
+    s_seq = torch.empty_like(x_seq)
+    v_next = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=torch.float32)
     derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
-    h = torch.empty_like(v) if save else v.new_empty(0)
+    h = torch.empty_like(v_next) if save else v_next.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
     outputs = s_seq, v_next, derivatives, h, slopes
     if not x_seq.numel():
         return outputs
-    if not same_layout(v, x_seq, s_seq):
+    if not same_layout(v if isinstance(v, Tensor) else v_next, x_seq, s_seq):
         computed = forward(
-            x_seq.contiguous(), v.contiguous(), decay, tau, decay_input, v_threshold, v_reset, detach_reset,
+            x_seq.contiguous(), v.contiguous() if isinstance(v, Tensor) else v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
             surrogate, parameters, save, save_slope, launch,
         )  # fmt: skip
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
-    x_at, v_at, *written = (tensor.data_ptr() for tensor in (x_seq, v, *outputs))
-    geometry = launch_geometry(v.numel(), x_seq.element_size(), (x_at, v_at, *written))
+    x_at, *written = (tensor.data_ptr() for tensor in (x_seq, *outputs))
+    v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
+    geometry = launch_geometry(v_next.numel(), x_seq.element_size(), (x_at, v_at, *written))
     charge = _charge(decay, tau, decay_input)
     kernel = forward_kernel(x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope)
     arguments = (
-        x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, v.numel(), x_seq.shape[0],
-        1.0 if tau is None else tau, v_threshold, v_reset or 0.0,
+        x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, v_next.numel(), x_seq.shape[0],
+        v_start, 1.0 if tau is None else tau, v_threshold, v_reset or 0.0,
         *constants(surrogate, parameters, _input_scale(tau, decay_input)),
     )  # fmt: skip
     launch(kernel, geometry.blocks, arguments, x_seq.device)

@@ -33,19 +33,23 @@ __device__ __forceinline__ float charge(float x, float v, float tau, float decay
     return v - (CHARGE == TAU ? leak / tau : leak * decay) + x;
 }
 
-// One thread walks the T steps for WIDTH neighbouring elements. derivatives [T-1, N], the rest [T, N] or [N].
+// One thread walks the T steps for WIDTH neighbouring elements. derivatives [T-1, N], the rest [T, N] or [N];
+// v_first may be null: then every neuron starts from v_start.
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const SCALAR* __restrict__ x_seq, const float* __restrict__ v_first, const float* __restrict__ decay_at,
     SCALAR* __restrict__ s_seq, float* __restrict__ v_last, SCALAR* __restrict__ derivatives,
     float* __restrict__ h_last, SCALAR* __restrict__ slopes, long long elements, long long time_steps,
-    double tau_, double v_threshold_, double v_reset_, double c0_, double c1_, double c2_) {
+    double v_start, double tau_, double v_threshold_, double v_reset_, double c0_, double c1_, double c2_) {
     const float tau = static_cast<float>(tau_), v_threshold = static_cast<float>(v_threshold_);
     const float v_reset = static_cast<float>(v_reset_), v_rest = SOFT_RESET ? 0.0f : v_reset;
     const float c0 = static_cast<float>(c0_), c1 = static_cast<float>(c1_), c2 = static_cast<float>(c2_);
     const float decay = CHARGE == DECAY_INPUT || CHARGE == DECAY ? *decay_at : 1.0f;
     const long long packs = elements / WIDTH, stride = static_cast<long long>(gridDim.x) * THREADS;
     for (long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x; i < packs; i += stride) {
-        Pack<float, WIDTH> v = load<WIDTH>(v_first, i), next = load<WIDTH>(x_seq, i), h, s, local, slope;
+        Pack<float, WIDTH> v, next = load<WIDTH>(x_seq, i), h, s, local, slope;
+#pragma unroll
+        for (int k = 0; k < WIDTH; ++k) v.at[k] = static_cast<float>(v_start);
+        if (v_first) v = load<WIDTH>(v_first, i);
         for (long long t = 0; t < time_steps; ++t) {
             const Pack<float, WIDTH> x = next;
             const bool is_last = t + 1 == time_steps;

@@ -202,6 +202,17 @@ def test_channels_last_is_walked_without_copies(dtype, monkeypatch):
     ON_HOST.backward(torch.ones_like(x_seq), None, *outputs[2:], *settings)
 
 
+@pytest.mark.parametrize("layout", layouts())
+def test_one_number_as_initial_state(layout):
+    x_seq, settings = layouts()[layout], arguments("lif", "atan", -0.2, False)
+    v = torch.full_like(x_seq[0], -0.2)
+    for save in variants.BOTH:
+        want = torch_lif.forward(x_seq, v, *settings, save, False)
+        for got, expected in zip(ON_HOST.forward(x_seq, -0.2, *settings, save, False), want):
+            assert_same_kind(got, expected)
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("shape", [(3, 0), (1, 0, 4), (2, 5, 0)])
 def test_no_elements(shape):
     compare_random("if", torch.float32, "atan", shape, None, False)
