@@ -53,7 +53,8 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
 
     Args:
         net: A network with SpikingJelly neurons, or one neuron.
-        backend: What the fused neurons run on: ``"auto"`` (the fastest there is) or ``"torch"``.
+        backend: What the fused neurons run on: ``"auto"`` (CUDA kernels where they can be used), ``"torch"``
+            or ``"cupy"`` (the kernels or an error).
 
     Returns:
         ``net`` itself.

@@ -8,15 +8,20 @@ import ctypes
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import variants
 
 from sltt_ext.kernels.geometry import THREADS
 from sltt_ext.kernels.source import Kernel, translation_unit
+
+if shutil.which("g++") is None:
+    pytest.skip("needs g++", allow_module_level=True)
 
 OPTIONS = ["-std=c++17", "-O0", "-ffp-contract=off", "-fPIC", "-shared", "-w"]
 HEADER = Path(__file__).parent / "kernels" / "host.h"
