@@ -25,6 +25,7 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/neuron.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/conversion.py
 
 cubins: $(READY)  ## every variant of the CUDA kernels, compiled for every architecture (minutes, no GPU)
 	SLTT_ALL_CUBINS=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_nvrtc.py

@@ -15,8 +15,9 @@ SURROGATES = {
     "sigmoid": (Surrogate("sigmoid", (4.0,)), framework.Sigmoid(4.0)),
     "atan": (Surrogate("atan", (2.0,)), framework.ATan(2.0)),
     "triangle": (Surrogate("piecewise_quadratic", (1.0,)), framework.PiecewiseQuadratic(1.0)),
-    "rectangle": (Surrogate("rectangle", (1.0,)), framework.Rect(1.0)),
 }
+if hasattr(framework, "Rect"):
+    SURROGATES["rectangle"] = (Surrogate("rectangle", (1.0,)), framework.Rect(1.0))
 
 
 def run_fused(kind, x_seq, v, w, tau, decay_input, **options):
