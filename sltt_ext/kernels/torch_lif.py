@@ -164,7 +164,7 @@ def _charge(
             torch.add(v, drive.mul_(decay), out=h)
         return
     if slope is not None:
-        torch.neg(leak, out=slope)
+        slope.copy_(leak).neg_()
     if tau is not None:
         torch.div(leak, tau, out=h)
     elif decay is not None:
