@@ -25,6 +25,7 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/neuron.py
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/digits.py
+	$(BIN)/python benchmarks/conversion.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here (SpikingJelly 2.0 needs it): make PYTHON=python3.11 ...")'

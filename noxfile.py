@@ -2,7 +2,7 @@
 
 import nox
 
-nox.options.sessions = ["wheel", "oldest"]
+nox.options.sessions = ["wheel", "tests(oldest)"]  # tests(newest) is what `make test` runs
 nox.options.reuse_existing_virtualenvs = True
 
 
@@ -20,11 +20,37 @@ def wheel(session: nox.Session) -> None:
     session.run("sltt", "demo", success_codes=[1])
 
 
+TOOLS = [
+    "hypothesis",
+    "matplotlib",
+    "nir",
+    "nirtorch",
+    "pytest",
+    "pytest-xdist",
+    "rich",
+    "scikit-learn",
+    "tensorboard",
+]
+OLDEST_TORCH = ["torch==2.6.0", "torchvision==0.21.0", "numpy<2.3"]
+LINES = {
+    "oldest": [*OLDEST_TORCH, "spikingjelly==0.0.0.0.14", "snntorch==0.9.4", *TOOLS],
+    "newest": ["-c", "constraints.txt", "torch", "torchvision", "spikingjelly", "snntorch", *TOOLS],
+    "oldest-torch": [*OLDEST_TORCH, "spikingjelly==2.0.0", "snntorch==1.0.0", *TOOLS],
+    "newest-torch": [
+        "torch==2.15.0",
+        "torchvision==0.29.2",
+        "spikingjelly==0.0.0.0.14",
+        "snntorch==0.9.4",
+        *TOOLS,
+    ],
+}
+
+
 @nox.session
-def oldest(session: nox.Session) -> None:
-    """The test suite with the oldest supported torch."""
-    session.install("torch==2.6.0", "torchvision==0.21.0", "spikingjelly==2.0.0", "numpy<2.3")
-    session.install("scikit-learn", "matplotlib", "rich", "hypothesis", "pytest", "pytest-xdist")
+@nox.parametrize("line", list(LINES), ids=list(LINES))
+def tests(session: nox.Session, line: str) -> None:
+    """The test suite with the oldest or newest supported frameworks, or with torch from the other end."""
+    session.install(*LINES[line])
     session.install("--no-deps", "-e", ".")
     session.run("pytest", "-n", "2", *session.posargs)
 

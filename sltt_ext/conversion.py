@@ -8,43 +8,53 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TypeVar, cast
 
 from torch import nn
 
-from sltt_ext.errors import ConversionError, UnsupportedModuleError
+from sltt_ext.errors import ConversionError, SLTTWarning, UnsupportedModuleError, listed
 from sltt_ext.kernels import check_backend
 from sltt_ext.neuron import SLTTNeuron
 
 __all__ = ["convert", "is_converted", "register_adapter", "revert"]
 
 Module = TypeVar("Module", bound=nn.Module)
+Rule = Callable[[nn.Module], type[SLTTNeuron] | None]
+RuleT = TypeVar("RuleT", bound=Rule)
 
+_RULES: dict[type[nn.Module] | str, Rule] = {}
 
-Rule = Callable[[nn.Module], type[SLTTNeuron]]
+_LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
+_CONVERTED_BUT = "converted, but know what SLTT means for them:"
 
-_RULES: dict[type[nn.Module], Rule] = {}
+_RETIRED = {
+    "spikingjelly.clock_driven": " Neurons of spikingjelly.clock_driven (0.0.0.0.12 and older) are not known: build the "
+    "network with the neurons of spikingjelly.activation_based, which take the same arguments.",
+}
 
 _FRAMEWORKS = {"spikingjelly.activation_based": "sltt_ext.spikingjelly"}
 
 
-def register_adapter(*classes: type[nn.Module]) -> Callable[[Rule], Rule]:
+def register_adapter(*classes: type[nn.Module] | str) -> Callable[[RuleT], RuleT]:
     """Register a rule for modules of the given classes and their subclasses.
 
+    A class that may not be imported yet is given by its name, ``"package.module.Class"``.
+
     The decorated function gets a module and returns its adapter class (a subclass of the module's
-    own class and of :class:`SLTTNeuron`), or raises :class:`~sltt_ext.errors.UnsupportedModuleError`. The rule of the closest base
-    class wins.
+    own class and of :class:`SLTTNeuron`), or None to leave the module as it is, or raises
+    :class:`~sltt_ext.errors.UnsupportedModuleError`. The rule of the closest base class wins.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: RuleT) -> RuleT:
         _RULES.update(dict.fromkeys(classes, rule))
         return rule
 
     return register
 
 
-def convert(net: Module, *, backend: str = "auto") -> Module:
+def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Module:
     """Give every neuron of ``net`` SLTT's gradient, in place.
 
     The forward pass stays what it is. Parameters, buffers, hooks, ``state_dict`` and the identity of
@@ -54,14 +64,19 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
     Args:
         net: A network with SpikingJelly neurons, or one neuron.
         backend: What the fused neurons run on: ``"auto"`` (the fastest there is) or ``"torch"``.
+        strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in
+            one warning. The gradient through the modules left is then their own.
 
     Returns:
         ``net`` itself.
 
     Raises:
-        ConversionError: If ``net`` has no spiking neuron, or has modules that SLTT cannot train (the
-            error lists each with the reason). ``net`` is then as it was.
+        ConversionError: If ``net`` has no spiking neuron, or (``strict``) has modules that SLTT cannot
+            train; the error lists each with the reason. ``net`` is then as it was.
         BackendError: If ``backend`` cannot be used.
+
+    Warns:
+        SLTTWarning: Once, with every module that was left as it is, or that SLTT's gradient does not pass.
     """
     if not isinstance(net, nn.Module):
         raise ConversionError(f"convert takes a torch.nn.Module, got {type(net).__name__}")
@@ -69,25 +84,35 @@ def convert(net: Module, *, backend: str = "auto") -> Module:
     _load_adapters()
     adapters: list[tuple[nn.Module, type[SLTTNeuron]]] = []
     refused: dict[str, str] = {}
+    caveats: dict[str, str] = {}
     for path, module in net.named_modules():
         if issubclass(type(module), SLTTNeuron):
             adapters.append((module, cast(type[SLTTNeuron], type(module))))
         elif (rule := _rule(type(module))) is not None:
             try:
-                adapters.append((module, rule(module)))
+                adapter = rule(module)
             except UnsupportedModuleError as refusal:
                 refused[path] = f"{type(module).__name__}: {refusal}"
-    if refused:
+                continue
+            if adapter is not None:
+                adapters.append((module, adapter))
+                if adapter.caveat:
+                    caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
+    if refused and (strict or not adapters):
         raise ConversionError("cannot be trained with SLTT, nothing was converted:", refused)
     if not adapters:
+        retired = next((hint for package, hint in _RETIRED.items() if package in sys.modules), "")
         raise ConversionError(
             f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of "
             "SpikingJelly (spikingjelly.activation_based); a neuron of your own has to be a subclass of its "
-            "BaseNode, or needs a rule given with sltt_ext.conversion.register_adapter."
+            f"BaseNode, or needs a rule given with sltt_ext.conversion.register_adapter.{retired}"
         )
     for module, adapter in adapters:
         module.__class__ = adapter  # type: ignore[assignment]
         cast(SLTTNeuron, module).sltt_backend = backend
+    messages = [listed(_LEFT, refused)] * bool(refused) + [listed(_CONVERTED_BUT, caveats)] * bool(caveats)
+    if messages:
+        warnings.warn("\n".join(messages), SLTTWarning, stacklevel=2)
     return net
 
 
@@ -116,4 +141,5 @@ def _load_adapters() -> None:
 
 
 def _rule(cls: type[nn.Module]) -> Rule | None:
-    return next((_RULES[base] for base in cls.__mro__ if base in _RULES), None)
+    keys = (key for base in cls.__mro__ for key in (base, f"{base.__module__}.{base.__qualname__}"))
+    return next((_RULES[key] for key in keys if key in _RULES), None)

@@ -1,4 +1,4 @@
-"""The errors sltt_ext raises. All inherit :class:`SLTTError`; each message says what to do."""
+"""The errors sltt_ext raises, and its one warning. All errors inherit :class:`SLTTError`; each message says what to do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from collections.abc import Mapping
 
 class SLTTError(Exception):
     """Base class of every error raised on purpose by sltt_ext."""
+
+
+class SLTTWarning(UserWarning):
+    """Something that was asked for works, in a way its user has to know about."""
 
 
 class ConversionError(SLTTError):
@@ -18,8 +22,7 @@ class ConversionError(SLTTError):
 
     def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
         self.reasons = dict(reasons or {})
-        lines = [f"  {path or '(the module itself)'}: {reason}" for path, reason in self.reasons.items()]
-        super().__init__("\n".join([message, *lines]))
+        super().__init__(listed(message, self.reasons))
 
 
 class UnsupportedModuleError(SLTTError):
@@ -47,3 +50,9 @@ class BackendError(SLTTError, RuntimeError):
 
 class MissingDependencyError(SLTTError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def listed(message: str, reasons: Mapping[str, str]) -> str:
+    """A message with one line for each module path and its reason."""
+    lines = [f"  {path or '(the module itself)'}: {reason}" for path, reason in reasons.items()]
+    return "\n".join([message, *lines])

@@ -17,10 +17,18 @@ class SLTTNeuron:
     """Mixin of every converted stateful module.
 
     An adapter is a subclass of both this class and the framework's own class, so that a neuron is
-    converted in place by setting its ``__class__``; ``original`` is the class it stands in for.
+    converted in place by setting its ``__class__``.
+
+    Attributes:
+        original: The class the adapter stands in for.
+        caveat: What a user has to know of SLTT's gradient through it; `convert` says it in a warning.
+        whole_sequence: The module needs all T steps in one call; it cannot be given them in parts.
+        sltt_backend: What its fused operator runs on.
     """
 
     original: ClassVar[type[nn.Module]]
+    caveat: ClassVar[str] = ""
+    whole_sequence: ClassVar[bool] = False
     sltt_backend: str = "auto"
     _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
 

@@ -36,6 +36,14 @@ def resnet18(node: type = neuron.LIFNode, step_mode: str = "s", **kwargs: object
     return net
 
 
+def freeze_batch_norm(net: nn.Module) -> nn.Module:
+    """Running statistics, as a chunk of several steps needs them to equal single steps; all else stays in training."""
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return net
+
+
 def images(n: int = 3, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = 2 * torch.rand(n, 1, 8, 8, generator=generator)

@@ -1,7 +1,9 @@
 """Independent oracles: SLTT's gradient by the frameworks' own means, or by plain autograd."""
 
 import copy
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from spikingjelly.activation_based import base, functional
@@ -9,16 +11,75 @@ from torch import Tensor, nn
 
 
 def detach_memories(net: nn.Module) -> None:
-    """SpikingJelly's detach, for modules too where its in-place form fails on views."""
+    """SpikingJelly's detach, for modules too where its in-place form fails: views, and lists of tensors."""
     for module in net.modules():
         if isinstance(module, base.MemoryModule):
             for name, value in module._memories.items():
                 if isinstance(value, Tensor):
                     module._memories[name] = value.detach()
+                elif isinstance(value, list):
+                    module._memories[name] = [element.detach() for element in value]
+
+
+def detach_on_entry(net: nn.Module) -> nn.Module:
+    """SLTT inside a network's own time loop: every stateful module steps by itself, and detaches before each step."""
+    for module in net.modules():
+        if isinstance(module, base.MemoryModule):
+            module.forward = functools.partial(_step_and_detach, module, module.step_mode)
+            module.step_mode = "s"
+    return net
+
+
+def _step_and_detach(module: nn.Module, step_mode: str, x: Tensor) -> Tensor:
+    steps = []
+    for x_t in x if step_mode == "m" else [x]:
+        detach_memories(module)
+        steps.append(module.single_step_forward(x_t))
+    return torch.stack(steps) if step_mode == "m" else steps[0]
 
 
 def gradients(net: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in net.parameters()]
+
+
+def first(output: Any) -> Tensor:
+    """The output itself, or the first of several."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def run(module: nn.Module, x_seq: Tensor, step_mode: str) -> Tensor:
+    """A module's output over a sequence, in one call or step by step."""
+    module.step_mode = step_mode
+    if step_mode == "m":
+        return first(module(x_seq))
+    return torch.stack([first(module(x)) for x in x_seq])
+
+
+def module_gradients(
+    module: nn.Module, x_seq: Tensor, weight: Tensor, step_mode: str, detach: bool = False
+) -> list[Tensor]:
+    """Gradients of input and parameters for a loss that weights each step's output; one backward per step in 's'.
+
+    They are zero where the loss does not reach.
+    """
+    x_seq = x_seq.clone().requires_grad_()
+    module.zero_grad()
+    module.reset()
+    module.step_mode = step_mode
+    if step_mode == "m":
+        _backward((first(module(x_seq)) * weight).sum())
+    else:
+        for x, step_weight in zip(x_seq, weight, strict=True):
+            _backward((first(module(x)) * step_weight).sum())
+            if detach:
+                detach_memories(module)
+    leaves = [x_seq, *module.parameters()]
+    return [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+
+
+def _backward(loss: Tensor) -> None:
+    if loss.requires_grad:  # a module may pass on nothing of its own step
+        loss.backward()
 
 
 def sltt_gradients(
@@ -43,14 +104,16 @@ def sltt_gradients(
     return gradients(net)
 
 
-def relative_error(actual: list[Tensor] | Tensor, expected: list[Tensor] | Tensor) -> float:
-    """Norm of the difference over norm of the expected value, over all tensors together."""
+def relative_error(actual: list[Tensor | None] | Tensor, expected: list[Tensor | None] | Tensor) -> float:
+    """Norm of the difference over norm of the expected value, over all tensors together.
+
+    A gradient may be None in both, where the network does not use a parameter, but not in one.
+    """
     if isinstance(actual, Tensor):
         actual, expected = [actual], [expected]
-    difference = torch.cat(
-        [(a.double() - e.double()).flatten() for a, e in zip(actual, expected, strict=True)]
-    )
-    scale = torch.cat([e.double().flatten() for e in expected]).norm()
+    used = [(a, e) for a, e in zip(actual, expected, strict=True) if a is not None or e is not None]
+    difference = torch.cat([(a.double() - e.double()).flatten() for a, e in used])
+    scale = torch.cat([e.double().flatten() for _, e in used]).norm()
     return (difference.norm() / scale.clamp_min(1e-30)).item()
 
 

@@ -1,15 +1,16 @@
 import copy
 import pickle
+import sys
 
 import networks
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron, rnn, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import sltt_ext
 from sltt_ext.conversion import register_adapter
-from sltt_ext.errors import BackendError, ConversionError, UnsupportedModuleError
+from sltt_ext.errors import BackendError, ConversionError, SLTTWarning, UnsupportedModuleError
 from sltt_ext.neuron import SLTTNeuron
 
 
@@ -96,24 +97,15 @@ def test_half_and_to():
     assert half(torch.ones(2, 4).half()).dtype == torch.float16
 
 
-def test_framework_tools_keep_working():
-    from spikingjelly.activation_based import monitor
-
-    net = sltt_ext.convert(networks.conv_net())
-    spikes = monitor.OutputMonitor(net, neuron.LIFNode)
-    net(networks.images()[0])
-    assert len(spikes.records) == 2
-    assert isinstance(net[1].v, torch.Tensor)
-    functional.detach_net(net)
-    functional.reset_net(net)
-    assert net[1].v == 0.0
-    functional.set_step_mode(net, "m")
-    assert net[1].multi_step
-
-
 def test_without_neurons():
     with pytest.raises(ConversionError, match="no spiking neuron"):
         sltt_ext.convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+def test_without_neurons_beside_a_retired_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spikingjelly.clock_driven", sys)
+    with pytest.raises(ConversionError, match=r"clock_driven \(0.0.0.0.12 and older\)"):
+        sltt_ext.convert(nn.Linear(2, 2))
 
 
 def test_what_is_no_module():
@@ -126,24 +118,49 @@ class OverridesForward(neuron.LIFNode):
         return super().forward(2 * x)
 
 
-def test_refusal_lists_every_module_and_changes_nothing():
+def network_with_modules_to_refuse():
     net = nn.ModuleDict(
         {
             "good": neuron.LIFNode(),
-            "psn": neuron.PSN(T=4),
-            "raf": neuron.RAFNode(),
-            "glif": neuron.GatedLIFNode(T=4),
-            "delay": layer.Delay(1),
-            "cell": rnn.SpikingLSTMCell(3, 3),
             "own": OverridesForward(),
-            "block": nn.Sequential(layer.Conv2d(1, 1, 1), neuron.NonSpikingLIFNode()),
+            "block": nn.Sequential(layer.Conv2d(1, 1, 1), layer.DropConnectLinear(3, 3, invariant=True)),
         }
     )
+    refused = {"own", "block.1"}
+    if hasattr(neuron, "PSN"):
+        net["psn"] = neuron.PSN(T=4)
+        refused.add("psn")
+    return net, refused
+
+
+def test_refusal_lists_every_module_and_changes_nothing():
+    net, refused = network_with_modules_to_refuse()
     with pytest.raises(ConversionError, match="nothing was converted") as caught:
         sltt_ext.convert(net)
-    assert set(caught.value.reasons) == {"psn", "raf", "glif", "delay", "cell", "own", "block.1"}
-    assert "use a neuron that runs step by step" in str(caught.value)
+    assert set(caught.value.reasons) == refused
+    assert "block.1: DropConnectLinear: with invariant=True it carries its weights" in str(caught.value)
     assert not sltt_ext.is_converted(net)
+
+
+def test_not_strict_converts_the_rest_with_one_warning():
+    net, refused = network_with_modules_to_refuse()
+    with pytest.warns(SLTTWarning, match="left as they are") as caught:
+        assert sltt_ext.convert(net, strict=False) is net
+    assert len(caught) == 1
+    assert all(f"  {path}: " in str(caught[0].message) for path in refused)
+    assert isinstance(net["good"], SLTTNeuron)
+    assert type(net["own"]) is OverridesForward
+    with pytest.raises(ConversionError, match="the module itself"):
+        sltt_ext.convert(OverridesForward(), strict=False)  # nothing else to convert
+
+
+def test_a_rule_may_leave_a_module_as_it_is_or_name_a_class_by_its_path():
+    class Plain(nn.Module):
+        pass
+
+    register_adapter(f"{Plain.__module__}.{Plain.__qualname__}")(lambda module: None)
+    net = sltt_ext.convert(nn.Sequential(neuron.LIFNode(), Plain()))
+    assert type(net[1]) is Plain
 
 
 def test_unknown_backend_changes_nothing():

@@ -2,6 +2,7 @@ import csv
 import re
 from pathlib import Path
 
+import modules
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -17,6 +18,13 @@ EXAMPLES = [
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_run_as_printed(example):
     exec(example, {})
+
+
+def test_every_module_is_in_the_table():
+    page = (ROOT / "docs" / "spikingjelly.md").read_text()
+    for case in [*modules.FUSED, *modules.GENERIC, *modules.SEQUENCES, *modules.REFUSED]:
+        stem = re.sub(r"[23]d$", "1d", case.name) if "BatchNorm" in case.name else case.name
+        assert f"`{stem}`" in page, case.name
 
 
 @pytest.mark.parametrize(
@@ -47,6 +55,8 @@ def test_figures_in_the_docs_are_the_measured_ones():
         assert f"| {row['seconds']} | {row['relative_to_bptt']} |" in page
     for row in results("neuron"):
         assert f"| {row['milliseconds']} |" in page
+    for row in results("conversion"):
+        assert f"| {row['operation']} | {row['median_ms']} |" in page
 
 
 def test_the_readmes_table_is_the_measured_one():

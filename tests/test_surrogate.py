@@ -17,7 +17,7 @@ FUNCTIONS = [
     framework.SoftSign(alpha=2.4),
     framework.Erf(alpha=1.9),
     framework.LeakyKReLU(leak=0.1, k=1.2),
-    framework.Rect(alpha=0.8),
+    *([framework.Rect(alpha=0.8)] if hasattr(framework, "Rect") else []),
 ]
 
 
@@ -33,6 +33,7 @@ def test_derivative_is_the_frameworks(function):
     torch.testing.assert_close(scaled, 0.3 * u.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.skipif(not hasattr(framework, "Rect"), reason="0.0.0.0.14 lacks Rect")
 def test_every_row_of_spikingjellys_is_checked_above():
     of_snntorch = {"fast_sigmoid", "sparse_fast_sigmoid", "spike_rate_escape", "leaky_spike"}
     assert {known_surrogate(function).name for function in FUNCTIONS} == set(SURROGATES) - of_snntorch

@@ -37,7 +37,10 @@ def initial_state(name: str, state: Tensor | float, x_seq: Tensor, single_step: 
         one_step = x_seq if single_step else x_seq[0]
         return torch.full_like(one_step, state, dtype=dtype, requires_grad=False)
     if state.shape != shape:
-        raise InputError(f"{name} has shape {list(state.shape)}, one step of x_seq has {list(shape)}")
+        raise InputError(
+            f"{name} has shape {list(state.shape)}, one step of x_seq has {list(shape)}: reset the network between "
+            "batches of different shape"
+        )
     check_device(name, state, x_seq)
     return state.detach().to(dtype)
 

@@ -18,7 +18,7 @@ from sltt_ext.kernels.layout import same_layout
 from sltt_ext.kernels.source import Kernel, make_kernel
 from sltt_ext.surrogate import constants
 
-_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY = range(5)  # as in lif.cu
+_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY, _FACTORED_TAU, _FACTORED_DECAY = range(7)  # as in lif.cu
 
 
 def forward(
@@ -34,6 +34,7 @@ def forward(
     parameters: Sequence[float],
     save: bool,
     save_slope: bool,
+    factored_leak: bool = False,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see :func:`sltt_ext.kernels.torch_lif.forward`."""
@@ -47,18 +48,18 @@ def forward(
     if not same_layout(v, x_seq, s_seq):
         computed = forward(
             x_seq.contiguous(), v.contiguous(), decay, tau, decay_input, v_threshold, v_reset, detach_reset,
-            surrogate, parameters, save, save_slope, launch,
+            surrogate, parameters, save, save_slope, factored_leak, launch,
         )  # fmt: skip
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
     x_at, v_at, *written = (tensor.data_ptr() for tensor in (x_seq, v, *outputs))
     geometry = launch_geometry(v.numel(), x_seq.element_size(), (x_at, v_at, *written))
-    charge = _charge(decay, tau, decay_input)
+    charge = _charge(decay, tau, decay_input, factored_leak)
     kernel = forward_kernel(x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope)
     arguments = (
         x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, v.numel(), x_seq.shape[0],
-        1.0 if tau is None else tau, v_threshold, v_reset or 0.0,
+        _tau(tau, factored_leak), v_threshold, v_reset or 0.0,
         *constants(surrogate, parameters, _input_scale(tau, decay_input)),
     )  # fmt: skip
     launch(kernel, geometry.blocks, arguments, x_seq.device)
@@ -147,7 +148,16 @@ def backward_kernel(dtype: torch.dtype, width: int, surrogate: str, soft_reset: 
     )
 
 
-def _charge(decay: Tensor | None, tau: float | None, decay_input: bool) -> int:
+def _tau(tau: float | None, factored_leak: bool) -> float:
+    """What the kernel divides the leak by, or with a factored leak multiplies the potential by."""
+    if tau is None:
+        return 1.0
+    return 1 - 1 / tau if factored_leak else tau
+
+
+def _charge(decay: Tensor | None, tau: float | None, decay_input: bool, factored_leak: bool) -> int:
+    if factored_leak:
+        return _FACTORED_TAU if decay is None else _FACTORED_DECAY
     if decay is not None:
         return _DECAY_INPUT if decay_input else _DECAY
     if tau is not None:

@@ -11,7 +11,6 @@ import functools
 import os
 import warnings
 
-import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 

@@ -188,6 +188,13 @@ class OnlineTrainer:
                 f"chunk={self.chunk} needs a multi-step network, and this one takes single steps: use chunk=1, or "
                 "set the network to multi-step mode (SpikingJelly: functional.set_step_mode(net, 'm'))"
             )
+        if self.chunk < self.time_steps or self.schedule is not None:
+            for neuron in neurons:
+                if neuron.whole_sequence:
+                    raise ConfigurationError(
+                        f"{type(neuron).__name__} takes its whole sequence in one call: use "
+                        f"chunk={self.time_steps} (time_steps), and neither k nor schedule"
+                    )
         return neurons, multi_step
 
     def _step(self, x: Any, steps: int, multi_step: bool) -> Tensor:

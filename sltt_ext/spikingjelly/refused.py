@@ -1,14 +1,13 @@
 """SpikingJelly modules that SLTT cannot train.
 
-They mix time steps inside one call, pass on nothing of a step's own input, or have their state passed by
-the caller, where the conversion does not see it.
+They mix time steps inside one call, or carry state where the conversion does not see it.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import NoReturn
 
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
 
 from sltt_ext.conversion import register_adapter
@@ -17,7 +16,7 @@ from sltt_ext.errors import UnsupportedModuleError
 _STEP_BY_STEP = "use a neuron that runs step by step, such as LIFNode or ParametricLIFNode"
 
 _REASONS = {
-    "neuron": {
+    neuron: {
         "PSN": f"computes all time steps at once from a T x T matrix; {_STEP_BY_STEP}",
         "MaskedPSN": f"computes all time steps at once from a T x T matrix; {_STEP_BY_STEP}",
         "SlidingPSN": f"convolves its input over time; {_STEP_BY_STEP}",
@@ -25,32 +24,38 @@ _REASONS = {
         "DSRLIFNode": f"represents a whole spike train by its rate; {_STEP_BY_STEP}",
         "NonSpikingBaseNode": "integrates a whole sequence in one call; read out the mean of the step outputs "
         "instead, or the potential v of an IFNode or LIFNode with v_threshold=float('inf')",
-        "RAFNode": f"its input reaches the spike one step later, so SLTT's gradient through it is zero; {_STEP_BY_STEP}",
+        "STBIFNode": "is for inference with a converted network: SpikingJelly gives it no gradient",
         "ILCBaseNode": f"connects its neurons over time inside one call; {_STEP_BY_STEP}",
         "NoisyBaseNode": f"runs a whole sequence inside one call; {_STEP_BY_STEP}",
         "NoisyNonSpikingBaseNode": f"runs a whole sequence inside one call; {_STEP_BY_STEP}",
     },
-    "layer": {
-        "Delay": "passes on earlier inputs only, so SLTT's gradient through it is zero; remove it or train with BPTT",
-        "DropConnectLinear": "carries weights over time as state, which SLTT would hold constant; use Dropout",
+    layer: {
         "TemporalWiseAttention": "attends over all time steps at once; remove it or train with BPTT",
         "MultiDimensionalAttention": "attends over all time steps at once; remove it or train with BPTT",
-    },
-    "rnn": {
-        "SpikingRNNBase": "runs a whole sequence inside one call; train it with BPTT",
-        "SpikingRNNCellBase": "gets its state from the caller, out of the conversion's reach; train it with BPTT",
     },
 }
 
 
-def _refuse(reason: str, *classes: type[nn.Module]) -> None:
-    @register_adapter(*classes)
+def _refuse(reason: str, refused: type[nn.Module] | str) -> None:
+    @register_adapter(refused)
     def rule(module: nn.Module) -> NoReturn:
         raise UnsupportedModuleError(reason)
 
 
 for _room, _reasons in _REASONS.items():
-    _namespace = vars(importlib.import_module(f"spikingjelly.activation_based.{_room}"))
     for _name, _reason in _reasons.items():
-        if _name in _namespace:
-            _refuse(_reason, _namespace[_name])
+        if hasattr(_room, _name):
+            _refuse(_reason, getattr(_room, _name))
+
+_refuse(
+    "feeds earlier steps back through plain attributes, out of the conversion's reach; use celltype='forward' or "
+    "train it with BPTT",
+    "spikingjelly.activation_based.model.snas_net.Neuronal_Cell_backward",
+)
+
+if hasattr(neuron, "FewSpikeNode"):
+
+    @register_adapter(neuron.FewSpikeNode)
+    def _few_spike(module: nn.Module) -> None:
+        if module.step_mode == "m":
+            raise UnsupportedModuleError(f"sums its input over time in step mode 'm'; {_STEP_BY_STEP}")

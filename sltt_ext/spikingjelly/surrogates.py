@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from spikingjelly.activation_based import surrogate
 
 from sltt_ext.surrogate import SURROGATES, Surrogate
@@ -21,6 +19,8 @@ _NAMES = {
 
 _KNOWN = {getattr(surrogate, name): row for name, row in _NAMES.items() if hasattr(surrogate, name)}
 
+_ROWS: dict[tuple[str, tuple[float, ...]], Surrogate] = {}  # made once: this is asked at every step
+
 
 def known_surrogate(function: object) -> Surrogate | None:
     """The row that computes what ``function`` does, or None.
@@ -34,9 +34,6 @@ def known_surrogate(function: object) -> Surrogate | None:
     parameters = tuple(getattr(function, parameter) for parameter in SURROGATES[name].parameters)
     if not all(isinstance(parameter, (int, float)) for parameter in parameters):
         return None
-    return _row(name, parameters)
-
-
-@functools.cache
-def _row(name: str, parameters: tuple[float, ...]) -> Surrogate:
-    return Surrogate(name, tuple(map(float, parameters)))
+    if (name, parameters) not in _ROWS:
+        _ROWS[name, parameters] = Surrogate(name, tuple(map(float, parameters)))
+    return _ROWS[name, parameters]

@@ -59,7 +59,7 @@ def test_spiking_resnet18_in_training():
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4])
 def test_spiking_resnet18_in_chunks(chunk):
     """With batch-norm statistics frozen: in training they are taken over what is in the chunk."""
-    net = networks.resnet18().eval()
+    net = networks.freeze_batch_norm(networks.resnet18())
     x, target = torch.randn(2, 3, 32, 32), torch.tensor([3, 7])
     expected = oracle.sltt_gradients(net, [x] * 4, target, F.cross_entropy)
     actual, _ = online_gradients(net, x, target, "m", time_steps=4, chunk=chunk)

@@ -1,77 +1,31 @@
-"""Adapters for SpikingJelly's neurons.
-
-:class:`StepwiseNode` is right for any neuron: it makes the carried state constant on entry of every
-step and runs a sequence step by step. :class:`FusedNode` runs IF, LIF and parametric LIF through the
-fused operator, and steps aside for any setting that operator does not cover.
-"""
+"""IF, LIF and parametric LIF neurons through the fused operator, in both release lines."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import torch
-from spikingjelly.activation_based import base, neuron
+from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
 from sltt_ext import functional
 from sltt_ext.conversion import register_adapter
-from sltt_ext.errors import UnsupportedModuleError
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass
+from sltt_ext.spikingjelly.stepwise import FUNCTIONAL_FORM, States, StepwiseNode, Tensors, stepwise
 from sltt_ext.spikingjelly.surrogates import known_surrogate
 from sltt_ext.surrogate import Surrogate
 
-__all__ = ["FusedNode", "SLTTIFNode", "SLTTLIFNode", "SLTTParametricLIFNode", "StepwiseNode"]
-
-States = tuple[Any, ...]
-Tensors = tuple[Tensor, ...]
-
-
-class StepwiseNode(SLTTNeuron, base.MemoryModule):
-    """Any stateful SpikingJelly module, with SLTT's gradient.
-
-    Carried state is what the module registers with ``register_memory``, as SpikingJelly's own
-    ``reset_net`` and ``detach_net`` have it.
-    """
-
-    @property
-    def multi_step(self) -> bool:
-        return bool(self.step_mode == "m")
-
-    def reset_state(self) -> None:
-        self.reset()
-
-    def detach_state(self) -> None:
-        self._memories.update({name: constant(value) for name, value in self._memories.items()})
-
-    def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.detach_state()
-        return super().single_step_forward(x, *args, **kwargs)
-
-    def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "store_v_seq", False):
-            self.v_seq = None  # each single step appends its potential
-        steps = [self.single_step_forward(*inputs, **kwargs) for inputs in zip(x_seq, *args)]
-        if isinstance(steps[0], Tensor):
-            return torch.stack(steps)
-        return type(steps[0])(map(torch.stack, zip(*steps)))
-
-    def single_step_functional_forward(
-        self, inputs: Tensors, states: States, **kwargs: Any
-    ) -> tuple[Tensors, States]:
-        return super().single_step_functional_forward(inputs, constant(states), **kwargs)
-
-    def multi_step_functional_forward(
-        self, inputs: Tensors, states: States, **kwargs: Any
-    ) -> tuple[Tensors, States]:
-        return base.MemoryModule.multi_step_functional_forward(self, inputs, states, **kwargs)
+__all__ = ["FusedNode", "SLTTIFNode", "SLTTLIFNode", "SLTTParametricLIFNode"]
 
 
 class FusedNode(StepwiseNode):
-    """IF, LIF and parametric LIF neurons through the fused operator."""
+    """A neuron that runs through the fused operator, and by the generic rule where that does not cover its settings."""
+
+    _surrogate_in_eval: ClassVar[bool] = True
 
     def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x)
-        if surrogate is None:
+        if surrogate is None or self.store_v_seq:
             return super().single_step_forward(x, *args, **kwargs)
         return self._run_fused(x, surrogate, single_step=True)
 
@@ -79,8 +33,14 @@ class FusedNode(StepwiseNode):
         surrogate = self._fused_surrogate(x_seq)
         if surrogate is None:
             return super().multi_step_forward(x_seq, *args, **kwargs)
-        self.v_seq = None
-        return self._run_fused(x_seq, surrogate, single_step=False)
+        if not self.store_v_seq:
+            return self._run_fused(x_seq, surrogate, single_step=False)
+        spikes, potentials = [], []
+        for x in x_seq:
+            spikes.append(self._run_fused(x, surrogate, single_step=True))
+            potentials.append(self._memories["v"])
+        self.v_seq = torch.stack(potentials)
+        return torch.stack(spikes)
 
     def single_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
@@ -102,8 +62,8 @@ class FusedNode(StepwiseNode):
 
     def _run_fused(self, x: Tensor, surrogate: Surrogate, single_step: bool) -> Tensor:
         v = self._memories["v"]
-        if isinstance(v, Tensor) and v.shape != (x.shape if single_step else x.shape[1:]):
-            v = None  # as SpikingJelly does: a batch of another shape starts from rest
+        if FUNCTIONAL_FORM and isinstance(v, Tensor) and v.shape != (x.shape if single_step else x.shape[1:]):
+            v = None  # as SpikingJelly 2.x does: a batch of another shape starts from rest
         s, self._memories["v"] = self._fused(x, v, surrogate, single_step)
         return s
 
@@ -115,7 +75,9 @@ class FusedNode(StepwiseNode):
 
     def _fused_surrogate(self, x: Tensor) -> Surrogate | None:
         """The surrogate to run the fused operator with; None where the operator does not cover the settings."""
-        if self.store_v_seq or not x.is_floating_point() or x.numel() == 0:
+        if not (self.training or self._surrogate_in_eval):
+            return None
+        if not x.is_floating_point() or x.numel() == 0:
             return None
         if not isinstance(self.v_threshold, (int, float)) or isinstance(self.v_reset, Tensor):
             return None
@@ -133,6 +95,8 @@ class FusedNode(StepwiseNode):
 
 
 class _FusedIF(FusedNode):
+    _surrogate_in_eval = FUNCTIONAL_FORM  # 0.0.0.0.14 evaluates IF and LIF without a surrogate
+
     def _fused(
         self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
     ) -> tuple[Tensor, Tensor]:
@@ -140,11 +104,21 @@ class _FusedIF(FusedNode):
 
 
 class _FusedLIF(FusedNode):
+    _surrogate_in_eval = FUNCTIONAL_FORM
+
     def _fused(
         self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
     ) -> tuple[Tensor, Tensor]:
         settings = self._settings(surrogate, single_step)
-        return functional.multi_step_lif(x, v, tau=self.tau, decay_input=self.decay_input, **settings)
+        return functional.multi_step_lif(
+            x, v, tau=self.tau, decay_input=self.decay_input, factored_leak=_factored_leak(self), **settings
+        )
+
+
+class _FusedOnlineLIF(_FusedLIF):
+    """SpikingJelly's own ``SLTTLIFNode``, which has a surrogate in training only."""
+
+    _surrogate_in_eval = False
 
 
 class _FusedParametricLIF(FusedNode):
@@ -152,7 +126,14 @@ class _FusedParametricLIF(FusedNode):
         self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
     ) -> tuple[Tensor, Tensor]:
         settings = self._settings(surrogate, single_step)
-        return functional.multi_step_plif(x, self.w, v, decay_input=self.decay_input, **settings)
+        return functional.multi_step_plif(
+            x, self.w, v, decay_input=self.decay_input, factored_leak=_factored_leak(self), **settings
+        )
+
+
+def _factored_leak(node: Any) -> bool:
+    """Whether the leak is ``v (1 - 1 / tau)``, as 0.0.0.0.14 has it, and not ``v - v / tau``: they round differently."""
+    return not FUNCTIONAL_FORM and not node.decay_input and not node.v_reset
 
 
 class SLTTIFNode(_FusedIF, neuron.IFNode):
@@ -174,50 +155,37 @@ class SLTTParametricLIFNode(_FusedParametricLIF, neuron.ParametricLIFNode):
 
 
 _EXPLICIT = {cls.original: cls for cls in (SLTTIFNode, SLTTLIFNode, SLTTParametricLIFNode)}
+_RULES = {cls.original: cls.__bases__[0] for cls in _EXPLICIT.values()}
+if hasattr(neuron, "SLTTLIFNode"):
+    _RULES = {neuron.SLTTLIFNode: _FusedOnlineLIF, **_RULES}
 
 _DYNAMICS = [
+    "apply_hard_reset",
+    "apply_soft_reset",
     "forward",
+    "jit_hard_reset",
+    "jit_soft_reset",
     "materialize_states",
     "multi_step_forward",
     "multi_step_functional_forward",
+    "neuronal_charge",
+    "neuronal_fire",
+    "neuronal_reset",
     "single_step_forward",
     "single_step_functional_forward",
+    "v_float_to_tensor",
 ]
 
 
-@register_adapter(neuron.IFNode, neuron.LIFNode, neuron.ParametricLIFNode)
+@register_adapter(*_RULES)
 def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
     cls = type(module)
     if cls in _EXPLICIT:
         return _EXPLICIT[cls]
-    for original, explicit in _EXPLICIT.items():
+    for original, rules in _RULES.items():
         if isinstance(module, original) and _same_dynamics(cls, original):
-            return adapter_subclass(explicit.__bases__[0], cls)
-    return _stepwise(module)
-
-
-@register_adapter(base.MemoryModule)
-def _stepwise(module: nn.Module) -> type[SLTTNeuron]:
-    cls = type(module)
-    if cls.forward is not base.MemoryModule.forward:
-        raise UnsupportedModuleError(
-            "overrides forward, past which its state cannot be held constant; compute the step in "
-            "single_step_forward or single_step_functional_forward instead"
-        )
-    if "s" not in cast(base.MemoryModule, module).supported_step_mode() or not _has_step(cls):
-        raise UnsupportedModuleError(
-            "runs whole sequences only (step mode 'm'); SLTT needs a step-by-step form, step mode 's'"
-        )
-    return adapter_subclass(StepwiseNode, cls)
-
-
-def _has_step(cls: type[nn.Module]) -> bool:
-    """Whether a class says how to compute one step, not only inherits the framework's frame for it."""
-    frames = (base.MemoryModule, neuron.BaseNode)
-    return any(
-        all(getattr(cls, name) is not getattr(frame, name) for frame in frames)
-        for name in ("single_step_forward", "single_step_functional_forward")
-    )
+            return adapter_subclass(rules, cls)
+    return stepwise(module)
 
 
 def _same_dynamics(cls: type[nn.Module], original: type[nn.Module]) -> bool:
