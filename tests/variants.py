@@ -11,8 +11,8 @@ from sltt_ext.surrogate import SURROGATES
 
 DTYPES = tuple(SCALARS)
 RESETS = (("subtract", False), ("subtract", True), ("zero", False), ("zero", True), ("none", False))
-CHARGES = range(5)
-LEARNABLE_CHARGES = (3, 4)
+CHARGES = range(7)
+LEARNABLE_CHARGES = (3, 4, 6)
 BOTH = (False, True)
 
 

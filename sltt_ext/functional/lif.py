@@ -6,6 +6,7 @@ a soft reset) and the decay ``d = 1 / tau``::
     IF                        h[t] = v[t-1] + x[t]
     LIF, decay_input          h[t] = v[t-1] + (x[t] - (v[t-1] - v_rest)) d
     LIF, not decay_input      h[t] = v[t-1] - (v[t-1] - v_rest) d + x[t]
+    the same, factored_leak   h[t] = v[t-1] (1 - d) + x[t]     for v_rest = 0; rounds differently
 
     s[t] = H(h[t] - v_threshold)
     v[t] = h[t] - v_threshold s[t]                 soft reset (v_reset=None)
@@ -91,6 +92,7 @@ def multi_step_lif(
     *,
     tau: float = 2.0,
     decay_input: bool = True,
+    factored_leak: bool = False,
     v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
     detach_reset: bool = False,
@@ -105,6 +107,8 @@ def multi_step_lif(
         v: Initial membrane potential.
         tau: Membrane time constant, in time steps; positive.
         decay_input: Whether the input current is divided by ``tau`` as well.
+        factored_leak: Without ``decay_input`` and with a resting potential of 0: compute the leak as
+            ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the final state's gradient.
@@ -133,7 +137,7 @@ def multi_step_lif(
         raise ConfigurationError(f"tau must be positive, got {tau}")
     return _run(
         x_seq, v, None, float(tau), decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, backend, single_step,
+        surrogate, backend, single_step, factored_leak,
     )  # fmt: skip
 
 
@@ -143,6 +147,7 @@ def multi_step_plif(
     v: Tensor | float | None = None,
     *,
     decay_input: bool = True,
+    factored_leak: bool = False,
     v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
     detach_reset: bool = False,
@@ -160,6 +165,8 @@ def multi_step_plif(
         w: The parameter, a tensor with one element and no dimension.
         v: Initial membrane potential.
         decay_input: Whether the input current is divided by ``tau`` as well.
+        factored_leak: Without ``decay_input`` and with a resting potential of 0: compute the leak as
+            ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the final state's gradient.
@@ -189,7 +196,7 @@ def multi_step_plif(
     decay = w.to(state_dtype(x_seq.dtype)).sigmoid()
     return _run(
         x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, backend, single_step,
+        surrogate, backend, single_step, factored_leak,
     )  # fmt: skip
 
 
@@ -205,7 +212,10 @@ def _run(
     surrogate: Surrogate,
     backend: str,
     single_step: bool,
+    factored_leak: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    if factored_leak and (decay_input or v_reset):
+        raise ConfigurationError("factored_leak needs decay_input=False and a resting potential of 0")
     v_threshold = check_number("v_threshold", v_threshold)
     v_reset = None if v_reset is None else check_number("v_reset", v_reset)
     v = (v_reset or 0.0) if v is None else v
@@ -219,7 +229,7 @@ def _run(
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
     arguments = (
         v, decay, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate.name, surrogate.parameters,
-        save, save and learn_decay,
+        save, save and learn_decay, factored_leak,
     )  # fmt: skip
     if not compiling:
         outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(kernels, single_step, x_seq, *arguments)
@@ -245,12 +255,13 @@ def lif(
     parameters: Sequence[float],
     save: bool,
     save_slope: bool,
+    factored_leak: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward operator; see :func:`sltt_ext.kernels.torch_lif.forward`."""
     outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _KERNELS[select_backend(backend, x_seq)].forward(
         x_seq, v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, parameters, save, save_slope,
+        surrogate, parameters, save, save_slope, factored_leak,
     )  # fmt: skip
     return outputs
 
@@ -258,7 +269,8 @@ def lif(
 @lif.register_fake
 def _(
     x_seq: Tensor, v: Tensor, decay: Any, tau: Any, decay_input: Any, v_threshold: Any, v_reset: Any,
-    detach_reset: Any, surrogate: Any, parameters: Any, save: bool, save_slope: bool, backend: str = "auto",
+    detach_reset: Any, surrogate: Any, parameters: Any, save: bool, save_slope: bool,
+    factored_leak: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         torch.empty_like(x_seq),
@@ -306,7 +318,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, decay, *settings, _, _, backend = inputs
+    _, _, decay, *settings, _, _, _, backend = inputs
     ctx.backend = backend
     _save(ctx, decay, settings, output)
 
@@ -330,7 +342,7 @@ def _gradients(ctx: Any, run: Any, grad_s_seq: Any, grad_v: Any, *_: Any) -> tup
     grad_x = grad_decay = None
     if grad_s_seq is not None or grad_v is not None:
         grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, *ctx.settings)
-    return (grad_x, None, grad_decay if slopes.numel() else None, *[None] * 9)
+    return (grad_x, None, grad_decay if slopes.numel() else None, *[None] * 10)
 
 
 lif.register_autograd(_backward, setup_context=_setup_context)

@@ -18,7 +18,7 @@ from sltt_ext.kernels.layout import same_layout
 from sltt_ext.kernels.source import Kernel, make_kernel
 from sltt_ext.surrogate import constants
 
-_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY = range(5)  # as in lif.cu
+_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY, _FACTORED_TAU, _FACTORED_DECAY = range(7)  # as in lif.cu
 
 
 def forward(
@@ -34,6 +34,7 @@ def forward(
     parameters: Sequence[float],
     save: bool,
     save_slope: bool,
+    factored_leak: bool = False,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see :func:`sltt_ext.kernels.torch_lif.forward`.
@@ -51,7 +52,7 @@ def forward(
     if not same_layout(v if isinstance(v, Tensor) else v_next, x_seq, s_seq):
         computed = forward(
             x_seq.contiguous(), v.contiguous() if isinstance(v, Tensor) else v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
-            surrogate, parameters, save, save_slope, launch,
+            surrogate, parameters, save, save_slope, factored_leak, launch,
         )  # fmt: skip
         for output, values in zip(outputs, computed):
             output.copy_(values)
@@ -59,11 +60,11 @@ def forward(
     x_at, *written = (tensor.data_ptr() for tensor in (x_seq, *outputs))
     v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
     geometry = launch_geometry(v_next.numel(), x_seq.element_size(), (x_at, v_at, *written))
-    charge = _charge(decay, tau, decay_input)
+    charge = _charge(decay, tau, decay_input, factored_leak)
     kernel = forward_kernel(x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope)
     arguments = (
         x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, v_next.numel(), x_seq.shape[0],
-        v_start, 1.0 if tau is None else tau, v_threshold, v_reset or 0.0,
+        v_start, _tau(tau, factored_leak), v_threshold, v_reset or 0.0,
         *constants(surrogate, parameters, _input_scale(tau, decay_input)),
     )  # fmt: skip
     launch(kernel, geometry.blocks, arguments, x_seq.device)
@@ -152,7 +153,16 @@ def backward_kernel(dtype: torch.dtype, width: int, surrogate: str, soft_reset: 
     )
 
 
-def _charge(decay: Tensor | None, tau: float | None, decay_input: bool) -> int:
+def _tau(tau: float | None, factored_leak: bool) -> float:
+    """What the kernel divides the leak by, or with a factored leak multiplies the potential by."""
+    if tau is None:
+        return 1.0
+    return 1 - 1 / tau if factored_leak else tau
+
+
+def _charge(decay: Tensor | None, tau: float | None, decay_input: bool, factored_leak: bool) -> int:
+    if factored_leak:
+        return _FACTORED_TAU if decay is None else _FACTORED_DECAY
     if decay is not None:
         return _DECAY_INPUT if decay_input else _DECAY
     if tau is not None:

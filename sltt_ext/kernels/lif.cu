@@ -20,10 +20,16 @@ __device__ __forceinline__ float surrogate(float u, float c0, float c1, float c2
 #define TAU 2            // LIF, not decay_input
 #define DECAY_INPUT 3    // parametric LIF, decay_input
 #define DECAY 4          // parametric LIF, not decay_input
+#define FACTORED_TAU 5   // LIF, not decay_input, factored leak; tau is 1 - 1 / tau
+#define FACTORED_DECAY 6 // the same of parametric LIF
 
 // The charged potential h; slope is dh/ddecay.
 __device__ __forceinline__ float charge(float x, float v, float tau, float decay, float v_rest, float& slope) {
     if (CHARGE == INTEGRATE) return v + x;
+    if (CHARGE == FACTORED_TAU || CHARGE == FACTORED_DECAY) {
+        slope = -v;
+        return v * (CHARGE == FACTORED_TAU ? tau : 1.0f - decay) + x;
+    }
     const float leak = v - v_rest;
     if (CHARGE == TAU_INPUT || CHARGE == DECAY_INPUT) {
         slope = x - leak;
@@ -43,7 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const float tau = static_cast<float>(tau_), v_threshold = static_cast<float>(v_threshold_);
     const float v_reset = static_cast<float>(v_reset_), v_rest = SOFT_RESET ? 0.0f : v_reset;
     const float c0 = static_cast<float>(c0_), c1 = static_cast<float>(c1_), c2 = static_cast<float>(c2_);
-    const float decay = CHARGE == DECAY_INPUT || CHARGE == DECAY ? *decay_at : 1.0f;
+    const bool learnable = CHARGE == DECAY_INPUT || CHARGE == DECAY || CHARGE == FACTORED_DECAY;
+    const float decay = learnable ? *decay_at : 1.0f;
     const long long packs = elements / WIDTH, stride = static_cast<long long>(gridDim.x) * THREADS;
     for (long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x; i < packs; i += stride) {
         Pack<float, WIDTH> v, next = load<WIDTH>(x_seq, i), h, s, local, slope;

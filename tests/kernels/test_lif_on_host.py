@@ -34,6 +34,8 @@ KINDS = {  # decay, tau, decay_input
     "lif, not decay_input": (None, 1.7, False),
     "plif": (0.4, None, True),
     "plif, not decay_input": (0.4, None, False),
+    "lif, factored leak": (None, 1.7, False),
+    "plif, factored leak": (0.4, None, False),
 }
 ELEMENTS = {8: 2080, 4: 1036, 2: 42, 1: 37}
 ON_HOST = SimpleNamespace(
@@ -70,12 +72,12 @@ def assert_derivatives_match(got, want, surrogate):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-def compare(x_seq, v, settings, grad_s, grad_v):
+def compare(x_seq, v, settings, grad_s, grad_v, factored_leak=False):
     """Forward and backward on both backends, with everything that may be kept or missing."""
     surrogate, learnable = settings[6], settings[0] is not None
     for save, save_slope in {(False, False), (True, False), (True, learnable)}:
-        want = torch_lif.forward(x_seq, v, *settings, save, save_slope)
-        got = ON_HOST.forward(x_seq, v, *settings, save, save_slope)
+        want = torch_lif.forward(x_seq, v, *settings, save, save_slope, factored_leak)
+        got = ON_HOST.forward(x_seq, v, *settings, save, save_slope, factored_leak)
         assert_derivatives_match(got[2], want[2], surrogate)
         for k in (0, 1, 3, 4):
             assert_same_kind(got[k], want[k])
@@ -94,7 +96,8 @@ def compare(x_seq, v, settings, grad_s, grad_v):
 def compare_random(kind, dtype, surrogate, shape, v_reset, detach_reset):
     x_seq, grad_s = (2 * torch.randn(2, *shape)).to(dtype)
     v, grad_v = torch.randn(2, *shape[1:])
-    compare(x_seq, v, arguments(kind, surrogate, v_reset, detach_reset), grad_s, grad_v)
+    settings = arguments(kind, surrogate, v_reset, detach_reset)
+    compare(x_seq, v, settings, grad_s, grad_v, kind.endswith("factored leak"))
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
