@@ -19,6 +19,7 @@ fast_sigmoid         slope                   1 / (1 + slope |u|)^2
 sparse_fast_sigmoid  slope, bound            1 / (1 + slope |u|)^2 where u > bound, 0 elsewhere
 spike_rate_escape    beta, slope             slope * exp(-beta |u - 1|)
 leaky_spike          leak                    1 where u > 0, leak elsewhere
+logistic             slope                   as sigmoid, from sigmoid(-slope |u|): its tails keep their digits
 ==================== ======================= ==========================================
 """
 
@@ -141,6 +142,10 @@ def _spike_rate_escape(u: Tensor, scale: float, beta: float, slope: float) -> Te
     return u.sub_(1).abs_().mul_(-beta).exp_().mul_(slope * scale)
 
 
+def _logistic(u: Tensor, scale: float, slope: float) -> Tensor:
+    return _sigmoid(u.abs_().neg_(), scale, slope)
+
+
 def _leaky_spike(u: Tensor, scale: float, leak: float) -> Tensor:
     return u.gt_(0).mul_((1 - leak) * scale).add_(leak * scale)
 
@@ -217,5 +222,11 @@ SURROGATES: dict[str, SurrogateDefinition] = {
         _leaky_spike,
         lambda scale, leak: ((1 - leak) * scale, leak * scale),
         "return (u > 0 ? 1.0f : 0.0f) * c0 + c1;",
+    ),
+    "logistic": SurrogateDefinition(
+        ("slope",),
+        _logistic,
+        lambda scale, slope: (slope, slope * scale),
+        "const float s = 1 / (1 + expf(fabsf(u) * c0)); return c1 * (1 - s) * s;",
     ),
 }

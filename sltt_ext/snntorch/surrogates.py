@@ -20,7 +20,7 @@ __all__ = ["known_surrogate"]
 _ROWS: dict[str, Callable[..., tuple[str, tuple[float, ...]]]] = {
     "atan": lambda alpha: ("atan", (alpha,)),
     "fast_sigmoid": lambda slope: ("fast_sigmoid", (slope,)),
-    "sigmoid": lambda slope: ("sigmoid", (slope,)),
+    "sigmoid": lambda slope: ("logistic", (slope,)),
     "triangular": lambda threshold: ("leaky_k_relu", (threshold, -threshold)),
     "straight_through_estimator": lambda: ("leaky_spike", (1.0,)),
     "heaviside": lambda: ("leaky_spike", (0.0,)),

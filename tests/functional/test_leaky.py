@@ -13,7 +13,7 @@ from sltt_ext.surrogate import Surrogate
 SURROGATES = {
     "atan": (Surrogate("atan", (2.0,)), framework.atan(2.0)),
     "fast_sigmoid": (Surrogate("fast_sigmoid", (25.0,)), framework.fast_sigmoid(25)),
-    "sigmoid": (Surrogate("sigmoid", (5.0,)), framework.sigmoid(5)),
+    "sigmoid": (Surrogate("logistic", (5.0,)), framework.sigmoid(5)),
     "straight_through": (Surrogate("leaky_spike", (1.0,)), framework.straight_through_estimator()),
     "triangular": (Surrogate("leaky_k_relu", (0.5, -0.5)), framework.triangular(0.5)),
 }

@@ -21,7 +21,7 @@ PARAMETERS = {
     "sparse_fast_sigmoid": (5.0, -0.3),
     "spike_rate_escape": (1.2, 0.8),
 }
-EXPONENTIAL = {"sigmoid", "piecewise_exp", "erf", "spike_rate_escape"}
+EXPONENTIAL = {"sigmoid", "logistic", "piecewise_exp", "erf", "spike_rate_escape"}
 RESETS = ["subtract", "zero", "none"]
 STEP = (3, 4, 6)
 SHAPES = [(), (1,), (6,), (4, 6), (4, 1), (3, 1, 1), (3, 4, 6), (3, 1, 6), (1, 4, 1)]

@@ -27,7 +27,7 @@ PARAMETERS = {
     "sparse_fast_sigmoid": (5.0, -0.3),
     "spike_rate_escape": (1.2, 0.8),
 }
-EXPONENTIAL = {"sigmoid", "piecewise_exp", "erf", "spike_rate_escape"}
+EXPONENTIAL = {"sigmoid", "logistic", "piecewise_exp", "erf", "spike_rate_escape"}
 KINDS = {  # decay, tau, decay_input
     "if": (None, None, False),
     "lif": (None, 1.7, True),
