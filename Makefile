@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench cubins gpu-test gpu-sanitizer gpu-bench clean
 
 demo: $(READY)  ## train one network on real images with BPTT, SLTT and SLTT-K, side by side
 	$(BIN)/sltt demo
@@ -27,6 +27,19 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/tutorials.py
+
+cubins: $(READY)  ## every variant of the CUDA kernels, compiled for every architecture (minutes, no GPU)
+	SLTT_ALL_CUBINS=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_nvrtc.py
+
+gpu-test:  ## what needs a CUDA device, with the machine's own Python; installs nothing
+	PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider tests/gpu
+
+gpu-sanitizer:  ## the kernels' tests on the device under compute-sanitizer
+	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+		$(PYTHON) -m pytest -p no:cacheprovider tests/gpu/test_kernels.py -k variant
+
+gpu-bench:  ## the fused neuron against copies and SpikingJelly on the device, with the machine's own Python
+	PYTHONPATH=. $(PYTHON) benchmarks/neuron_kernel.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here (SpikingJelly 2.0 needs it): make PYTHON=python3.11 ...")'

@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def version_of(package: str) -> str:
+    """The installed version of a package, or nothing."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def write_results(
     name: str, rows: Iterable[Mapping[str, Any]], device: str = "cpu", framework: str = "spikingjelly"
 ) -> None:
@@ -50,7 +58,7 @@ def write_results(
     common = {
         "device": device_name(device),
         "torch": torch.__version__,
-        framework: version(framework),
+        framework: version_of(framework),
     }
     rows = [{**row, **common} for row in rows]
     RESULTS.mkdir(exist_ok=True)

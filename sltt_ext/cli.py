@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to train on"
     )
+    env = commands.add_parser(
+        "env",
+        help="versions, devices, and the backend that runs the neurons on each",
+        description="Print what a bug report needs: versions, devices, which backend runs the fused neurons on "
+        "each, and why not another.",
+    )
+    env.add_argument("--json", action="store_true", help="as one JSON object")
     options = parser.parse_args(arguments)
+    if options.command == "env":
+        _print_environment(as_json=options.json)
+        return 0
     try:
         from sltt_ext.demo import DemoSettings, run_demo
 
@@ -52,6 +63,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("sltt: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _print_environment(as_json: bool) -> None:
+    from sltt_ext.environment import environment
+
+    report = environment()
+    if as_json:
+        print(json.dumps(report, indent=2))
+        return
+    width = max(map(len, report))
+    for name, value in report.items():
+        print(f"{name:{width}}  {value}")
 
 
 def _positive(text: str) -> int:

@@ -66,15 +66,25 @@ class SurrogateDefinition:
         parameters: Names of the parameters, in order.
         derivative: ``(u, scale, *parameters) -> scale * H'(u)``. It may overwrite ``u`` and return it:
             the caller owns ``u`` and forgets it.
+        constants: ``(scale, *parameters) ->`` the numbers ``c0``, ``c1``, ``c2`` of the CUDA statements.
+        cuda: The same function of ``float u`` as CUDA statements, in the same order of operations.
     """
 
     parameters: tuple[str, ...]
     derivative: Callable[..., Tensor]
+    constants: Callable[..., tuple[float, ...]]
+    cuda: str
 
 
 def derivative(u: Tensor, name: str, parameters: Sequence[float], scale: float = 1.0) -> Tensor:
     """``scale * H'(u)`` for the named surrogate, computed in the memory of ``u``."""
     return SURROGATES[name].derivative(u, scale, *parameters)
+
+
+def constants(name: str, parameters: Sequence[float], scale: float = 1.0) -> tuple[float, float, float]:
+    """The numbers ``c0``, ``c1``, ``c2`` with which the CUDA statements compute ``scale * H'(u)``."""
+    c0, c1, c2 = (*SURROGATES[name].constants(scale, *parameters), 0.0, 0.0, 0.0)[:3]
+    return c0, c1, c2
 
 
 def _number(value: float, like: Tensor) -> Tensor:
@@ -136,16 +146,76 @@ def _leaky_spike(u: Tensor, scale: float, leak: float) -> Tensor:
 
 
 SURROGATES: dict[str, SurrogateDefinition] = {
-    "sigmoid": SurrogateDefinition(("alpha",), _sigmoid),
-    "atan": SurrogateDefinition(("alpha",), _atan),
-    "piecewise_quadratic": SurrogateDefinition(("alpha",), _piecewise_quadratic),
-    "piecewise_exp": SurrogateDefinition(("alpha",), _piecewise_exp),
-    "soft_sign": SurrogateDefinition(("alpha",), _soft_sign),
-    "erf": SurrogateDefinition(("alpha",), _erf),
-    "leaky_k_relu": SurrogateDefinition(("leak", "k"), _leaky_k_relu),
-    "rectangle": SurrogateDefinition(("alpha",), _rectangle),
-    "fast_sigmoid": SurrogateDefinition(("slope",), _fast_sigmoid),
-    "sparse_fast_sigmoid": SurrogateDefinition(("slope", "bound"), _sparse_fast_sigmoid),
-    "spike_rate_escape": SurrogateDefinition(("beta", "slope"), _spike_rate_escape),
-    "leaky_spike": SurrogateDefinition(("leak",), _leaky_spike),
+    "sigmoid": SurrogateDefinition(
+        ("alpha",),
+        _sigmoid,
+        lambda scale, alpha: (alpha, alpha * scale),
+        "const float s = 1 / (1 + expf(-(u * c0))); return c1 * (1 - s) * s;",
+    ),
+    "atan": SurrogateDefinition(
+        ("alpha",),
+        _atan,
+        lambda scale, alpha: ((math.pi / 2 * alpha) ** 2, alpha / 2 * scale),
+        "return c1 / fmaf(c0 * u, u, 1.0f);",
+    ),
+    "piecewise_quadratic": SurrogateDefinition(
+        ("alpha",),
+        _piecewise_quadratic,
+        lambda scale, alpha: (alpha * scale, alpha**2 * scale),
+        "const float d = fmaf(-c1, fabsf(u), c0); return d < 0 ? 0 : d;",
+    ),
+    "piecewise_exp": SurrogateDefinition(
+        ("alpha",),
+        _piecewise_exp,
+        lambda scale, alpha: (-alpha, alpha / 2 * scale),
+        "return expf(fabsf(u) * c0) * c1;",
+    ),
+    "soft_sign": SurrogateDefinition(
+        ("alpha",),
+        _soft_sign,
+        lambda scale, alpha: (1 / alpha, scale / (2 * alpha)),
+        "const float d = fabsf(u) + c0; return c1 / (d * d);",
+    ),
+    "erf": SurrogateDefinition(
+        ("alpha",),
+        _erf,
+        lambda scale, alpha: (-(alpha**2), alpha / math.sqrt(math.pi) * scale),
+        "return expf(u * u * c0) * c1;",
+    ),
+    "leaky_k_relu": SurrogateDefinition(
+        ("leak", "k"),
+        _leaky_k_relu,
+        lambda scale, leak, k: ((k - leak) * scale, leak * scale),
+        "return (u >= 0 ? 1.0f : 0.0f) * c0 + c1;",
+    ),
+    "rectangle": SurrogateDefinition(
+        ("alpha",),
+        _rectangle,
+        lambda scale, alpha: (0.5 / alpha, alpha * scale),
+        "return (fabsf(u) < c0 ? 1.0f : 0.0f) * c1;",
+    ),
+    "fast_sigmoid": SurrogateDefinition(
+        ("slope",),
+        _fast_sigmoid,
+        lambda scale, slope: (slope, scale),
+        "const float d = fabsf(u) * c0 + 1; return c1 / (d * d);",
+    ),
+    "sparse_fast_sigmoid": SurrogateDefinition(
+        ("slope", "bound"),
+        _sparse_fast_sigmoid,
+        lambda scale, slope, bound: (slope, scale, bound),
+        "const float d = fabsf(u) * c0 + 1; return c1 / (d * d) * (u > c2 ? 1.0f : 0.0f);",
+    ),
+    "spike_rate_escape": SurrogateDefinition(
+        ("beta", "slope"),
+        _spike_rate_escape,
+        lambda scale, beta, slope: (-beta, slope * scale),
+        "return expf(fabsf(u - 1) * c0) * c1;",
+    ),
+    "leaky_spike": SurrogateDefinition(
+        ("leak",),
+        _leaky_spike,
+        lambda scale, leak: ((1 - leak) * scale, leak * scale),
+        "return (u > 0 ? 1.0f : 0.0f) * c0 + c1;",
+    ),
 }

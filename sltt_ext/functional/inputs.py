@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from sltt_ext.errors import InputError
+from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.neuron import state_dtype
 
-__all__ = ["initial_state", "step_shape"]
+__all__ = ["check_device", "check_number", "initial_state", "step_shape"]
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -30,7 +32,7 @@ def initial_state(name: str, state: Tensor | float, x_seq: Tensor, single_step: 
     """``state`` ``[N, ...]``, or one number for all, as a constant in the dtype states are kept in.
 
     Raises:
-        InputError: If ``x_seq`` has no step or is not floating point, or the shapes disagree.
+        InputError: If ``x_seq`` has no step or is not floating point, or shapes or devices disagree.
     """
     shape, dtype = step_shape(x_seq, single_step), state_dtype(x_seq.dtype)
     if not isinstance(state, Tensor):
@@ -41,4 +43,23 @@ def initial_state(name: str, state: Tensor | float, x_seq: Tensor, single_step: 
             f"{name} has shape {list(state.shape)}, one step of x_seq has {list(shape)}: reset the network between "
             "batches of different shape"
         )
-    return state.detach().to(dtype=dtype, device=x_seq.device)
+    check_device(name, state, x_seq)
+    return state.detach().to(dtype)
+
+
+def check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
+    """Raise an InputError unless ``tensor`` is on the device of ``x_seq``."""
+    if tensor.device != x_seq.device:
+        raise InputError(f"{name} is on {tensor.device}, x_seq on {x_seq.device}: move one with .to(device)")
+
+
+def check_number(name: str, value: float) -> float:
+    """``value`` as a float.
+
+    Raises:
+        ConfigurationError: If it is NaN.
+    """
+    value = float(value)
+    if math.isnan(value):
+        raise ConfigurationError(f"{name} must be a number, got nan")
+    return value

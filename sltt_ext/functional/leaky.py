@@ -30,14 +30,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.functional.inputs import initial_state
-from sltt_ext.kernels import check_backend, torch_leaky
+from sltt_ext.functional.inputs import check_device, check_number, initial_state
+from sltt_ext.kernels import cuda_leaky, select_backend, torch_leaky
 from sltt_ext.surrogate import Surrogate
 
 __all__ = ["multi_step_leaky"]
 
 _RESET_MECHANISMS = ("subtract", "zero", "none")
 _DEFAULT_SURROGATE = Surrogate("atan", (2.0,))
+_KERNELS: dict[str, Any] = {"torch": torch_leaky, "cupy": cuda_leaky}
 
 
 def multi_step_leaky(
@@ -67,7 +68,7 @@ def multi_step_leaky(
         reset_delay: Whether the reset takes effect in the next step (snnTorch's default) or at once.
         return_mem_seq: Return the membrane potential of every step rather than the last one only.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"`` or ``"cupy"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are spikes and membrane potential.
 
     Returns:
@@ -75,8 +76,8 @@ def multi_step_leaky(
         ``[N, ...]`` or after every step ``[T, N, ...]``, in float32 for half-precision inputs.
 
     Raises:
-        InputError: If ``x_seq``, ``mem``, ``beta`` or ``threshold`` has the wrong shape or dtype.
-        ConfigurationError: If ``reset_mechanism`` is none of the three.
+        InputError: If ``x_seq``, ``mem``, ``beta`` or ``threshold`` has the wrong shape, dtype or device.
+        ConfigurationError: If ``reset_mechanism`` is none of the three, or a number is NaN.
         BackendError: If ``backend`` cannot be used.
 
     >>> import torch
@@ -89,7 +90,6 @@ def multi_step_leaky(
     >>> mem_seq.shape, round(beta.grad.item(), 4)
     (torch.Size([4, 1]), 2.366)
     """
-    check_backend(backend)
     if reset_mechanism not in _RESET_MECHANISMS:
         raise ConfigurationError(
             f"reset_mechanism must be one of {', '.join(_RESET_MECHANISMS)}, got {reset_mechanism!r}"
@@ -103,16 +103,18 @@ def multi_step_leaky(
         surrogate.name, surrogate.parameters, save,
     )  # fmt: skip
     if not torch.compiler.is_compiling():
-        outputs: tuple[Tensor, Tensor] = _EagerLeaky.apply(single_step, x_seq, *arguments)
+        kernels = _KERNELS[select_backend(backend, x_seq)]
+        outputs: tuple[Tensor, Tensor] = _EagerLeaky.apply(kernels, single_step, x_seq, *arguments)
         return outputs
-    s_seq, state, _ = leaky(x_seq.unsqueeze(0) if single_step else x_seq, *arguments)
+    s_seq, state, _ = leaky(x_seq.unsqueeze(0) if single_step else x_seq, *arguments, backend)
     return (s_seq.squeeze(0), state.squeeze(0)) if single_step else (s_seq, state)
 
 
 def _parameter(name: str, value: Tensor | float, mem: Tensor) -> Tensor:
     """A parameter as a tensor of the state's dtype that broadcasts to one step."""
     if not isinstance(value, Tensor):
-        return torch.full((), value, dtype=mem.dtype, device=mem.device)
+        return torch.full((), check_number(name, value), dtype=mem.dtype, device=mem.device)
+    check_device(name, value, mem)
     pairs = zip(reversed(value.shape), reversed(mem.shape))
     if value.dim() > mem.dim() or any(size not in (1, whole) for size, whole in pairs):
         raise InputError(
@@ -133,17 +135,19 @@ def leaky(
     surrogate: str,
     parameters: Sequence[float],
     save: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward operator; see :func:`sltt_ext.kernels.torch_leaky.forward`."""
-    return torch_leaky.forward(
+    outputs: tuple[Tensor, Tensor, Tensor] = _KERNELS[select_backend(backend, x_seq)].forward(
         x_seq, mem, beta, threshold, reset_mechanism, reset_delay, return_mem_seq, save
     )
+    return outputs
 
 
 @leaky.register_fake
 def _(
     x_seq: Tensor, mem: Tensor, beta: Any, threshold: Any, reset_mechanism: str, reset_delay: bool,
-    return_mem_seq: bool, surrogate: Any, parameters: Any, save: bool,
+    return_mem_seq: bool, surrogate: Any, parameters: Any, save: bool, backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     own_h = not return_mem_seq or torch_leaky.resets_in_step(reset_mechanism, reset_delay)
     mem_seq = torch.empty_like(x_seq, dtype=mem.dtype)
@@ -167,18 +171,21 @@ def leaky_backward(
     parameters: Sequence[float],
     beta_shape: Optional[Sequence[int]],
     learn_threshold: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward operator; see :func:`sltt_ext.kernels.torch_leaky.backward`."""
-    return torch_leaky.backward(
+    gradients: tuple[Tensor, Tensor, Tensor] = _KERNELS[select_backend(backend, h_seq)].backward(
         grad_s_seq, grad_mem, h_seq, mem, threshold, reset_mechanism, reset_delay,
         surrogate, parameters, beta_shape, learn_threshold,
     )  # fmt: skip
+    return gradients
 
 
 @leaky_backward.register_fake
 def _(
     grad_s_seq: Any, grad_mem: Any, h_seq: Tensor, mem: Any, threshold: Tensor, reset_mechanism: Any,
     reset_delay: Any, surrogate: Any, parameters: Any, beta_shape: Any, learn_threshold: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         torch.empty_like(h_seq),
@@ -187,9 +194,13 @@ def _(
     )
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], single_step: bool = False
-) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *settings, backend = inputs
+    ctx.backend = backend
+    _save(ctx, settings, output, single_step=False)
+
+
+def _save(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...], single_step: bool) -> None:
     _, mem, beta, threshold, reset_mechanism, reset_delay, return_mem_seq, surrogate, parameters, _ = inputs
     _, returned, h_seq = output
     same_step = torch_leaky.resets_in_step(reset_mechanism, reset_delay)
@@ -206,7 +217,13 @@ def _setup_context(
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    grad_s, grad_mem, *_ = grads
+    def run(*arguments: Any) -> Any:
+        return leaky_backward(*arguments, ctx.backend)
+
+    return (*_gradients(ctx, run, *grads), None)
+
+
+def _gradients(ctx: Any, run: Any, grad_s: Any, grad_mem: Any, *_: Any) -> tuple[Any, ...]:
     grad_x = grad_beta = grad_threshold = None
     if grad_s is not None or grad_mem is not None:
         h, mem, threshold = ctx.saved_tensors
@@ -214,7 +231,6 @@ def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             h, grad_s = h.unsqueeze(0), None if grad_s is None else grad_s.unsqueeze(0)
         if grad_mem is not None and (ctx.single_step or not ctx.return_mem_seq):
             grad_mem = grad_mem.unsqueeze(0)
-        run = leaky_backward if torch.compiler.is_compiling() else torch_leaky.backward
         grad_x, grad_beta, grad_threshold = run(grad_s, grad_mem, h, mem, threshold, *ctx.settings)
     if ctx.single_step and grad_x is not None:
         grad_x.squeeze_(0)
@@ -235,20 +251,23 @@ class _EagerLeaky(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, single_step: bool, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, kernels: Any, single_step: bool, x: Tensor, *settings: Any
+    ) -> tuple[Tensor, Tensor]:
         mem, beta, threshold, reset_mechanism, reset_delay, return_mem_seq, *_, save = settings
         x_seq = x.unsqueeze(0) if single_step else x
-        output = torch_leaky.forward(
+        ctx.kernels = kernels
+        output = kernels.forward(
             x_seq, mem, beta, threshold, reset_mechanism, reset_delay, return_mem_seq, save
         )
         if single_step:
             for tensor in output:
                 tensor.squeeze_(0)
-        _setup_context(ctx, (x_seq, *settings), output, single_step)
+        _save(ctx, (x_seq, *settings), output, single_step)
         s, mem, _ = output
         return s, mem
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (None, *_backward(ctx, *grads))
+        return (None, None, *_gradients(ctx, ctx.kernels.backward, *grads))

@@ -6,6 +6,7 @@ a soft reset) and the decay ``d = 1 / tau``::
     IF                        h[t] = v[t-1] + x[t]
     LIF, decay_input          h[t] = v[t-1] + (x[t] - (v[t-1] - v_rest)) d
     LIF, not decay_input      h[t] = v[t-1] - (v[t-1] - v_rest) d + x[t]
+    the same, factored_leak   h[t] = v[t-1] (1 - d) + x[t]     for v_rest = 0; rounds differently
 
     s[t] = H(h[t] - v_threshold)
     v[t] = h[t] - v_threshold s[t]                 soft reset (v_reset=None)
@@ -32,14 +33,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.functional.inputs import initial_state
-from sltt_ext.kernels import check_backend, torch_lif
+from sltt_ext.functional.inputs import check_device, check_number, initial_state, step_shape
+from sltt_ext.kernels import cuda_lif, select_backend, torch_lif
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import Surrogate
 
 __all__ = ["multi_step_if", "multi_step_lif", "multi_step_plif"]
 
 _DEFAULT_SURROGATE = Surrogate()
+_KERNELS: dict[str, Any] = {"torch": torch_lif, "cupy": cuda_lif}
 
 
 def multi_step_if(
@@ -63,7 +65,7 @@ def multi_step_if(
         v_reset: Potential after a spike; None subtracts ``v_threshold`` instead (soft reset).
         detach_reset: Leave the reset out of the final state's gradient.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"`` or ``"cupy"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
 
     Returns:
@@ -71,7 +73,7 @@ def multi_step_if(
         in float32 for half-precision inputs.
 
     Raises:
-        InputError: If ``x_seq`` or ``v`` has the wrong shape or dtype.
+        InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
         BackendError: If ``backend`` cannot be used.
 
     >>> import torch
@@ -90,6 +92,7 @@ def multi_step_lif(
     *,
     tau: float = 2.0,
     decay_input: bool = True,
+    factored_leak: bool = False,
     v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
     detach_reset: bool = False,
@@ -104,19 +107,21 @@ def multi_step_lif(
         v: Initial membrane potential.
         tau: Membrane time constant, in time steps; positive.
         decay_input: Whether the input current is divided by ``tau`` as well.
+        factored_leak: Without ``decay_input`` and with a resting potential of 0: compute the leak as
+            ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the final state's gradient.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"`` or ``"cupy"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
 
     Returns:
         Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
 
     Raises:
-        ConfigurationError: If ``tau`` is not positive.
-        InputError: If ``x_seq`` or ``v`` has the wrong shape or dtype.
+        ConfigurationError: If ``tau`` is not positive, or a number is NaN.
+        InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
         BackendError: If ``backend`` cannot be used.
 
     >>> import torch
@@ -132,7 +137,7 @@ def multi_step_lif(
         raise ConfigurationError(f"tau must be positive, got {tau}")
     return _run(
         x_seq, v, None, float(tau), decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, backend, single_step,
+        surrogate, backend, single_step, factored_leak,
     )  # fmt: skip
 
 
@@ -142,6 +147,7 @@ def multi_step_plif(
     v: Tensor | float | None = None,
     *,
     decay_input: bool = True,
+    factored_leak: bool = False,
     v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
     detach_reset: bool = False,
@@ -159,18 +165,20 @@ def multi_step_plif(
         w: The parameter, a tensor with one element and no dimension.
         v: Initial membrane potential.
         decay_input: Whether the input current is divided by ``tau`` as well.
+        factored_leak: Without ``decay_input`` and with a resting potential of 0: compute the leak as
+            ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the final state's gradient.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"torch"`` or ``"cupy"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
 
     Returns:
         Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
 
     Raises:
-        InputError: If ``x_seq``, ``v`` or ``w`` has the wrong shape or dtype.
+        InputError: If ``x_seq``, ``v`` or ``w`` has the wrong shape, dtype or device.
         BackendError: If ``backend`` cannot be used.
 
     >>> import torch
@@ -184,10 +192,11 @@ def multi_step_plif(
         raise InputError(
             f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}"
         )
+    check_device("w", w, x_seq)
     decay = w.to(state_dtype(x_seq.dtype)).sigmoid()
     return _run(
         x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, backend, single_step,
+        surrogate, backend, single_step, factored_leak,
     )  # fmt: skip
 
 
@@ -203,22 +212,32 @@ def _run(
     surrogate: Surrogate,
     backend: str,
     single_step: bool,
+    factored_leak: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    check_backend(backend)
-    v = initial_state("v", (v_reset or 0.0) if v is None else v, x_seq, single_step)
+    if factored_leak and (decay_input or v_reset):
+        raise ConfigurationError("factored_leak needs decay_input=False and a resting potential of 0")
+    v_threshold = check_number("v_threshold", v_threshold)
+    v_reset = None if v_reset is None else check_number("v_reset", v_reset)
+    v = (v_reset or 0.0) if v is None else v
+    compiling = torch.compiler.is_compiling()
+    kernels = torch_lif if compiling else _KERNELS[select_backend(backend, x_seq)]
+    if kernels is torch_lif or isinstance(v, Tensor):
+        v = initial_state("v", v, x_seq, single_step)
+    else:
+        step_shape(x_seq, single_step)
     learn_decay = decay is not None and decay.requires_grad
     save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
     arguments = (
-        v, decay, tau, decay_input, float(v_threshold), None if v_reset is None else float(v_reset),
-        detach_reset, surrogate.name, surrogate.parameters, save, save and learn_decay,
+        v, decay, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate.name, surrogate.parameters,
+        save, save and learn_decay, factored_leak,
     )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(single_step, x_seq, *arguments)
+    if not compiling:
+        outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(kernels, single_step, x_seq, *arguments)
         return outputs
     if not single_step:
-        s_seq, v_next, *_ = lif(x_seq, *arguments)
+        s_seq, v_next, *_ = lif(x_seq, *arguments, backend)
         return s_seq, v_next
-    s_seq, v_next, *_ = lif(x_seq.unsqueeze(0), *arguments)
+    s_seq, v_next, *_ = lif(x_seq.unsqueeze(0), *arguments, backend)
     return s_seq.squeeze(0), v_next
 
 
@@ -236,18 +255,22 @@ def lif(
     parameters: Sequence[float],
     save: bool,
     save_slope: bool,
+    factored_leak: bool = False,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward operator; see :func:`sltt_ext.kernels.torch_lif.forward`."""
-    return torch_lif.forward(
+    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _KERNELS[select_backend(backend, x_seq)].forward(
         x_seq, v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, parameters, save, save_slope,
+        surrogate, parameters, save, save_slope, factored_leak,
     )  # fmt: skip
+    return outputs
 
 
 @lif.register_fake
 def _(
     x_seq: Tensor, v: Tensor, decay: Any, tau: Any, decay_input: Any, v_threshold: Any, v_reset: Any,
     detach_reset: Any, surrogate: Any, parameters: Any, save: bool, save_slope: bool,
+    factored_leak: bool = False, backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
         torch.empty_like(x_seq),
@@ -273,12 +296,14 @@ def lif_backward(
     detach_reset: bool,
     surrogate: str,
     parameters: Sequence[float],
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The backward operator; see :func:`sltt_ext.kernels.torch_lif.backward`."""
-    return torch_lif.backward(
+    gradients: tuple[Tensor, Tensor] = _KERNELS[select_backend(backend, h)].backward(
         grad_s_seq, grad_v, derivatives, h, slopes, decay, tau, decay_input,
         v_threshold, v_reset, detach_reset, surrogate, parameters,
     )  # fmt: skip
+    return gradients
 
 
 @lif_backward.register_fake
@@ -293,7 +318,12 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    decay, settings = inputs[2], inputs[3:10]
+    _, _, decay, *settings, _, _, _, backend = inputs
+    ctx.backend = backend
+    _save(ctx, decay, settings, output)
+
+
+def _save(ctx: Any, decay: Tensor | None, settings: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     _, _, derivatives, h, slopes = output
     ctx.save_for_backward(derivatives, h, slopes, decay)
     ctx.settings = settings
@@ -301,13 +331,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    grad_s_seq, grad_v, *_ = grads
+    def run(*arguments: Any) -> Any:
+        return lif_backward(*arguments, ctx.backend)
+
+    return (*_gradients(ctx, run, *grads), None)
+
+
+def _gradients(ctx: Any, run: Any, grad_s_seq: Any, grad_v: Any, *_: Any) -> tuple[Any, ...]:
     derivatives, h, slopes, decay = ctx.saved_tensors
     grad_x = grad_decay = None
     if grad_s_seq is not None or grad_v is not None:
-        run = lif_backward if torch.compiler.is_compiling() else torch_lif.backward
         grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, *ctx.settings)
-    return (grad_x, None, grad_decay if slopes.numel() else None, *[None] * 9)
+    return (grad_x, None, grad_decay if slopes.numel() else None, *[None] * 10)
 
 
 lif.register_autograd(_backward, setup_context=_setup_context)
@@ -320,11 +355,12 @@ class _EagerLIF(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, single_step: bool, x: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-        ctx.single_step = single_step
-        inputs = (x.unsqueeze(0) if single_step else x, *settings)
-        output = torch_lif.forward(*inputs)
-        _setup_context(ctx, inputs, output)
+    def forward(
+        ctx: Any, kernels: Any, single_step: bool, x: Tensor, *settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.kernels, ctx.single_step = kernels, single_step
+        output = kernels.forward(x.unsqueeze(0) if single_step else x, *settings)
+        _save(ctx, settings[1], settings[2:9], output)
         s_seq, v_next, *_ = output
         return s_seq.squeeze_(0) if single_step else s_seq, v_next
 
@@ -334,7 +370,7 @@ class _EagerLIF(torch.autograd.Function):
         grad_s, grad_v = grads
         if ctx.single_step and grad_s is not None:
             grad_s = grad_s.unsqueeze(0)
-        grad_x, *others = _backward(ctx, grad_s, grad_v)
+        grad_x, *others = _gradients(ctx, ctx.kernels.backward, grad_s, grad_v)
         if ctx.single_step and grad_x is not None:
             grad_x.squeeze_(0)
-        return (None, grad_x, *others)
+        return (None, None, grad_x, *others)

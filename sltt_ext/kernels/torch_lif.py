@@ -32,6 +32,7 @@ def forward(
     parameters: Sequence[float],
     save: bool,
     save_slope: bool,
+    factored_leak: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps.
 
@@ -51,7 +52,10 @@ def forward(
     for t in range(time_steps):
         x = x_seq[t].to(v.dtype)
         slope = slopes[t] if save_slope else None
-        _charge(x, v, decay, divisor, decay_input, v_reset or 0.0, h, slope)
+        if factored_leak:
+            _charge_factored(x, v, decay, tau, h, slope)
+        else:
+            _charge(x, v, decay, divisor, decay_input, v_reset or 0.0, h, slope)
         s = torch.ge(h, v_threshold, out=s_seq[t])
         if reset is None:
             torch.sub(h, s, alpha=v_threshold, out=v_next)
@@ -164,9 +168,21 @@ def _charge(
             torch.add(v, drive.mul_(decay), out=h)
         return
     if slope is not None:
-        torch.neg(leak, out=slope)
+        slope.copy_(leak).neg_()
     if tau is not None:
         torch.div(leak, tau, out=h)
     elif decay is not None:
         torch.mul(leak, decay, out=h)
     torch.sub(v, h, out=h).add_(x)
+
+
+def _charge_factored(
+    x: Tensor, v: Tensor, decay: Tensor | None, tau: float | None, h: Tensor, slope: Tensor | None
+) -> None:
+    """As :func:`_charge`, for ``h = v (1 - d) + x``."""
+    if slope is not None:
+        slope.copy_(v).neg_()
+    if tau is not None:
+        torch.mul(v, torch.full((), 1 - 1 / tau, dtype=v.dtype, device=v.device), out=h).add_(x)
+    elif decay is not None:
+        torch.mul(v, 1 - decay, out=h).add_(x)

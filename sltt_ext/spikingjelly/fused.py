@@ -110,10 +110,9 @@ class _FusedLIF(FusedNode):
         self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
     ) -> tuple[Tensor, Tensor]:
         settings = self._settings(surrogate, single_step)
-        return functional.multi_step_lif(x, v, tau=self.tau, decay_input=self.decay_input, **settings)
-
-    def _fused_surrogate(self, x: Tensor) -> Surrogate | None:
-        return None if _factored_leak(self) else super()._fused_surrogate(x)
+        return functional.multi_step_lif(
+            x, v, tau=self.tau, decay_input=self.decay_input, factored_leak=_factored_leak(self), **settings
+        )
 
 
 class _FusedOnlineLIF(_FusedLIF):
@@ -127,10 +126,9 @@ class _FusedParametricLIF(FusedNode):
         self, x: Tensor, v: Tensor | float | None, surrogate: Surrogate, single_step: bool
     ) -> tuple[Tensor, Tensor]:
         settings = self._settings(surrogate, single_step)
-        return functional.multi_step_plif(x, self.w, v, decay_input=self.decay_input, **settings)
-
-    def _fused_surrogate(self, x: Tensor) -> Surrogate | None:
-        return None if _factored_leak(self) else super()._fused_surrogate(x)
+        return functional.multi_step_plif(
+            x, self.w, v, decay_input=self.decay_input, factored_leak=_factored_leak(self), **settings
+        )
 
 
 def _factored_leak(node: Any) -> bool:

@@ -254,3 +254,28 @@ def test_second_derivatives_are_refused():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("v_reset", [None, 0.0])
+@pytest.mark.parametrize("learnable", [False, True])
+def test_factored_leak_differs_by_rounding_alone(learnable, v_reset):
+    results = []
+    for factored_leak in (False, True):
+        x_seq = torch.linspace(-1, 3, 60, dtype=torch.float64).view(6, 10).requires_grad_()
+        w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        options = {"decay_input": False, "factored_leak": factored_leak, "v_reset": v_reset}
+        if learnable:
+            s_seq, v = functional.multi_step_plif(x_seq, w, **options)
+        else:
+            s_seq, v = functional.multi_step_lif(x_seq, tau=1.1, **options)
+        (s_seq.sum() + v.sin().sum()).backward()
+        results.append([s_seq, v, x_seq.grad, *([w.grad] if learnable else [])])
+    assert results[0][0].sum() > 0
+    for factored, plain in zip(*results, strict=True):
+        torch.testing.assert_close(factored, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"decay_input": True}, {"decay_input": False, "v_reset": 0.5}])
+def test_factored_leak_where_there_is_none(options):
+    with pytest.raises(ConfigurationError, match="factored_leak needs"):
+        functional.multi_step_lif(torch.zeros(2, 3), factored_leak=True, **options)

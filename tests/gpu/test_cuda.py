@@ -1,9 +1,7 @@
-"""What needs a CUDA device: the torch backend there, and real memory."""
+"""Whole networks on a CUDA device, with whatever backend is the default there, and real memory."""
 
 import copy
 
-import networks
-import oracle
 import pytest
 import torch
 from torch.nn import functional as F
@@ -11,7 +9,15 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.functional import multi_step_lif
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytest.importorskip("spikingjelly")
+
+import networks
+import oracle
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None])

@@ -94,8 +94,7 @@ def test_the_fused_operator_is_what_runs(monkeypatch):
         _, converted = fused_and_original(case.make)
         calls.clear()
         converted(currents(1)[0])
-        factored = not FUNCTIONAL_FORM and not case.settings.get("decay_input", True)
-        assert len(calls) == (0 if factored and not case.settings["v_reset"] else 1), case.id
+        assert len(calls) == 1, case.id
 
 
 SURROGATES = [

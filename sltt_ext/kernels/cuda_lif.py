@@ -1,0 +1,175 @@
+"""The fused neuron as CUDA kernels (`lif.cu`): allocation, memory layout and launch.
+
+Same functions and same numbers as :mod:`sltt_ext.kernels.torch_lif`. The kernels walk the elements in the
+order they lie in memory, whatever that order is, as long as it is the same for all tensors; where it is
+not, contiguous copies are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
+from sltt_ext.kernels.launch import Launch, launch_on_device
+from sltt_ext.kernels.layout import same_layout
+from sltt_ext.kernels.source import Kernel, make_kernel
+from sltt_ext.surrogate import constants
+
+_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY, _FACTORED_TAU, _FACTORED_DECAY = range(7)  # as in lif.cu
+
+
+def forward(
+    x_seq: Tensor,
+    v: Tensor | float,
+    decay: Tensor | None,
+    tau: float | None,
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+    save: bool,
+    save_slope: bool,
+    factored_leak: bool = False,
+    launch: Launch = launch_on_device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run all steps; see :func:`sltt_ext.kernels.torch_lif.forward`.
+
+    ``v`` may be one number for all neurons, which spares writing and reading a tensor of them.
+    """
+    s_seq = torch.empty_like(x_seq)
+    v_next = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=torch.float32)
+    derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
+    h = torch.empty_like(v_next) if save else v_next.new_empty(0)
+    slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
+    outputs = s_seq, v_next, derivatives, h, slopes
+    if not x_seq.numel():
+        return outputs
+    if not same_layout(v if isinstance(v, Tensor) else v_next, x_seq, s_seq):
+        computed = forward(
+            x_seq.contiguous(), v.contiguous() if isinstance(v, Tensor) else v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
+            surrogate, parameters, save, save_slope, factored_leak, launch,
+        )  # fmt: skip
+        for output, values in zip(outputs, computed):
+            output.copy_(values)
+        return outputs
+    x_at, *written = (tensor.data_ptr() for tensor in (x_seq, *outputs))
+    v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
+    geometry = launch_geometry(v_next.numel(), x_seq.element_size(), (x_at, v_at, *written))
+    charge = _charge(decay, tau, decay_input, factored_leak)
+    kernel = forward_kernel(x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope)
+    arguments = (
+        x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, v_next.numel(), x_seq.shape[0],
+        v_start, _tau(tau, factored_leak), v_threshold, v_reset or 0.0,
+        *constants(surrogate, parameters, _input_scale(tau, decay_input)),
+    )  # fmt: skip
+    launch(kernel, geometry.blocks, arguments, x_seq.device)
+    return outputs
+
+
+def backward(
+    grad_s_seq: Tensor | None,
+    grad_v: Tensor | None,
+    derivatives: Tensor,
+    h: Tensor,
+    slopes: Tensor,
+    decay: Tensor | None,
+    tau: float | None,
+    decay_input: bool,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+    launch: Launch = launch_on_device,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x_seq`` and of the decay; see :func:`sltt_ext.kernels.torch_lif.backward`."""
+    time_steps = derivatives.shape[0] + 1
+    if grad_s_seq is None:
+        grad_x = derivatives.new_empty((time_steps, *h.shape))
+    else:
+        grad_x = torch.empty_like(grad_s_seq)
+    reduce = slopes.numel() > 0
+    if not grad_x.numel():
+        return grad_x, h.new_empty(0)
+    sequences = [derivatives, grad_x]
+    sequences += [] if grad_s_seq is None else [grad_s_seq]
+    sequences += [] if grad_v is None else [grad_v.unsqueeze(0)]
+    sequences += [slopes] if reduce else []
+    if not same_layout(h, *sequences):
+        computed, grad_decay = backward(
+            None if grad_s_seq is None else grad_s_seq.contiguous(),
+            None if grad_v is None else grad_v.contiguous(),
+            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, tau, decay_input,
+            v_threshold, v_reset, detach_reset, surrogate, parameters, launch,
+        )  # fmt: skip
+        return grad_x.copy_(computed), grad_decay
+    c = decay if decay is not None and decay_input else None
+    read = [
+        0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_v, derivatives, h, slopes)
+    ]
+    geometry = launch_geometry(
+        h.numel(), grad_x.element_size(), (*read, grad_x.data_ptr()),
+        time_steps, MAX_PARTIAL_SUMS if reduce else MAX_BLOCKS,
+    )  # fmt: skip
+    partials = h.new_empty(geometry.blocks if reduce else 0, dtype=torch.float64)
+    scale = _input_scale(tau, decay_input)
+    arguments = (
+        *read, 0 if c is None else c.data_ptr(), grad_x.data_ptr(), partials.data_ptr(), h.numel(), time_steps,
+        int(detach_reset), scale, v_threshold, v_reset or 0.0, *constants(surrogate, parameters, scale),
+    )  # fmt: skip
+    kernel = backward_kernel(grad_x.dtype, geometry.width, surrogate, v_reset is None, reduce)
+    launch(kernel, geometry.blocks, arguments, h.device)
+    if not reduce:
+        return grad_x, h.new_empty(0)
+    grad_decay = partials.sum()
+    return grad_x, (grad_decay if c is None else grad_decay / c).to(h.dtype)
+
+
+def forward_kernel(
+    dtype: torch.dtype,
+    width: int,
+    surrogate: str,
+    charge: int,
+    soft_reset: bool,
+    save: bool,
+    save_slopes: bool,
+) -> Kernel:
+    """The forward kernel for the given choices; without ``save`` there is nothing of the surrogate in it."""
+    return make_kernel(
+        "lif", "forward", dtype, width, surrogate if save else None,
+        CHARGE=charge, SOFT_RESET=int(soft_reset), SAVE=int(save), SAVE_SLOPES=int(save_slopes),
+    )  # fmt: skip
+
+
+def backward_kernel(dtype: torch.dtype, width: int, surrogate: str, soft_reset: bool, reduce: bool) -> Kernel:
+    """The backward kernel for the given choices."""
+    return make_kernel(
+        "lif", "backward", dtype, width, surrogate, SOFT_RESET=int(soft_reset), REDUCE=int(reduce)
+    )
+
+
+def _tau(tau: float | None, factored_leak: bool) -> float:
+    """What the kernel divides the leak by, or with a factored leak multiplies the potential by."""
+    if tau is None:
+        return 1.0
+    return 1 - 1 / tau if factored_leak else tau
+
+
+def _charge(decay: Tensor | None, tau: float | None, decay_input: bool, factored_leak: bool) -> int:
+    if factored_leak:
+        return _FACTORED_TAU if decay is None else _FACTORED_DECAY
+    if decay is not None:
+        return _DECAY_INPUT if decay_input else _DECAY
+    if tau is not None:
+        return _TAU_INPUT if decay_input else _TAU
+    return _INTEGRATE
+
+
+def _input_scale(tau: float | None, decay_input: bool) -> float:
+    """``dh/dx``, but for a learnable decay."""
+    return 1 / tau if tau is not None and decay_input else 1.0

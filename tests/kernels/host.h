@@ -1,0 +1,113 @@
+// CUDA's words for a C++ compiler: kernels run on the host, in one thread.
+
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __shared__ static
+
+struct Index {
+    unsigned int x;
+};
+
+static Index threadIdx, blockIdx, gridDim;
+static void (*body)();
+static void** passed;
+
+struct Thread {
+    ucontext_t here, scheduler;
+    std::vector<char> stack = std::vector<char>(32768);
+    bool finished;
+
+    static Thread* running;
+
+    void start() {
+        finished = false;
+        getcontext(&here);
+        here.uc_stack.ss_sp = stack.data();
+        here.uc_stack.ss_size = stack.size();
+        here.uc_link = &scheduler;
+        makecontext(&here, run, 0);
+    }
+
+    bool resume() {
+        running = this;
+        if (!finished) swapcontext(&scheduler, &here);
+        return !finished;
+    }
+
+    static void run() {
+        Thread* self = running;
+        body();
+        self->finished = true;
+    }
+};
+
+Thread* Thread::running;
+
+static inline void __syncthreads() {
+    Thread* self = Thread::running;
+    swapcontext(&self->here, &self->scheduler);
+}
+
+static inline float __uint_as_float(unsigned int bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline unsigned int __float_as_uint(float value) {
+    unsigned int bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static inline float half_to_float(unsigned short bits) {
+    _Float16 value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline unsigned short float_to_half(float number) {
+    const _Float16 value = number;
+    unsigned short bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+template <auto kernel, class... Parameters, std::size_t... i>
+void call(void (*)(Parameters...), std::index_sequence<i...>) {
+    kernel(*static_cast<Parameters*>(passed[i])...);
+}
+
+template <auto kernel, class... Parameters>
+std::index_sequence_for<Parameters...> numbers_of(void (*)(Parameters...)) {
+    return {};
+}
+
+// One block at a time. Its threads run one after the other, each from one __syncthreads() to the next if it has any.
+template <auto kernel>
+void launch(unsigned int blocks, unsigned int threads, bool synchronises, void** arguments) {
+    passed = arguments;
+    body = [] { call<kernel>(kernel, decltype(numbers_of<kernel>(kernel))()); };
+    gridDim.x = blocks;
+    std::vector<Thread> all(synchronises ? threads : 0);
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
+        if (!synchronises) {
+            for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) body();
+            continue;
+        }
+        for (Thread& thread : all) thread.start();
+        for (unsigned int unfinished = threads; unfinished;) {
+            unfinished = 0;
+            for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) unfinished += all[threadIdx.x].resume();
+        }
+    }
+}

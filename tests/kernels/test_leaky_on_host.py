@@ -1,0 +1,196 @@
+"""The CUDA source of snnTorch's Leaky neuron, run on the CPU, against the torch backend; see test_lif_on_host.py."""
+
+import functools
+import itertools
+from types import SimpleNamespace
+
+import host
+import pytest
+import torch
+import variants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sltt_ext.functional import leaky, multi_step_leaky
+from sltt_ext.kernels import cuda_leaky, geometry, torch_leaky
+from sltt_ext.surrogate import SURROGATES
+
+PARAMETERS = {
+    "sigmoid": (4.0,),
+    "leaky_k_relu": (0.1, 1.3),
+    "sparse_fast_sigmoid": (5.0, -0.3),
+    "spike_rate_escape": (1.2, 0.8),
+}
+EXPONENTIAL = {"sigmoid", "piecewise_exp", "erf", "spike_rate_escape"}
+RESETS = ["subtract", "zero", "none"]
+STEP = (3, 4, 6)
+SHAPES = [(), (1,), (6,), (4, 6), (4, 1), (3, 1, 1), (3, 4, 6), (3, 1, 6), (1, 4, 1)]
+ON_HOST = SimpleNamespace(
+    forward=functools.partial(cuda_leaky.forward, launch=host.launch),
+    backward=functools.partial(cuda_leaky.backward, launch=host.launch),
+)
+
+
+@pytest.fixture(autouse=True)
+def _wide_loads_in_small_tensors(monkeypatch):
+    monkeypatch.setattr(geometry, "_ENOUGH_THREADS", 0)
+
+
+def assert_match(got, want, tolerance=0.0, rtol=0.0):
+    assert (got.dtype, got.shape, got.stride()) == (want.dtype, want.shape, want.stride())
+    if want.numel():
+        torch.testing.assert_close(got, want, rtol=rtol, atol=tolerance, equal_nan=True)
+
+
+def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate="atan", grad_s=None):
+    """Forward and backward on both backends, with everything that may be kept or missing."""
+    if grad_s is None:
+        grad_s = torch.randn_like(x_seq)
+    for return_mem_seq, save in itertools.product(variants.BOTH, variants.BOTH):
+        settings = (reset_mechanism, reset_delay, return_mem_seq, save)
+        want = torch_leaky.forward(x_seq, mem, beta, threshold, *settings)
+        got = ON_HOST.forward(x_seq, mem, beta, threshold, *settings)
+        for pair in zip(got, want):
+            assert_match(*pair)
+        if not save:
+            continue
+        h_seq = want[2] if want[2].numel() else want[1]
+        grad_mem = torch.randn_like(h_seq if return_mem_seq else h_seq[:1])
+        for grads, learn in itertools.product(
+            ((grad_s, grad_mem), (grad_s, None), (None, grad_mem)),
+            ((False, False), (True, True), (True, False), (False, True)),
+        ):
+            same_step = torch_leaky.resets_in_step(reset_mechanism, reset_delay)
+            given = (
+                *grads, h_seq, mem if same_step or any(learn) else None, threshold, reset_mechanism, reset_delay,
+                surrogate, PARAMETERS.get(surrogate, (1.3,)), beta.shape if learn[0] else None, learn[1],
+            )  # fmt: skip
+            want_grads, got_grads = torch_leaky.backward(*given), ON_HOST.backward(*given)
+            terms = h_seq.abs().amax().item() * want_grads[0].abs().sum().item()
+            largest = want_grads[0].abs().amax().item()
+            assert_match(got_grads[0], want_grads[0], 1e-6 * largest if surrogate in EXPONENTIAL else 0)
+            assert_match(got_grads[1], want_grads[1], 1e-7 * terms, 1e-6)
+            assert_match(got_grads[2], want_grads[2], 1e-7 * terms, 1e-6)
+
+
+def compare_random(dtype, shape, beta_shape, threshold_shape, *settings):
+    beta, threshold = 0.5 + 0.5 * torch.rand(beta_shape), 0.4 + torch.rand(threshold_shape)
+    compare((2 * torch.randn(shape)).to(dtype), torch.randn(shape[1:]), beta, threshold, *settings)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
+def test_every_variant_at_full_width(dtype, surrogate):
+    for reset_mechanism, reset_delay in itertools.product(RESETS, variants.BOTH):
+        compare_random(dtype, (3, *STEP), (), (4, 1), reset_mechanism, reset_delay, surrogate)
+
+
+@pytest.mark.parametrize("elements", [37, 42])
+@pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
+def test_every_variant_at_other_widths(dtype, elements):
+    for reset_mechanism, reset_delay in itertools.product(RESETS, variants.BOTH):
+        compare_random(dtype, (3, elements), (), (), reset_mechanism, reset_delay)
+
+
+@pytest.mark.parametrize("beta_shape", SHAPES, ids=str)
+@pytest.mark.parametrize("threshold_shape", SHAPES, ids=str)
+def test_any_shape_of_beta_and_threshold(beta_shape, threshold_shape):
+    for reset_mechanism, reset_delay in (("subtract", True), ("zero", False)):
+        compare_random(torch.float32, (2, *STEP), beta_shape, threshold_shape, reset_mechanism, reset_delay)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from(variants.DTYPES),
+    time_steps=st.integers(1, 6),
+    batch=st.integers(1, 40),
+    features=st.integers(1, 40),
+    per_feature=st.booleans(),
+    reset_mechanism=st.sampled_from(RESETS),
+    reset_delay=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_size(dtype, time_steps, batch, features, per_feature, reset_mechanism, reset_delay, seed):
+    torch.manual_seed(seed)
+    shape = (features,) if per_feature else ()
+    compare_random(dtype, (time_steps, batch, features), shape, shape, reset_mechanism, reset_delay)
+
+
+def layouts():
+    base = torch.randn(3, 4, 6, 8, 2)
+    return {
+        "channels_last": base.permute(0, 1, 4, 2, 3),
+        "transposed": base.transpose(1, 3),
+        "batch_first": base.transpose(0, 1),
+        "strided": torch.randn(6, 4, 12)[::2, :, ::3],
+        "repeated_over_time": torch.randn(4, 6).expand(3, 4, 6),
+        "misaligned": torch.randn(3 * 4 * 8 + 1)[1:].view(3, 4, 8),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("per_neuron", [False, True])
+@pytest.mark.parametrize("reset_delay", [False, True])
+def test_any_memory_layout(layout, per_neuron, reset_delay):
+    x_seq = layouts()[layout]
+    shape = x_seq.shape[2:] if per_neuron else ()
+    beta, threshold = 0.5 + 0.5 * torch.rand(shape), 0.4 + torch.rand(shape)
+    for mem in (torch.randn_like(x_seq[0]), torch.randn_like(x_seq[0]).contiguous()):
+        for grad_s in (None, torch.ones(()).expand(x_seq.shape)):
+            compare(x_seq, mem, beta, threshold, "subtract", reset_delay, grad_s=grad_s)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_sums_over_many_blocks(most, monkeypatch):
+    monkeypatch.setattr(cuda_leaky, "MAX_PARTIAL_SUMS", most)
+    compare_random(torch.float32, (3, 5000), (), (), "subtract", True)
+    compare_random(torch.float32, (3, 50, 100), (), (100,), "zero", False)
+
+
+@pytest.mark.parametrize("shape", [(3, 0), (1, 0, 4)])
+def test_no_elements(shape):
+    x_seq, grad_s = torch.randn(2, *shape)
+    out = ON_HOST.forward(
+        x_seq, torch.randn(shape[1:]), torch.tensor(0.9), torch.tensor(1.0), "subtract", True, True, True
+    )
+    assert out[1].shape == shape
+    grads = ON_HOST.backward(
+        grad_s,
+        None,
+        out[1],
+        torch.randn(shape[1:]),
+        torch.tensor(1.0),
+        "subtract",
+        True,
+        "atan",
+        (2.0,),
+        (),
+        True,
+    )
+    assert [grad.tolist() for grad in grads[1:]] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+@pytest.mark.parametrize(("reset_mechanism", "reset_delay"), [("subtract", True), ("zero", False)])
+def test_through_the_public_function(single_step, way, reset_mechanism, reset_delay, monkeypatch):
+    def loss(x, beta, threshold):
+        s, mem = multi_step_leaky(
+            x, 0.3, beta=beta, threshold=threshold, reset_mechanism=reset_mechanism, reset_delay=reset_delay,
+            single_step=single_step,
+        )  # fmt: skip
+        return (s * x.detach()).sum() + mem.sum(), s, mem
+
+    results = []
+    for kernels in (torch_leaky, ON_HOST):
+        monkeypatch.setitem(leaky._KERNELS, "torch", kernels)
+        torch._dynamo.reset()
+        call = loss if way == "eager" else torch.compile(loss, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(0)
+        x = torch.randn(3, 5, 8, requires_grad=True)
+        beta, threshold = torch.rand(8, requires_grad=True), torch.tensor(0.7, requires_grad=True)
+        total, s, mem = call(x, beta, threshold)
+        total.backward()
+        results.append([s.detach(), mem.detach(), x.grad, beta.grad, threshold.grad])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
