@@ -128,6 +128,18 @@ def test_another_interface_of_a_step():
     assert all(torch.equal(*pair) for pair in zip(oracle.gradients(net), oracle.gradients(own)))
 
 
+def test_the_state_is_constant_in_a_loop_of_ones_own():
+    fc = nn.Linear(3, 3)
+
+    def step(net, x, state):
+        output = fc(x) + (0 if state is None else state)
+        return output, output
+
+    run, x = Stateful(fc, step), torch.rand(2, 3)
+    sum(run(x).sum() for _ in range(3)).backward()
+    assert torch.equal(fc.bias.grad, torch.full((3,), 6.0))  # 3 steps of 2 samples; 12 with the temporal part
+
+
 def test_a_step_that_returns_no_pair():
     online = sltt_ext.OnlineTrainer(
         Stateful(sltt_ext.convert(tutorials.fully_connected()), lambda net, x, state: net(x)[0]),
