@@ -7,7 +7,6 @@ the same function without the overflow.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +27,8 @@ _ROWS: dict[str, Callable[..., tuple[str, tuple[float, ...]]]] = {
     "spike_rate_escape": lambda beta, slope: ("spike_rate_escape", (beta, slope)),
 }
 
+_MADE: dict[tuple[Any, ...], Surrogate] = {}  # made once: this is asked at every step
+
 
 def known_surrogate(function: Any) -> Surrogate | None:
     """The row that computes what ``function`` does, or None.
@@ -46,10 +47,8 @@ def known_surrogate(function: Any) -> Surrogate | None:
     values = {name: cell.cell_contents for name, cell in cells}
     if not all(isinstance(value, (int, float)) for value in values.values()):
         return None
-    return _row(factory, **values)
-
-
-@functools.cache
-def _row(factory: str, **values: float) -> Surrogate:
-    name, parameters = _ROWS[factory](**values)
-    return Surrogate(name, tuple(map(float, parameters)))
+    key = (factory, *values.values())
+    if key not in _MADE:
+        name, parameters = _ROWS[factory](**values)
+        _MADE[key] = Surrogate(name, tuple(map(float, parameters)))
+    return _MADE[key]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.errors import ConfigurationError, InputError, LossError
+from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.snntorch import MultiStep, Stateful, step_loss
 
 T, N = 6, 4
@@ -271,3 +272,19 @@ def test_a_state_carried_around_the_conversion_is_said():
     online = sltt_ext.OnlineTrainer(sltt_ext.convert(Leaking()), F.cross_entropy, T)
     with pytest.raises(LossError, match="reaches back to an earlier time step"):
         online.forward_backward(torch.rand(N, 12), torch.arange(N))
+
+
+def test_compile():
+    net = sltt_ext.convert(tutorials.fully_connected())
+    x_seq, results = torch.rand(3, N, 12, generator=torch.Generator().manual_seed(0)), []
+    torch._dynamo.reset()
+    for run in (net, torch.compile(net, backend="aot_eager")):
+        net.zero_grad()
+        for module in net.modules():
+            if isinstance(module, SLTTNeuron):
+                module.reset_state()
+        outputs = [run(x)[1] for x in x_seq]
+        torch.stack(outputs).square().sum().backward()
+        results.append((torch.stack(outputs).detach(), oracle.gradients(net)))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    assert oracle.relative_error(results[1][1], results[0][1]) < 1e-6
