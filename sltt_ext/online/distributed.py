@@ -142,5 +142,5 @@ def _outermost(modules: list[Any]) -> list[Any]:
 def _groups(module: Any) -> list[Any]:
     """The parameter groups of a sharded module: PyTorch has setters for their settings, and no getters."""
     state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return [state._fsdp_param_group] if groups is None else list(groups)
+    groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+    return [group for group in groups if group is not None]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
-from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.neuron import SLTTNeuron, StatefulModule, state_dtype
 from sltt_ext.online.distributed import Step, common_generator, is_distributed, synchronised_once
 from sltt_ext.online.frames import Frames, frames
 from sltt_ext.online.schedule import Schedule, random_steps, runs, selected_steps
@@ -29,7 +29,8 @@ class OnlineResult:
 
     Attributes:
         loss: The total loss, a detached scalar tensor.
-        output: The network's output, averaged over the steps that were run; detached.
+        output: The network's output, averaged over the steps that were run; detached, float32 where the
+            network's is of half precision.
         time_steps: The steps that were back-propagated, in order.
     """
 
@@ -261,7 +262,7 @@ class OnlineTrainer:
             take = frames(x, self.time_steps, self.time_dim, multi_step)
 
             def part_of_run(output_seq: Tensor, start: int) -> Tensor:
-                return (output_seq * (gradient / divisor)).sum()
+                return (output_seq.to(gradient.dtype) * (gradient / divisor)).sum()
 
             self._through_time(take, steps[-1] + 1, steps, part_of_run, step)
         finally:
@@ -394,14 +395,14 @@ class OnlineTrainer:
 
 
 class _Mean:
-    """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other."""
+    """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other; of half precision in float32."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
         self.count = 0
 
     def add(self, output_seq: Tensor) -> None:
-        part = output_seq.sum(0)
+        part = output_seq.sum(0, dtype=state_dtype(output_seq.dtype))
         self.sum = part if self.sum is None else self.sum + part
         self.count += output_seq.shape[0]
 
