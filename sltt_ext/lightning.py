@@ -39,6 +39,7 @@ class OnlineModule(LightningModule):  # type: ignore[misc, unused-ignore]
             automatic optimisation, and so is ``accumulate_grad_batches``.)
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
         accumulate_grad_batches: How many batches' gradients make one update: their mean.
+        lr_monitor: The logged metric that a ``ReduceLROnPlateau`` scheduler reads, such as ``"val_loss"``.
 
     Raises:
         MissingDependencyError: On import, if Lightning is not installed.
@@ -52,6 +53,7 @@ class OnlineModule(LightningModule):  # type: ignore[misc, unused-ignore]
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "norm",
         accumulate_grad_batches: int = 1,
+        lr_monitor: str | None = None,
     ) -> None:
         super().__init__()
         if online.backward is not None or online.on_step is not None:
@@ -65,6 +67,7 @@ class OnlineModule(LightningModule):  # type: ignore[misc, unused-ignore]
         self.gradient_clip_val = gradient_clip_val
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.accumulate_grad_batches = accumulate_grad_batches
+        self.lr_monitor = lr_monitor
         online.backward = self._scaled_backward
 
     def forward(self, x: Any) -> Tensor:
@@ -119,8 +122,17 @@ class OnlineModule(LightningModule):  # type: ignore[misc, unused-ignore]
     def _step_schedulers(self, interval: str, count: int) -> None:
         for config in self.trainer.lr_scheduler_configs:
             if config.interval == interval and count % config.frequency == 0:
-                metric = self.trainer.callback_metrics[config.monitor] if config.monitor else None
-                self.lr_scheduler_step(config.scheduler, metric)
+                self.lr_scheduler_step(config.scheduler, self._metric_for(config.scheduler))
+
+    def _metric_for(self, scheduler: Any) -> Any:
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return None
+        metrics = self.trainer.callback_metrics
+        if self.lr_monitor not in metrics:
+            raise ConfigurationError(
+                f"ReduceLROnPlateau needs lr_monitor=, one of {', '.join(sorted(metrics))}; got {self.lr_monitor!r}"
+            )
+        return metrics[self.lr_monitor]
 
     def _evaluate(self, stage: str, batch: Any) -> None:
         x, target = batch

@@ -94,14 +94,19 @@ def test_schedulers_by_step_and_by_epoch(tmp_path):
     assert actual.optimizers().param_groups[0]["lr"] == pytest.approx(0.1 / 8)
 
 
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0, factor=0.5)
+
+
 def test_scheduler_that_reads_a_metric(tmp_path):
-    actual = module()
-    actual.scheduler = (
-        lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0, factor=0.5),
-        {"interval": "epoch", "monitor": "train_loss"},
-    )  # fmt: skip
+    actual = module(lr_monitor="train_loss")
+    actual.scheduler = (plateau, {})
     lightning_trainer(tmp_path, max_epochs=4).fit(actual, loader())
     assert actual.optimizers().param_groups[0]["lr"] < 0.1
+    actual = module()
+    actual.scheduler = (plateau, {})
+    with pytest.raises(ConfigurationError, match="lr_monitor=, one of train_loss"):
+        lightning_trainer(tmp_path).fit(actual, loader())
 
 
 def test_bfloat16(tmp_path):
@@ -141,7 +146,7 @@ def test_loggers_checkpoints_and_monitor(tmp_path):
         callbacks=[checkpoint, NetworkMonitor(every_n_batches=2)],
     )  # fmt: skip
     trainer.fit(actual, loader(), loader())
-    header = next((tmp_path / "csv").rglob("metrics.csv").__iter__()).read_text().splitlines()[0].split(",")
+    header = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()[0].split(",")
     assert {"train_loss", "val_loss", "val_accuracy", "batch_seconds"} <= set(header)
     assert {"firing_rate/1", "firing_rate/3"} <= set(header)
     assert 0 < trainer.callback_metrics["firing_rate/1"] < 1
