@@ -26,7 +26,7 @@ else:
 __all__ = ["NetworkMonitor", "OnlineModule"]
 
 
-class OnlineModule(LightningModule):  # type: ignore[misc, unused-ignore]
+class OnlineModule(LightningModule):
     """A LightningModule whose training step is `OnlineTrainer.forward_backward`.
 
     Subclass it and override ``configure_optimizers``, with any optimizer and any scheduler, as in any
@@ -144,7 +144,7 @@ class OnlineModule(LightningModule):  # type: ignore[misc, unused-ignore]
             self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
 
 
-class NetworkMonitor(Callback):  # type: ignore[misc, unused-ignore]
+class NetworkMonitor(Callback):
     """Logs each neuron layer's firing rate, peak memory and time, every so many batches.
 
     ``firing_rate/LAYER`` is spikes per neuron and time step of that batch; ``peak_memory_mb`` the CUDA
@@ -168,8 +168,9 @@ class NetworkMonitor(Callback):  # type: ignore[misc, unused-ignore]
         if batch_idx == 0:
             self._since = (0, time.perf_counter())
         if batch_idx % self.every_n_batches == 0:
-            neurons = {name: m for name, m in pl_module.net.named_modules() if isinstance(m, SLTTNeuron)}
-            self._hooks = [neuron.register_forward_hook(self._count(name)) for name, neuron in neurons.items()]
+            for name, module in pl_module.net.named_modules():
+                if issubclass(type(module), SLTTNeuron):
+                    self._hooks.append(module.register_forward_hook(self._count(name)))
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -2,8 +2,8 @@
 
 import networks
 import torch
-from spikingjelly.activation_based import layer, neuron
-from torch import distributed, nn
+from spikingjelly.activation_based import layer
+from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -103,13 +103,6 @@ def buffers(rank, world_size, options):
         online.forward_backward(*batch(rank, world_size))
         counts.append(counted.broadcast - before)
     return counts
-
-
-def sync_batch_norm(rank, world_size):
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(network_with_buffers())
-    online = trainer(DistributedDataParallel(net))
-    online.forward_backward(*batch(rank, world_size))
-    return gradients(net)
 
 
 def updates(rank, world_size):

@@ -1,4 +1,8 @@
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import networks
 import oracle
@@ -186,3 +190,28 @@ def test_options_that_are_lightnings():
             OnlineModule(sltt_ext.OnlineTrainer(net, F.cross_entropy, T, **options))
     with pytest.raises(ConfigurationError, match="positive"):
         NetworkMonitor(0)
+
+
+def test_ddp_averages_once_an_update(tmp_path):
+    """Two processes, two batches of each to an update: as one process with the joined batches."""
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, here / "lightning_ddp_run.py", tmp_path / "result.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "result.pt")
+    net = sltt_ext.convert(networks.conv_net())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, 4)
+    for batch in loader(batch_size=8):  # the samplers take turns: 4 images each are two batches of two
+        online.forward_backward(*batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert result["reduced"] == 2
+    actual = list(result["weights"].values())
+    assert oracle.relative_error(actual, list(net.state_dict().values())) < 1e-6

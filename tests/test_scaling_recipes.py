@@ -21,7 +21,11 @@ OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
 def run(tmp_path, script, *launcher):
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "script.py").write_text(script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+    }
     command = [sys.executable, *launcher, "script.py"]
     return subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment, timeout=300

@@ -66,7 +66,7 @@ def common_generator(net: nn.Module, generator: torch.Generator | None) -> torch
     One broadcast when it is made; none when it draws.
     """
     ddp = next(iter(_replicated(net)), None)
-    group = distributed.group.WORLD if ddp is None else ddp.process_group
+    group: Any = distributed.group.WORLD if ddp is None else ddp.process_group
     common = torch.Generator("cpu" if generator is None else generator.device)
     if generator is None:
         common.manual_seed(int(torch.randint(2**62, ()).item()))

@@ -14,7 +14,10 @@ from torch.nn import functional as F
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 ALL = tuple(range(T))
-SHARDS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # torch 2.6's fully_shard needs CUDA
+SHARDS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    7,
+)  # torch 2.6's fully_shard needs CUDA
 needs_sharding = pytest.mark.skipif(not SHARDS_ON_CPU, reason="fully_shard on the CPU needs torch 2.7")
 OPTIONS = {
     "SLTT": {},
@@ -23,7 +26,11 @@ OPTIONS = {
     "mean": {"loss_on": "mean"},
     "mean, SLTT-2": {"loss_on": "mean", "k": 2},
 }
-COMPILED = {"compiled, s": ({}, "s"), "compiled, s, SLTT-2": ({"k": 2}, "s"), "compiled, m": ({"chunk": 3}, "m")}
+COMPILED = {
+    "compiled, s": ({}, "s"),
+    "compiled, s, SLTT-2": ({"k": 2}, "s"),
+    "compiled, m": ({"chunk": 3}, "m"),
+}
 BUFFERS = {"SLTT": {}, "one step": {"schedule": runs.second_step}, "mean": {"loss_on": "mean"}}
 RESHARD = {"resharding": {"reshard_after_forward": True}, "keeping": {"reshard_after_forward": False}}
 EQUAL = {
@@ -62,7 +69,6 @@ def expected_gradients(options, steps, net=None, seed=1):
     return gradients(net, [x] * T, target, F.cross_entropy, steps)
 
 
-
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_ddp(name, world_size):
@@ -93,7 +99,9 @@ def test_compiled_ddp(name):
         assert result["reduced"] == 1
 
 
-@pytest.mark.parametrize("kind", ["ddp, SLTT-2", pytest.param("fully_shard, keeping, SLTT-2", marks=needs_sharding)])
+@pytest.mark.parametrize(
+    "kind", ["ddp, SLTT-2", pytest.param("fully_shard, keeping, SLTT-2", marks=needs_sharding)]
+)
 def test_all_processes_draw_the_steps_of_the_first_ones_generator(kind):
     alone = runs.trainer(runs.network(), k=2, generator=torch.Generator().manual_seed(5))
     for result in results(4)[kind]:

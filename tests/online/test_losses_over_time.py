@@ -111,10 +111,10 @@ def test_state_kept_in_buffers():
             nn.Sequential(nn.Linear(4, 8), snntorch.Leaky(beta=0.9, init_hidden=True), nn.Linear(8, 3))
         )
         weight = torch.randn(5, 3)
-        online = trainer(net, loss_fn=lambda output, _: (output * weight).sum(), loss_on=loss_on)
+        online = trainer(net, loss_fn=lambda output, weight: (output * weight).sum(), loss_on=loss_on)
         for _ in range(2):
             net.zero_grad()
-            online.forward_backward(3 * torch.ones(5, 4), None)
+            online.forward_backward(3 * torch.ones(5, 4), weight)
         gradients[loss_on] = oracle.gradients(net)
     assert oracle.relative_error(gradients["mean"], gradients["step"]) < 1e-6  # the loss is linear
 
