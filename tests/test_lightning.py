@@ -1,4 +1,5 @@
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import sltt_ext
 
 pl = pytest.importorskip("lightning.pytorch")
-from sltt_ext.errors import ConfigurationError  # noqa: E402
+from sltt_ext.errors import ConfigurationError, MissingDependencyError  # noqa: E402
 from sltt_ext.lightning import NetworkMonitor, OnlineModule  # noqa: E402
 
 T = 3
@@ -215,3 +216,26 @@ def test_ddp_averages_once_an_update(tmp_path):
     assert result["reduced"] == 2
     actual = list(result["weights"].values())
     assert oracle.relative_error(actual, list(net.state_dict().values())) < 1e-6
+
+
+def test_without_lightning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "sltt_ext.lightning")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'sltt-ext\[train\]'"):
+        importlib.import_module("sltt_ext.lightning")
+
+
+def test_the_digits_example(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "examples" / "digits" / "train.py", "--epochs", "1", "--k", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "--logs", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test_accuracy" in done.stdout
