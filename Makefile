@@ -26,6 +26,7 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/conversion.py
+	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/tutorials.py
 
 cubins: $(READY)  ## every variant of the CUDA kernels, compiled for every architecture (minutes, no GPU)

@@ -48,6 +48,10 @@ class BackendError(SLTTError, RuntimeError):
     """A backend was asked for by name and cannot be used."""
 
 
+class CheckpointError(SLTTError, RuntimeError):
+    """A checkpoint that cannot be read: truncated, or written by something else."""
+
+
 class MissingDependencyError(SLTTError, ImportError):
     """An optional package is needed and not installed."""
 

@@ -104,6 +104,35 @@ def sltt_gradients(
     return gradients(net)
 
 
+def sltt_gradients_of_mean(
+    net: nn.Module,
+    frames: list[Tensor],
+    target: Tensor,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    selected: tuple[int, ...] | None = None,
+    divisor: float | None = None,
+) -> list[Tensor]:
+    """The loss of the time-mean output: one graph over all steps, state detached between them, one backward.
+
+    Steps that are not selected are constants in the mean, and the others are weighted by T / divisor.
+    """
+    net = copy.deepcopy(net)
+    functional.set_step_mode(net, "s")
+    functional.reset_net(net)
+    net.zero_grad()
+    steps = len(frames)
+    outputs = []
+    for t, frame in enumerate(frames):
+        output = net(frame)
+        outputs.append(output if selected is None or t in selected else output.detach())
+        detach_memories(net)
+    mean = torch.stack(outputs).mean(0)
+    weight = steps / (divisor or len(selected or frames))
+    (gradient,) = torch.autograd.grad(loss_fn(leaf := mean.detach().requires_grad_(), target), leaf)
+    mean.backward(weight * gradient)
+    return gradients(net)
+
+
 def relative_error(actual: list[Tensor | None] | Tensor, expected: list[Tensor | None] | Tensor) -> float:
     """Norm of the difference over norm of the expected value, over all tensors together.
 

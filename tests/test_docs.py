@@ -81,6 +81,9 @@ def test_figures_in_the_docs_are_the_measured_ones():
         assert f"| {row['network']} | {row['contender']} | {' | '.join(figures)} |" in page
     for row in results("neuron"):
         assert f"| {row['milliseconds']} |" in page
+    for row in results("trainer_overhead"):
+        assert f"| {row['trainer_cpu_ms']} | {row['median_ratio']} | {row['ratio_quartiles']} |" in page
+        assert float(row["median_ratio"]) <= 1.02
     for row in results("conversion"):
         assert f"| {row['operation']} | {row['median_ms']} |" in page
 

@@ -1,4 +1,4 @@
-"""Train a SpikingJelly network on scikit-learn's handwritten digits with SLTT or SLTT-K.
+"""Train a SpikingJelly network on scikit-learn's handwritten digits with SLTT or SLTT-K, in Lightning.
 
 python examples/digits/train.py            SLTT
 python examples/digits/train.py --k 2      SLTT-K with K = 2
@@ -6,7 +6,9 @@ python examples/digits/train.py --k 2      SLTT-K with K = 2
 
 import argparse
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from spikingjelly.activation_based import layer, neuron, surrogate
 from torch import nn
 from torch.nn import functional as F
@@ -14,16 +16,28 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sltt_ext
 from sltt_ext.data import load_digits
+from sltt_ext.lightning import NetworkMonitor, OnlineModule
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--k", type=int, default=None, help="back-propagate K of the T steps; default all")
 parser.add_argument("--time-steps", type=int, default=6, metavar="T")
 parser.add_argument("--epochs", type=int, default=5)
+parser.add_argument("--logs", default="logs", help="folder for metrics and checkpoints")
 options = parser.parse_args()
+
+
+class Digits(OnlineModule):
+    """The module Lightning trains: everything but the optimizer is there already."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Any optimizer and scheduler."""
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+
 
 torch.manual_seed(0)
 digits = load_digits()
-loader = DataLoader(TensorDataset(digits.train_images, digits.train_labels), batch_size=64, shuffle=True)
+train = DataLoader(TensorDataset(digits.train_images, digits.train_labels), batch_size=64, shuffle=True)
+test = DataLoader(TensorDataset(digits.test_images, digits.test_labels), batch_size=500)
 
 net = nn.Sequential(
     layer.Conv2d(1, 32, 3, padding=1, bias=False),
@@ -36,16 +50,12 @@ net = nn.Sequential(
     layer.Flatten(),
     layer.Linear(64 * 16, 10),
 )
-optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
 online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, options.time_steps, k=options.k)
-
-for epoch in range(1, options.epochs + 1):
-    net.train()
-    total = torch.zeros(())
-    for images, labels in loader:
-        optimizer.zero_grad()
-        total += online.forward_backward(images, labels).loss
-        optimizer.step()
-    net.eval()
-    accuracy = (online.predict(digits.test_images).argmax(1) == digits.test_labels).float().mean()
-    print(f"epoch {epoch}: loss {total / len(loader):.3f}, test accuracy {accuracy:.1%}")
+trainer = pl.Trainer(
+    max_epochs=options.epochs,
+    log_every_n_steps=5,
+    logger=CSVLogger(options.logs),
+    callbacks=[NetworkMonitor(every_n_batches=5)],
+)
+trainer.fit(Digits(online), train)
+trainer.test(trainer.model, test)

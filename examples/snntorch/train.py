@@ -23,6 +23,8 @@ from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.data import load_digits
 from sltt_ext.snntorch import MultiStep, step_loss
 
+LEARNING_RATES = {"fc": 1e-3, "conv": 1e-2}
+
 
 def network(name: str) -> nn.Module:
     """[N, 1, 28, 28] -> spikes and membrane potentials [N, 10]."""
@@ -97,7 +99,7 @@ def main() -> None:
     for name, (prepare, run) in methods.items():
         net = network(options.network)
         trained = prepare(net)
-        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+        optimizer = torch.optim.Adam(net.parameters(), lr=LEARNING_RATES[options.network])
         loader = DataLoader(TensorDataset(train, digits.train_labels), batch_size=64, shuffle=True)
         start = time.perf_counter()
         for _ in range(options.epochs):

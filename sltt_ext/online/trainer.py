@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.errors import ConfigurationError, LossError, SLTTError
-from sltt_ext.neuron import SLTTNeuron, StatefulModule
-from sltt_ext.online.frames import frames
+from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
+from sltt_ext.neuron import SLTTNeuron, StatefulModule, state_dtype
+from sltt_ext.online.distributed import Step, common_generator, is_distributed, synchronised_once
+from sltt_ext.online.frames import Frames, frames
 from sltt_ext.online.schedule import Schedule, random_steps, runs, selected_steps
+from sltt_ext.online.surroundings import Surroundings
 
 __all__ = ["OnlineResult", "OnlineTrainer"]
 
@@ -27,7 +29,8 @@ class OnlineResult:
 
     Attributes:
         loss: The total loss, a detached scalar tensor.
-        output: The network's output, averaged over the steps that were run; detached.
+        output: The network's output, averaged over the steps that were run; detached, float32 where the
+            network's is of half precision.
         time_steps: The steps that were back-propagated, in order.
     """
 
@@ -50,7 +53,7 @@ class OnlineTrainer:
             optimizer.step()
 
     Args:
-        net: A converted network, also inside a wrapper.
+        net: A converted network, also inside DistributedDataParallel, ``fully_shard`` or ``torch.compile``.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T, how many steps one input is shown.
         k: None back-propagates every step (SLTT); a number K back-propagates K random ones (SLTT-K),
@@ -69,6 +72,16 @@ class OnlineTrainer:
             ``result.output`` is then the mean over fewer steps.
         backward: How a loss is back-propagated; default ``loss.backward()``. For mixed precision
             ``lambda loss: scaler.scale(loss).backward()``.
+        loss_on: ``"step"`` takes the loss of every step's output and averages the losses; ``"mean"`` takes
+            one loss, of the output averaged over all T steps, in two passes through time: the first, without
+            gradients, for the mean output, the second for SLTT's gradient. With K steps back-propagated, it
+            is their part of that gradient, times T / K where ``scale="mean"``.
+        target_time_dim: The axis of time in a target that differs from step to step; None gives the same
+            target to every step.
+        on_step: Called with the number t of the time step after each back-propagation, for an update at
+            every step: ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
+        wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
+            inside a LightningModule); None where ``net`` itself is the wrapped one.
 
     Raises:
         ConfigurationError: If an option cannot work.
@@ -90,6 +103,10 @@ class OnlineTrainer:
         output: Output = None,
         full_output: bool = True,
         backward: Callable[[Tensor], Any] | None = None,
+        loss_on: str = "step",
+        target_time_dim: int | None = None,
+        on_step: Callable[[int], Any] | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
         _check_count("time_steps", time_steps)
         _check_count("chunk", chunk)
@@ -99,11 +116,23 @@ class OnlineTrainer:
             raise ConfigurationError("give k or schedule, not both")
         if scale not in ("mean", "paper"):
             raise ConfigurationError(f"scale must be 'mean' or 'paper', got {scale!r}")
-        if time_dim not in (None, 0, 1):
-            raise ConfigurationError(f"time_dim must be None, 0 or 1, got {time_dim!r}")
+        for name, dim in {"time_dim": time_dim, "target_time_dim": target_time_dim}.items():
+            if dim not in (None, 0, 1):
+                raise ConfigurationError(f"{name} must be None, 0 or 1, got {dim!r}")
         if isinstance(output, str) and output not in ("spike", "membrane"):
             raise ConfigurationError(
                 f"output must be None, 'spike', 'membrane' or a function, got {output!r}"
+            )
+        if loss_on not in ("step", "mean"):
+            raise ConfigurationError(f"loss_on must be 'step' or 'mean', got {loss_on!r}")
+        if loss_on == "mean" and (target_time_dim is not None or on_step is not None):
+            raise ConfigurationError(
+                "loss_on='mean' has one loss for all steps: it goes with neither target_time_dim nor on_step"
+            )
+        if loss_on == "mean" and isinstance(loss_fn, nn.Module) and any(_trained(loss_fn)):
+            raise ConfigurationError(
+                "loss_on='mean' trains the network only, and loss_fn has parameters that require a gradient: "
+                "freeze them, or use loss_on='step'"
             )
         self.net = net
         self.loss_fn = loss_fn
@@ -116,17 +145,24 @@ class OnlineTrainer:
         self.output = output
         self.full_output = full_output
         self.backward = backward
+        self.loss_on = loss_on
+        self.target_time_dim = target_time_dim
+        self.on_step = on_step
+        self.wrapper = wrapper
+        self._common: torch.Generator | None = None
         self._neurons()
 
-    def forward_backward(self, x: Any, target: Any) -> OnlineResult:
+    def forward_backward(self, x: Any, target: Any, *, sync: bool = True) -> OnlineResult:
         """Accumulate the gradient of one batch into ``.grad``.
 
         Args:
             x: The input; see ``time_dim``.
-            target: Passed to the loss at every step.
+            target: Passed to the loss at every step; see ``target_time_dim``.
+            sync: With several processes: whether gradients are synchronised at the end. To accumulate over
+                several batches, False in all but the last, as with ``no_sync()``.
 
         Raises:
-            InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
+            InputError: If ``x`` or the target does not have ``time_steps`` steps, or is empty.
             ConfigurationError: If ``chunk`` or the schedule does not fit.
             LossError: If the loss is not a scalar tensor, or depends on nothing that can be trained.
 
@@ -135,30 +171,23 @@ class OnlineTrainer:
         neurons, multi_step = self._neurons()
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
-        if self.schedule is None:
-            steps = tuple(range(self.time_steps))
-        else:
-            steps = selected_steps(self.schedule, self.time_steps, self.generator)
+        steps = self._steps()
         divisor = len(steps) if self.scale == "mean" else self.time_steps
         last = self.time_steps if self.full_output else steps[-1] + 1
-        take = frames(x, self.time_steps, self.time_dim, multi_step)
-        mean = _Mean()
-        total: Tensor | None = None
-        with _all_or_nothing(self.net, neurons):
-            _reset(neurons)
-            for start, stop, selected in runs(last, steps, self.chunk):
-                with torch.set_grad_enabled(selected):
-                    output_seq = self._step(take(start, stop), stop - start, multi_step)
-                if selected:
-                    loss = self._loss(output_seq, target) / divisor
-                    self._backward(loss)
-                    total = loss.detach() if total is None else total + loss.detach()
-                mean.add(output_seq.detach())
-                del output_seq
-                for neuron in neurons:
-                    neuron.detach_state()
-        assert total is not None  # the schedule selects at least one step
-        return OnlineResult(total, mean.value(), steps)
+        targets = self._targets(target)
+
+        def loss_of_run(output_seq: Tensor, start: int) -> Tensor:
+            return self._loss(output_seq, targets[start : start + len(output_seq)]) / divisor
+
+        synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
+        with _all_or_nothing(self.net, neurons), synchronised as step:
+            if self.loss_on == "mean":
+                loss, output = self._two_passes(x, target, steps, divisor, step)
+            else:
+                take = frames(x, self.time_steps, self.time_dim, multi_step)
+                loss, output = self._through_time(take, last, steps, loss_of_run, step)
+        assert loss is not None  # the schedule selects at least one step
+        return OnlineResult(loss, output, steps)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
@@ -169,13 +198,110 @@ class OnlineTrainer:
         Raises:
             InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
         """
-        neurons, multi_step = self._neurons()
+        _, multi_step = self._neurons()
         take = frames(x, self.time_steps, self.time_dim, multi_step)
+        return self._through_time(take, self.time_steps)[1]
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """The state of the generator that draws the steps; for checkpoints.
+
+        It is None where the trainer draws from torch's default generator, whose state is torch's to save.
+        """
+        generator = self._common or self.generator
+        return {"generator": None if generator is None else generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        """Go on drawing steps where a trainer left off.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ConfigurationError: If the trainer has a generator and the state has none.
+        """
+        saved = state["generator"]
+        if saved is None:
+            if self.generator is not None:
+                raise ConfigurationError(
+                    "the checkpoint is of a trainer without generator=: leave it out here, too"
+                )
+            return
+        if self.generator is None:
+            self.generator = torch.Generator()
+        self.generator.set_state(saved.cpu())
+        self._common = None
+
+    def _steps(self) -> tuple[int, ...]:
+        """The steps to back-propagate, the same in all processes."""
+        if self.schedule is None:
+            return tuple(range(self.time_steps))
+        net = self.wrapper or self.net
+        if self._common is None and is_distributed(net):
+            self._common = common_generator(net, self.generator)
+        return selected_steps(self.schedule, self.time_steps, self._common or self.generator)
+
+    def _two_passes(
+        self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
+    ) -> tuple[Tensor | None, Tensor]:
+        """Loss of the mean output, and the mean output; the gradient step by step, in a second pass."""
+        if isinstance(x, Iterator):
+            raise InputError(
+                "loss_on='mean' goes through the frames twice: give a tensor or a list, not an iterator"
+            )
+        _, multi_step = self._neurons()
+        before = Surroundings(self.net)
+        with torch.no_grad():
+            take = frames(x, self.time_steps, self.time_dim, multi_step)
+            _, mean = self._through_time(take, self.time_steps, step=step)
+        output = mean.requires_grad_()
+        loss = self._loss(output.unsqueeze(0), [target])
+        (gradient,) = torch.autograd.grad(loss, output)
+        after = Surroundings(self.net)
+        before.restore()
+        try:
+            take = frames(x, self.time_steps, self.time_dim, multi_step)
+
+            def part_of_run(output_seq: Tensor, start: int) -> Tensor:
+                return (output_seq.to(gradient.dtype) * (gradient / divisor)).sum()
+
+            self._through_time(take, steps[-1] + 1, steps, part_of_run, step)
+        finally:
+            after.restore()
+        return loss.detach(), output.detach()
+
+    def _through_time(
+        self,
+        take: Frames,
+        last: int,
+        steps: tuple[int, ...] = (),
+        loss_of_run: Callable[[Tensor, int], Tensor] | None = None,
+        step: Step = lambda last: nullcontext(),
+    ) -> tuple[Tensor | None, Tensor]:
+        """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated."""
+        neurons, multi_step = self._neurons()
         mean = _Mean()
+        total: Tensor | None = None
+        cast_without_grad = True
         _reset(neurons)
-        for start, stop, _ in runs(self.time_steps, (), self.chunk):
-            mean.add(self._step(take(start, stop), stop - start, multi_step))
-        return mean.value()
+        for start, stop, selected in runs(last, steps, self.chunk):
+            if selected and cast_without_grad:
+                torch.clear_autocast_cache()  # torch 2.6 takes weights cast under no_grad from it, as constants
+            cast_without_grad = not selected
+            with step(selected and stop > steps[-1]):
+                with torch.set_grad_enabled(selected):
+                    output_seq = self._step(take(start, stop), stop - start, multi_step)
+                if selected and loss_of_run is not None:
+                    loss = loss_of_run(output_seq, start)
+                    self._backward(loss)
+                    total = loss.detach() if total is None else total + loss.detach()
+            mean.add(output_seq.detach())
+            del output_seq
+            for neuron in neurons:
+                neuron.detach_state()
+            if selected and self.on_step is not None:
+                self.on_step(stop - 1)
+                torch.clear_autocast_cache()  # it has the weights as they were
+        return total, mean.value()
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""
@@ -223,8 +349,21 @@ class OnlineTrainer:
             )
         return output
 
-    def _loss(self, output_seq: Tensor, target: Any) -> Tensor:
-        losses = [self.loss_fn(output, target) for output in output_seq]
+    def _targets(self, target: Any) -> Any:
+        """The target of each step."""
+        if self.target_time_dim is None:
+            return [target] * self.time_steps
+        dim = self.target_time_dim
+        if not isinstance(target, Tensor) or target.dim() <= dim or target.shape[dim] != self.time_steps:
+            got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+            raise InputError(
+                f"the target needs {self.time_steps} steps along target_time_dim={dim}, got {got}: give a tensor "
+                "with one target for each step, or leave target_time_dim out"
+            )
+        return target.unbind(dim)
+
+    def _loss(self, output_seq: Tensor, targets: Any) -> Tensor:
+        losses = [self.loss_fn(output, target) for output, target in zip(output_seq, targets, strict=True)]
         for loss in losses:
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -256,14 +395,14 @@ class OnlineTrainer:
 
 
 class _Mean:
-    """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other."""
+    """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other; of half precision in float32."""
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
         self.count = 0
 
     def add(self, output_seq: Tensor) -> None:
-        part = output_seq.sum(0)
+        part = output_seq.sum(0, dtype=state_dtype(output_seq.dtype))
         self.sum = part if self.sum is None else self.sum + part
         self.count += output_seq.shape[0]
 
@@ -290,6 +429,10 @@ def _all_or_nothing(net: nn.Module, neurons: list[StatefulModule]) -> Iterator[N
                 parameter.grad.copy_(grad)
         _reset(neurons)
         raise
+
+
+def _trained(module: nn.Module) -> Iterator[bool]:
+    return (parameter.requires_grad for parameter in module.parameters())
 
 
 def _reset(neurons: list[StatefulModule]) -> None:

@@ -180,6 +180,7 @@ _DYNAMICS = [
 @register_adapter(*_RULES)
 def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
     cls = type(module)
+    known_surrogate(getattr(module, "surrogate_function", None))  # made here, not while a step is compiled
     if cls in _EXPLICIT:
         return _EXPLICIT[cls]
     for original, rules in _RULES.items():

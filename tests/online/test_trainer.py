@@ -392,3 +392,29 @@ def test_exception_on_the_way(interrupt):
     expected, _ = online_gradients(networks.conv_net(), X, TARGET)
     online.forward_backward(X, TARGET)
     assert oracle.relative_error(oracle.gradients(net), expected) < 1e-6
+
+
+@pytest.mark.parametrize("generator", [None, 3])
+def test_steps_go_on_where_the_saved_trainer_left_off(generator):
+    def new():
+        given = None if generator is None else torch.Generator().manual_seed(generator)
+        return trainer(networks.conv_net(), k=2, generator=given)
+
+    def steps(online):
+        return [online.forward_backward(X, TARGET).time_steps for _ in range(4)]
+
+    online = new()
+    steps(online)
+    saved, random_state = online.state_dict(), torch.get_rng_state()
+    expected = steps(online)
+    online = new()
+    steps(online)
+    online.load_state_dict(saved)
+    torch.set_rng_state(random_state)
+    assert steps(online) == expected
+
+
+def test_state_without_a_generator_for_a_trainer_with_one():
+    saved = trainer(networks.conv_net(), k=2).state_dict()
+    with pytest.raises(ConfigurationError, match="without generator="):
+        trainer(networks.conv_net(), k=2, generator=torch.Generator()).load_state_dict(saved)

@@ -1,0 +1,207 @@
+"""SLTT in Lightning: a LightningModule around an `OnlineTrainer`, and a callback that watches the network.
+
+Lightning's ``Trainer`` keeps its job (devices, precision, progress, loggers, checkpoints); optimisation is
+manual, because the T backward passes of an iteration are in the time loop.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sltt_ext.errors import ConfigurationError
+from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.online import OnlineTrainer
+from sltt_ext.optional import require
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule
+else:
+    require("lightning", extra="train")
+    from lightning.pytorch import Callback, LightningModule
+
+__all__ = ["NetworkMonitor", "OnlineModule"]
+
+
+class OnlineModule(LightningModule):
+    """A LightningModule whose training step is `OnlineTrainer.forward_backward`.
+
+    Subclass it and override ``configure_optimizers``, with any optimizer and any scheduler, as in any
+    LightningModule. Batches are ``(x, target)``. Logged: ``train_loss``, ``val_loss`` and, for class indices
+    as targets, ``val_accuracy`` of the output averaged over time.
+
+    Args:
+        online: The trainer; its ``backward`` and ``wrapper`` are Lightning's to set.
+        gradient_clip_val: Where to clip gradients; None does not. (The ``Trainer``'s own option is for
+            automatic optimisation, and so is ``accumulate_grad_batches``.)
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``.
+        accumulate_grad_batches: How many batches' gradients make one update: their mean.
+        lr_monitor: The logged metric that a ``ReduceLROnPlateau`` scheduler reads, such as ``"val_loss"``.
+
+    Raises:
+        MissingDependencyError: On import, if Lightning is not installed.
+        ConfigurationError: If ``online`` has a ``backward`` of its own, or updates at every step.
+    """
+
+    def __init__(
+        self,
+        online: OnlineTrainer,
+        *,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str = "norm",
+        accumulate_grad_batches: int = 1,
+        lr_monitor: str | None = None,
+    ) -> None:
+        super().__init__()
+        if online.backward is not None or online.on_step is not None:
+            raise ConfigurationError(
+                "Lightning does the back-propagation and the updates: make the OnlineTrainer without backward= "
+                "and on_step="
+            )
+        self.automatic_optimization = False
+        self.net = online.net
+        self.online = online
+        self.gradient_clip_val = gradient_clip_val
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.lr_monitor = lr_monitor
+        online.backward = self._scaled_backward
+
+    def forward(self, x: Any) -> Tensor:
+        """The network's output averaged over time."""
+        return self.online.predict(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Accumulate one batch's gradient, and update where it is time to."""
+        x, target = batch
+        update = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        model = self.trainer.strategy.model
+        self.online.wrapper = model if model is not self else None
+        result = self.online.forward_backward(x, target, sync=update)
+        self.log("train_loss", result.loss, prog_bar=True, batch_size=result.output.shape[0])
+        if update:
+            self._update()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Clip; the gradients are unscaled by now."""
+        self.clip_gradients(optimizer, self.gradient_clip_val or 0.0, self.gradient_clip_algorithm)
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedulers that count epochs."""
+        self._step_schedulers("epoch", self.current_epoch + 1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss of the output averaged over time, and its accuracy."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss of the output averaged over time, and its accuracy."""
+        self._evaluate("test", batch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the generator of the steps."""
+        checkpoint["sltt_ext"] = self.online.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on drawing steps where the checkpoint left off."""
+        self.online.load_state_dict(checkpoint["sltt_ext"])
+
+    def _scaled_backward(self, loss: Tensor) -> None:
+        self.manual_backward(loss / self.accumulate_grad_batches)
+
+    def _update(self) -> None:
+        optimizers = self.optimizers()
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+            optimizer.zero_grad()
+        self._step_schedulers("step", self.global_step)
+
+    def _step_schedulers(self, interval: str, count: int) -> None:
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval == interval and count % config.frequency == 0:
+                self.lr_scheduler_step(config.scheduler, self._metric_for(config.scheduler))
+
+    def _metric_for(self, scheduler: Any) -> Any:
+        if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            return None
+        metrics = self.trainer.callback_metrics
+        if self.lr_monitor not in metrics:
+            raise ConfigurationError(
+                f"ReduceLROnPlateau needs lr_monitor=, one of {', '.join(sorted(metrics))}; got {self.lr_monitor!r}"
+            )
+        return metrics[self.lr_monitor]
+
+    def _evaluate(self, stage: str, batch: Any) -> None:
+        x, target = batch
+        output = self(x)
+        size = output.shape[0]
+        self.log(f"{stage}_loss", self.online.loss_fn(output, target), batch_size=size, sync_dist=True)
+        if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
+            accuracy = (output.argmax(1) == target).float().mean()
+            self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
+
+
+class NetworkMonitor(Callback):
+    """Logs each neuron layer's firing rate, peak memory and time, every so many batches.
+
+    ``firing_rate/LAYER`` is spikes per neuron and time step of that batch; ``peak_memory_mb`` the CUDA
+    memory allocated at most since the last time (not logged on other devices, which do not count it);
+    ``batch_seconds`` the mean time of a batch since then.
+
+    Args:
+        every_n_batches: How often. The hooks that count spikes are in place for these batches only.
+    """
+
+    def __init__(self, every_n_batches: int = 50) -> None:
+        if every_n_batches < 1:
+            raise ConfigurationError(f"every_n_batches must be a positive integer, got {every_n_batches}")
+        self.every_n_batches = every_n_batches
+        self._hooks: list[Any] = []
+        self._rates: dict[str, list[Tensor]] = {}
+        self._since = (0, 0.0)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Count spikes in this batch, if it is time to."""
+        if batch_idx == 0:
+            self._since = (0, time.perf_counter())
+        if batch_idx % self.every_n_batches == 0:
+            for name, module in pl_module.net.named_modules():
+                if issubclass(type(module), SLTTNeuron):
+                    self._hooks.append(module.register_forward_hook(self._count(name)))
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was counted."""
+        if not self._hooks:
+            return
+        self._remove_hooks()
+        for name, rates in self._rates.items():
+            pl_module.log(f"firing_rate/{name}", torch.stack(rates).mean(), batch_size=1)
+        self._rates.clear()
+        first, start = self._since
+        pl_module.log("batch_seconds", (time.perf_counter() - start) / (batch_idx + 1 - first), batch_size=1)
+        self._since = (batch_idx + 1, time.perf_counter())
+        if pl_module.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(pl_module.device) / 1e6
+            pl_module.log("peak_memory_mb", peak, batch_size=1)
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave no hooks behind."""
+        self._remove_hooks()
+
+    def _count(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            spikes = output[0] if isinstance(output, (tuple, list)) else output
+            self._rates.setdefault(name, []).append(spikes.detach().float().mean())
+
+        return hook
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []

@@ -1,0 +1,40 @@
+"""What a pass through time changes besides the neurons' state, so that it can run twice as if once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["Surroundings"]
+
+
+class Surroundings:
+    """A copy of a network's buffers and of the states of torch's random number generators it draws from.
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in net.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
+        with _disable_current_modes():  # real states also where the network runs on fake tensors
+            self._random: Tensor = torch.get_rng_state()
+            self._random_cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make buffers and generators what they were."""
+        for module, name, buffer, value in self._buffers:
+            buffer.copy_(value)
+            module._buffers[name] = buffer
+        with _disable_current_modes():
+            torch.set_rng_state(self._random)
+            for device, state in self._random_cuda.items():
+                torch.cuda.set_rng_state(state, device)

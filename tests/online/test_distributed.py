@@ -1,0 +1,142 @@
+"""Several processes give the gradient of one process on the joined batch, and synchronise it once."""
+
+import functools
+
+import distributed_runs as runs
+import networks
+import oracle
+import processes
+import pytest
+import torch
+from distributed_runs import T
+from torch.nn import functional as F
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+ALL = tuple(range(T))
+SHARDS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (
+    2,
+    7,
+)  # torch 2.6's fully_shard needs CUDA
+needs_sharding = pytest.mark.skipif(not SHARDS_ON_CPU, reason="fully_shard on the CPU needs torch 2.7")
+OPTIONS = {
+    "SLTT": {},
+    "SLTT-2": {"k": 2},
+    "SLTT-1, stops early": {"k": 1, "full_output": False},
+    "mean": {"loss_on": "mean"},
+    "mean, SLTT-2": {"loss_on": "mean", "k": 2},
+}
+COMPILED = {
+    "compiled, s": ({}, "s"),
+    "compiled, s, SLTT-2": ({"k": 2}, "s"),
+    "compiled, m": ({"chunk": 3}, "m"),
+}
+BUFFERS = {"SLTT": {}, "one step": {"schedule": runs.second_step}, "mean": {"loss_on": "mean"}}
+RESHARD = {"resharding": {"reshard_after_forward": True}, "keeping": {"reshard_after_forward": False}}
+EQUAL = {
+    **{f"ddp, {name}": (runs.ddp, (options,)) for name, options in OPTIONS.items()},
+    **{
+        f"fully_shard, {kind}, {name}": (runs.fsdp, (options, RESHARD[kind]))
+        for name, options in OPTIONS.items()
+        for kind in RESHARD
+    },
+}
+OTHERS = {
+    **{name: (runs.ddp, (*case, True)) for name, case in COMPILED.items()},
+    **{f"buffers, {name}": (runs.buffers, (options,)) for name, options in BUFFERS.items()},
+    "default generator": (runs.default_generator, ()),
+    "accumulation, no_sync": (runs.accumulation, (True,)),
+    "accumulation, sync=False": (runs.accumulation, (False,)),
+    "accumulation, fully_shard": (runs.fsdp_accumulation, ()),
+    "updates": (runs.updates, ()),
+    "crash, ddp": (runs.crash, ("ddp",)),
+    "crash, fully_shard": (runs.crash, ("fully_shard",)),
+}
+
+
+@functools.cache
+def results(world_size):
+    cases = EQUAL if world_size == 4 else {**EQUAL, **OTHERS}
+    if not SHARDS_ON_CPU:
+        cases = {name: case for name, case in cases.items() if "fully_shard" not in name}
+    return processes.run(world_size, cases)
+
+
+def expected_gradients(options, steps, net=None, seed=1):
+    x, target = runs.batch(0, 1, seed)
+    net = networks.conv_net() if net is None else net
+    gradients = oracle.sltt_gradients_of_mean if options.get("loss_on") == "mean" else oracle.sltt_gradients
+    return gradients(net, [x] * T, target, F.cross_entropy, steps)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_ddp(name, world_size):
+    for result in results(world_size)[f"ddp, {name}"]:
+        expected = expected_gradients(OPTIONS[name], result["steps"][-1])
+        assert oracle.relative_error(result["gradients"], expected) < 1e-6
+        assert result["reduced"] == 1  # the network fits in one bucket
+
+
+@needs_sharding
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("kind", sorted(RESHARD))
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_fully_shard(name, kind, world_size):
+    for result in results(world_size)[f"fully_shard, {kind}, {name}"]:
+        expected = expected_gradients(OPTIONS[name], result["steps"][-1])
+        assert oracle.relative_error(result["gradients"], expected) < 1e-6
+        assert result["counts"] == {"_allgather_base_": runs.GROUPS, "_reduce_scatter_base_": runs.GROUPS}
+        assert result["sharded"]
+        assert result["settings"][0] == result["settings"][1]
+
+
+@pytest.mark.parametrize("name", sorted(COMPILED))
+def test_compiled_ddp(name):
+    for result in results(2)[name]:
+        expected = expected_gradients({}, result["steps"][-1])
+        assert oracle.relative_error(result["gradients"], expected) < 1e-6
+        assert result["reduced"] == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["ddp, SLTT-2", pytest.param("fully_shard, keeping, SLTT-2", marks=needs_sharding)]
+)
+def test_all_processes_draw_the_steps_of_the_first_ones_generator(kind):
+    alone = runs.trainer(runs.network(), k=2, generator=torch.Generator().manual_seed(5))
+    for result in results(4)[kind]:
+        assert result["steps"] == [alone.forward_backward(*runs.batch(0, 1)).time_steps for _ in range(3)]
+        alone.generator.manual_seed(5)
+
+
+def test_all_processes_draw_the_same_steps_from_the_default_generator():
+    first, second = results(2)["default generator"]
+    assert first == second
+    assert len(set(first)) > 1
+
+
+@pytest.mark.parametrize("how", ["no_sync", "sync=False", pytest.param("fully_shard", marks=needs_sharding)])
+def test_accumulation_over_batches(how):
+    parts = [expected_gradients({}, ALL, seed=seed) for seed in range(3)]
+    expected = [sum(gradients) for gradients in zip(*parts)]
+    for result in results(2)[f"accumulation, {how}"]:
+        assert oracle.relative_error(result["gradients"], expected) < 1e-6
+        assert result["rounds"] == 1
+
+
+@pytest.mark.parametrize("name", sorted(BUFFERS))
+def test_buffers_are_broadcast_once(name):
+    assert results(2)[f"buffers, {name}"] == [[1, 1, 1]] * 2
+
+
+def test_update_at_every_step_synchronises_every_step():
+    first, second = results(2)["updates"]
+    assert first["reduced"] == second["reduced"] == T
+    assert all(torch.equal(*pair) for pair in zip(first["weights"], second["weights"]))
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fully_shard", marks=needs_sharding)])
+def test_after_a_crash_the_gradient_is_that_of_a_fresh_network(wrapper):
+    expected = expected_gradients({}, ALL)
+    for gradients in results(2)[f"crash, {wrapper}"]:
+        assert oracle.relative_error(gradients, expected) < 1e-6

@@ -1,0 +1,241 @@
+import copy
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import networks
+import oracle
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import sltt_ext
+
+pl = pytest.importorskip("lightning.pytorch")
+from sltt_ext.errors import ConfigurationError, MissingDependencyError  # noqa: E402
+from sltt_ext.lightning import NetworkMonitor, OnlineModule  # noqa: E402
+
+T = 3
+
+
+class Module(OnlineModule):
+    scheduler = None
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+        if self.scheduler is None:
+            return optimizer
+        make, options = self.scheduler
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": make(optimizer), **options}}
+
+
+def module(options=None, **kwargs):
+    net = sltt_ext.convert(networks.conv_net())
+    return Module(sltt_ext.OnlineTrainer(net, F.cross_entropy, T, **(options or {})), **kwargs)
+
+
+def loader(batch_size=4, images=16):
+    return DataLoader(TensorDataset(*networks.images(images)), batch_size=batch_size)
+
+
+def lightning_trainer(folder, **options):
+    options = {"max_epochs": 1, "enable_checkpointing": False, "logger": False, **options}
+    return pl.Trainer(
+        default_root_dir=folder, accelerator="cpu", devices=1, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def by_hand(epochs=1, clip=None, accumulate=1, scheduler=None, batches=None):
+    net = sltt_ext.convert(networks.conv_net())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    schedule = None if scheduler is None else scheduler(optimizer)
+    online = sltt_ext.OnlineTrainer(
+        net, F.cross_entropy, T, backward=lambda loss: (loss / accumulate).backward()
+    )
+    for _ in range(epochs):
+        for i, (x, target) in enumerate(batches or loader()):
+            online.forward_backward(x, target)
+            if (i + 1) % accumulate == 0:
+                if clip is not None:
+                    torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                if schedule is not None:
+                    schedule.step()
+    return list(net.parameters())
+
+
+def same(actual, expected):
+    return oracle.relative_error(list(actual.net.parameters()), expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"clip": 0.1}, {"accumulate": 2}, {"accumulate": 2, "clip": 0.1}], ids=str
+)
+def test_weights_are_those_of_the_loop_by_hand(tmp_path, options):
+    actual = module(
+        gradient_clip_val=options.get("clip"), accumulate_grad_batches=options.get("accumulate", 1)
+    )
+    lightning_trainer(tmp_path, max_epochs=2).fit(actual, loader())
+    assert same(actual, by_hand(2, **options))
+
+
+def halved(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+
+def test_schedulers_by_step_and_by_epoch(tmp_path):
+    actual = module()
+    actual.scheduler = (halved, {"interval": "step"})
+    lightning_trainer(tmp_path).fit(actual, loader())
+    assert same(actual, by_hand(scheduler=halved))
+    actual = module()
+    actual.scheduler = (halved, {"interval": "epoch"})
+    lightning_trainer(tmp_path, max_epochs=3).fit(actual, loader())
+    assert actual.optimizers().param_groups[0]["lr"] == pytest.approx(0.1 / 8)
+
+
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0, factor=0.5)
+
+
+def test_scheduler_that_reads_a_metric(tmp_path):
+    actual = module(lr_monitor="train_loss")
+    actual.scheduler = (plateau, {})
+    lightning_trainer(tmp_path, max_epochs=4).fit(actual, loader())
+    assert actual.optimizers().param_groups[0]["lr"] < 0.1
+    actual = module()
+    actual.scheduler = (plateau, {})
+    with pytest.raises(ConfigurationError, match="lr_monitor=, one of train_loss"):
+        lightning_trainer(tmp_path).fit(actual, loader())
+
+
+def test_bfloat16(tmp_path):
+    actual = module()
+    lightning_trainer(tmp_path, precision="bf16-mixed", max_steps=1).fit(actual, loader())
+    net = sltt_ext.convert(networks.conv_net())
+    with torch.autocast("cpu", torch.bfloat16):
+        sltt_ext.OnlineTrainer(net, F.cross_entropy, T).forward_backward(*next(iter(loader())))
+    torch.optim.SGD(net.parameters(), 0.1).step()
+    assert same(actual, list(net.parameters()))
+
+
+def test_float16_goes_through_lightnings_scaler(tmp_path):
+    """Lightning's own float16 plugin; the CPU computes in float16 as well."""
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    actual = module(gradient_clip_val=0.1)
+    trainer = lightning_trainer(tmp_path, plugins=plugin)
+    trainer.fit(actual, loader())
+    expected = by_hand(clip=0.1)
+    assert oracle.relative_error(list(actual.net.parameters()), expected) < 1e-2
+    assert scaler.get_scale() == 256.0
+
+
+def test_loggers_checkpoints_and_monitor(tmp_path):
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    actual = module({"k": 2, "generator": torch.Generator().manual_seed(1)})
+    loggers = [CSVLogger(tmp_path / "csv", version=0), TensorBoardLogger(tmp_path / "tensorboard", version=0)]
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_accuracy", mode="max")
+    trainer = lightning_trainer(
+        tmp_path, logger=loggers, log_every_n_steps=1, enable_checkpointing=True,
+        callbacks=[checkpoint, NetworkMonitor(every_n_batches=2)],
+    )  # fmt: skip
+    trainer.fit(actual, loader(), loader())
+    header = next((tmp_path / "csv").rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    assert {"train_loss", "val_loss", "val_accuracy", "batch_seconds"} <= set(header)
+    assert {"firing_rate/1", "firing_rate/3"} <= set(header)
+    assert 0 < trainer.callback_metrics["firing_rate/1"] < 1
+    assert list((tmp_path / "tensorboard").rglob("events*"))
+    assert not any(module._forward_hooks for module in actual.net.modules())
+    saved = torch.load(checkpoint.best_model_path, weights_only=False)
+    fresh = module({"k": 2, "generator": torch.Generator().manual_seed(9)})
+    fresh.load_state_dict(saved["state_dict"])
+    fresh.on_load_checkpoint(saved)
+    assert torch.equal(fresh.online.generator.get_state(), actual.online.generator.get_state())
+
+
+def test_resume_at_the_end_of_an_epoch_is_exact(tmp_path):
+    def new():
+        return module({"k": 2, "generator": torch.Generator().manual_seed(1)})
+
+    whole = new()
+    lightning_trainer(tmp_path, max_epochs=4).fit(whole, loader())
+    first, second = new(), new()
+    trainer = lightning_trainer(tmp_path, max_epochs=2)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    lightning_trainer(tmp_path, max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert all(torch.equal(*pair) for pair in zip(whole.net.parameters(), second.net.parameters()))
+
+
+def test_predict_is_the_mean_output():
+    actual = module()
+    x, _ = networks.images()
+    assert torch.equal(actual(x), copy.deepcopy(actual.online).predict(x))
+
+
+def test_options_that_are_lightnings():
+    net = sltt_ext.convert(networks.conv_net())
+    for options in ({"backward": torch.Tensor.backward}, {"on_step": print}):
+        with pytest.raises(ConfigurationError, match="without backward= and on_step="):
+            OnlineModule(sltt_ext.OnlineTrainer(net, F.cross_entropy, T, **options))
+    with pytest.raises(ConfigurationError, match="positive"):
+        NetworkMonitor(0)
+
+
+def test_ddp_averages_once_an_update(tmp_path):
+    """Two processes, two batches of each to an update: as one process with the joined batches."""
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, here / "lightning_ddp_run.py", tmp_path / "result.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = torch.load(tmp_path / "result.pt")
+    net = sltt_ext.convert(networks.conv_net())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, 4)
+    for batch in loader(batch_size=8):  # the samplers take turns: 4 images each are two batches of two
+        online.forward_backward(*batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert result["reduced"] == 2
+    actual = list(result["weights"].values())
+    assert oracle.relative_error(actual, list(net.state_dict().values())) < 1e-6
+
+
+def test_without_lightning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    monkeypatch.delitem(sys.modules, "sltt_ext.lightning")
+    with pytest.raises(MissingDependencyError, match=r"pip install 'sltt-ext\[train\]'"):
+        importlib.import_module("sltt_ext.lightning")
+
+
+def test_the_digits_example(tmp_path):
+    root = Path(__file__).parent.parent
+    command = [sys.executable, root / "examples" / "digits" / "train.py", "--epochs", "1", "--k", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "--logs", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test_accuracy" in done.stdout
