@@ -58,7 +58,10 @@ def leaky_kernels_without_surrogate(dtype: torch.dtype, width: int) -> list[Kern
 
 @functools.cache
 def groups() -> dict[str, list[Kernel]]:
-    """All variants: every choice with each surrogate at full width, and with one of them at the others."""
+    """Every choice with each surrogate at full width, and with one of them at the others.
+
+    Only snnTorch's Leaky, whose surrogate is computed in float32 alike for every dtype, has them all in float32.
+    """
     named = {}
     for dtype in DTYPES:
         for width in widths(dtype):
@@ -69,7 +72,7 @@ def groups() -> dict[str, list[Kernel]]:
         for width in (4, 2, 1):
             at = f"leaky-{str(dtype)[6:]}-{width}"
             named[f"{at}-forward"] = leaky_kernels_without_surrogate(dtype, width)
-            for surrogate in SURROGATES if width == 4 else ["atan"]:
+            for surrogate in SURROGATES if (dtype, width) == (torch.float32, 4) else ["atan"]:
                 named[f"{at}-{surrogate}"] = leaky_kernels(dtype, width, surrogate)
     return named
 

@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
                     if (RESET == SUBTRACT) grad_threshold -= by_reset;
                     if (RESET == ZERO) by_mem -= by_reset;
                 }
-                float grad_h = slope * grad_s.at[k];
+                float grad_h = grad_s_seq || mem_first ? slope * grad_s.at[k] : 0.0f;
                 grad_threshold -= grad_h;
                 if (has_grad_mem) grad_h += by_mem;
                 grad_x.at[k] = grad_h;

@@ -108,9 +108,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
         Pack<float, WIDTH> grad = {};
         if (grad_s_seq) grad = load<WIDTH>(grad_s_seq, i);
         if (i < before_last) {
-            const Pack<float, WIDTH> local = load<WIDTH>(derivatives, i);
+            if (grad_s_seq) {
+                const Pack<float, WIDTH> local = load<WIDTH>(derivatives, i);
 #pragma unroll
-            for (int k = 0; k < WIDTH; ++k) grad.at[k] *= local.at[k];
+                for (int k = 0; k < WIDTH; ++k) grad.at[k] *= local.at[k];
+            }
         } else {
             const Pack<float, WIDTH> h = load<WIDTH>(h_last, i - before_last);
             Pack<float, WIDTH> grad_state = {};

@@ -1,6 +1,7 @@
 // CUDA's words for a C++ compiler: kernels run on the host, in one thread.
 
 #include <math.h>
+#include <setjmp.h>
 #include <string.h>
 #include <ucontext.h>
 
@@ -21,32 +22,38 @@ static Index threadIdx, blockIdx, gridDim;
 static void (*body)();
 static void** passed;
 
+// Switching by longjmp: swapcontext makes two system calls each time.
 struct Thread {
-    ucontext_t here, scheduler;
+    ucontext_t entry;
+    jmp_buf here, scheduler;
     std::vector<char> stack = std::vector<char>(32768);
-    bool finished;
+    bool started, finished;
 
     static Thread* running;
 
     void start() {
-        finished = false;
-        getcontext(&here);
-        here.uc_stack.ss_sp = stack.data();
-        here.uc_stack.ss_size = stack.size();
-        here.uc_link = &scheduler;
-        makecontext(&here, run, 0);
+        started = finished = false;
+        getcontext(&entry);
+        entry.uc_stack.ss_sp = stack.data();
+        entry.uc_stack.ss_size = stack.size();
+        makecontext(&entry, run, 0);
     }
 
     bool resume() {
+        if (finished) return false;
         running = this;
-        if (!finished) swapcontext(&scheduler, &here);
+        if (!_setjmp(scheduler)) {
+            if (started) _longjmp(here, 1);
+            started = true;
+            setcontext(&entry);
+        }
         return !finished;
     }
 
     static void run() {
-        Thread* self = running;
         body();
-        self->finished = true;
+        running->finished = true;
+        _longjmp(running->scheduler, 1);
     }
 };
 
@@ -54,7 +61,7 @@ Thread* Thread::running;
 
 static inline void __syncthreads() {
     Thread* self = Thread::running;
-    swapcontext(&self->here, &self->scheduler);
+    if (!_setjmp(self->here)) _longjmp(self->scheduler, 1);
 }
 
 static inline float __uint_as_float(unsigned int bits) {

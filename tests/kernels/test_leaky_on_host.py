@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from types import SimpleNamespace
 
 import host
@@ -66,8 +67,9 @@ def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate
                 surrogate, PARAMETERS.get(surrogate, (1.3,)), beta.shape if learn[0] else None, learn[1],
             )  # fmt: skip
             want_grads, got_grads = torch_leaky.backward(*given), ON_HOST.backward(*given)
-            terms = h_seq.abs().amax().item() * want_grads[0].abs().sum().item()
-            largest = want_grads[0].abs().amax().item()
+            magnitudes = [tensor.abs().nan_to_num(0, 0, 0) for tensor in (h_seq, want_grads[0])]
+            terms = magnitudes[0].amax().item() * magnitudes[1].sum().item()
+            largest = magnitudes[1].amax().item()
             assert_match(got_grads[0], want_grads[0], 1e-6 * largest if surrogate in EXPONENTIAL else 0)
             assert_match(got_grads[1], want_grads[1], 1e-7 * terms, 1e-6)
             assert_match(got_grads[2], want_grads[2], 1e-7 * terms, 1e-6)
@@ -81,6 +83,7 @@ def compare_random(dtype, shape, beta_shape, threshold_shape, *settings):
 @pytest.mark.parametrize("surrogate", SURROGATES)
 @pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
 def test_every_variant_at_full_width(dtype, surrogate):
+    host.build(variants.leaky_kernels(dtype, 4, surrogate))
     for reset_mechanism, reset_delay in itertools.product(RESETS, variants.BOTH):
         compare_random(dtype, (3, *STEP), (), (4, 1), reset_mechanism, reset_delay, surrogate)
 
@@ -145,6 +148,14 @@ def test_sums_over_many_blocks(most, monkeypatch):
     monkeypatch.setattr(cuda_leaky, "MAX_PARTIAL_SUMS", most)
     compare_random(torch.float32, (3, 5000), (), (), "subtract", True)
     compare_random(torch.float32, (3, 50, 100), (), (100,), "zero", False)
+
+
+@pytest.mark.parametrize("reset_mechanism", RESETS)
+@pytest.mark.parametrize("reset_delay", variants.BOTH)
+def test_potentials_at_the_threshold_and_beyond_all_numbers(reset_mechanism, reset_delay):
+    values = torch.tensor([0.9, -0.0, 0.0, math.inf, -math.inf, math.nan, 3e38, 1e-44, 0.45])
+    x_seq, mem = values.expand(9, 9).reshape(1, 81).repeat(3, 1), values.repeat_interleave(9)
+    compare(x_seq, mem, torch.tensor(0.5), torch.tensor(0.9), reset_mechanism, reset_delay)
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (1, 0, 4)])
