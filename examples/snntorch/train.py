@@ -1,7 +1,8 @@
 """The networks of snnTorch's tutorials 5 and 6, before and after SLTT, on scikit-learn's handwritten digits.
 
 python examples/snntorch/train.py                                      fully connected, rate-coded
-python examples/snntorch/train.py --network conv --code latency        convolutional, latency-coded
+python examples/snntorch/train.py --code latency                       the same, latency-coded
+python examples/snntorch/train.py --network conv                       convolutional, rate-coded
 
 Prints a table of test accuracy, seconds per epoch and peak activation memory for BPTT as the tutorials
 have it, for SLTT step by step, for SLTT-K, and for SLTT on whole sequences.
