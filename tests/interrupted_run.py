@@ -5,7 +5,9 @@ The runs are forked from this process, which has everything imported and has not
 
 import multiprocessing
 import random
+import shutil
 import sys
+import time
 from pathlib import Path
 
 import networks
@@ -56,22 +58,36 @@ def train(folder):
 
 
 def main(folder, seed):
-    processes = multiprocessing.get_context("fork")
-    moments = random.Random(seed)
+    """Returns how many times the killed run was killed: once or more."""
+    start = time.perf_counter()
+    assert run(folder / "whole").exitcode == 0
+    longest, moments, kills = time.perf_counter() - start, random.Random(seed), 0
+    while not kills:
+        shutil.rmtree(folder / "killed", ignore_errors=True)
+        kills = run_and_kill(folder / "killed", lambda: moments.uniform(0.02, 0.5) * longest)  # noqa: B023
+        longest /= 2  # it was done before the first moment: faster than the whole run
+    return kills
+
+
+def run(folder, seconds=None):
+    """The process of a run, after it has ended or the time is over."""
+    process = multiprocessing.get_context("fork").Process(target=train, args=(folder,))
+    process.start()
+    process.join(seconds)
+    return process
+
+
+def run_and_kill(folder, moment):
     kills = 0
-    while True:
-        process = processes.Process(target=train, args=(folder / "killed",))
-        process.start()
-        process.join(timeout=moments.uniform(0.05, 1.0) if kills < 12 else None)
+    while kills < 12:
+        process = run(folder, moment())
         if process.exitcode is not None:
             break
         process.kill()
         process.join()
         kills += 1
-    assert process.exitcode == 0, process.exitcode
-    process = processes.Process(target=train, args=(folder / "whole",))
-    process.start()
-    process.join()
+    else:
+        process = run(folder)
     assert process.exitcode == 0, process.exitcode
     return kills
 
