@@ -165,3 +165,18 @@ def test_temporal_effective_batch_norm(dimensions):
     assert torch.equal(sltt_ext.convert(net)(x_seq), expected)
     with pytest.raises(ConfigurationError, match="whole sequence"):
         sltt_ext.OnlineTrainer(net, lambda output, _: loss(output), T)
+
+
+@pytest.mark.skipif(not FUNCTIONAL_FORM, reason="SpikingJelly 2.x")
+def test_container_with_time_last():
+    torch.manual_seed(0)
+    inner = nn.Linear(7, 7), neuron.LIFNode(surrogate_function=surrogate.ATan(), v_threshold=0.3)
+    steps = nn.Sequential(*copy.deepcopy(inner))
+    x_seq = 2 * torch.randn(T, 4, 7)
+    for x in x_seq:
+        loss(steps(x)).backward()
+        functional.detach_net(steps)
+    net = sltt_ext.convert(layer.TLastMultiStepContainer(*inner))
+    sum(map(loss, net(x_seq.permute(1, 2, 0)).unbind(-1))).backward()
+    assert net[0].weight.grad.norm() > 0
+    assert oracle.relative_error(oracle.gradients(net), oracle.gradients(steps)) < 1e-6
