@@ -20,7 +20,9 @@ from sltt_ext.neuron import StatefulModule, state_dtype
 from sltt_ext.online import OnlineResult, OnlineTrainer
 from sltt_ext.online.distributed import synchronised_once
 from sltt_ext.online.frames import frames
-from sltt_ext.online.trainer import LossFn, Output, all_or_nothing
+from sltt_ext.online.outputs import Output
+from sltt_ext.online.states import all_or_nothing
+from sltt_ext.online.trainer import LossFn
 
 __all__ = ["BPTTTrainer"]
 

@@ -8,10 +8,18 @@ registers its layers, and any other module says so itself with the attribute ``s
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-__all__ = ["is_batch_norm", "is_stateless", "register_stateless"]
+__all__ = [
+    "is_average_pooling",
+    "is_batch_norm",
+    "is_counting_batch_norm",
+    "is_stateless",
+    "register_stateless",
+]
 
 _DIMENSIONS = ("1d", "2d", "3d")
 
@@ -51,7 +59,8 @@ def register_stateless(*classes: type[nn.Module]) -> None:
 def is_stateless(module: nn.Module) -> bool:
     """Whether ``module`` returns the same whenever it is called with the same tensors.
 
-    A batch norm in training is not: its running statistics count the calls.
+    A batch norm in training is not: its running statistics count the calls. Nor is a module with a hook before its
+    forward, which may change it: pruning and the older weight norms compute the weight there.
     """
     declared = getattr(module, "sltt_time_invariant", None)
     if declared is not None:
@@ -59,14 +68,33 @@ def is_stateless(module: nn.Module) -> bool:
     cls = parametrize.type_before_parametrizations(module)
     if cls in _CONTAINERS or cls is parametrize.ParametrizationList:
         return len(list(module.children())) > 0 and all(map(_is_plain, module.children()))
-    if getattr(module, "inplace", False):
+    if getattr(module, "inplace", False) or not _has_fixed_weights(module):
         return False
-    return cls in _STATELESS or (is_batch_norm(module) and not module.training)
+    return cls in _STATELESS or (cls in _BATCH_NORMS and not module.training)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm, of torch or of a framework, without rules of its own."""
     return parametrize.type_before_parametrizations(module) in _BATCH_NORMS
+
+
+def is_counting_batch_norm(module: nn.Module) -> bool:
+    """Whether ``module`` is a batch norm in training that is stateless but for its running statistics."""
+    averages = getattr(module, "momentum", None) is not None or not getattr(
+        module, "track_running_stats", True
+    )
+    return is_batch_norm(module) and module.training and averages and _has_fixed_weights(module)
+
+
+def is_average_pooling(module: nn.Module) -> bool:
+    """Whether ``module`` is an average pooling without rules of its own: its backward reads the input's shape alone."""
+    averages = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+    return isinstance(module, averages) and type(module) in _STATELESS
+
+
+def _has_fixed_weights(module: nn.Module) -> bool:
+    lists: Any = module.parametrizations.values() if parametrize.is_parametrized(module) else ()  # type: ignore[operator]
+    return not module._forward_pre_hooks and all(map(is_stateless, lists))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -158,8 +158,8 @@ WRAPPERS = {"ddp": DistributedDataParallel, "fully_shard": shard}
 GROUPS = 3  # each of the network's weighted layers is gathered and reduced by itself
 
 
-def fsdp(rank, world_size, options, fsdp_options):
-    net = shard(network(), **fsdp_options)
+def fsdp(rank, world_size, options, fsdp_options, step_mode="s"):
+    net = shard(network(step_mode), **fsdp_options)
     online = trainer(net, generator=torch.Generator().manual_seed(5 + rank), **options)
     before = settings(net)
     steps = []

@@ -17,7 +17,7 @@ from sltt_ext.analysis.modules import neurons_of
 from sltt_ext.analysis.untouched import untouched
 from sltt_ext.errors import InputError
 from sltt_ext.neuron import SLTTNeuron
-from sltt_ext.online.trainer import Output
+from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
 __all__ = ["DeadNeurons", "FiringRates", "LayerActivity", "dead_neurons", "firing_rates"]

@@ -21,7 +21,8 @@ from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
 from sltt_ext.analysis.timing import device_name
 from sltt_ext.analysis.untouched import untouched
 from sltt_ext.errors import InputError, SLTTError
-from sltt_ext.online.trainer import LossFn, Output
+from sltt_ext.online.outputs import Output
+from sltt_ext.online.trainer import LossFn
 
 __all__ = ["METHODS", "Analysis", "analyze", "available_bytes", "check_runs"]
 

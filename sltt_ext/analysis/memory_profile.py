@@ -17,7 +17,7 @@ from sltt_ext.analysis.methods import Method, Sequences, check_time_steps, metho
 from sltt_ext.analysis.modules import running_module
 from sltt_ext.analysis.untouched import untouched
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.online.trainer import Output
+from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
 __all__ = ["LayerMemory", "MemoryProfile", "PeakMemory", "memory_profile"]

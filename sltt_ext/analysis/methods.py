@@ -15,7 +15,8 @@ from sltt_ext.conversion import convert
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import OnlineTrainer
-from sltt_ext.online.trainer import LossFn, Output
+from sltt_ext.online.outputs import Output
+from sltt_ext.online.trainer import LossFn
 
 __all__ = ["Method", "Sequences", "check_time_steps", "method_named", "stepping"]
 

@@ -32,7 +32,7 @@ from sltt_ext.analysis.neuron_operations import Count, NeuronOperations, neuron_
 from sltt_ext.analysis.untouched import untouched
 from sltt_ext.conversion import convert
 from sltt_ext.neuron import StatefulModule
-from sltt_ext.online.trainer import Output
+from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
 __all__ = ["LayerOperations", "OperationCounts", "operation_counts"]

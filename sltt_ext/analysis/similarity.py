@@ -16,7 +16,8 @@ from sltt_ext.analysis import plots
 from sltt_ext.analysis.methods import Sequences, check_time_steps, method_named, stepping
 from sltt_ext.analysis.untouched import untouched
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.online.trainer import LossFn, Output
+from sltt_ext.online.outputs import Output
+from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
 __all__ = ["Alignment", "GradientSimilarity", "gradient_similarity"]

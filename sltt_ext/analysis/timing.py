@@ -18,7 +18,8 @@ from torch import nn
 from sltt_ext.analysis.memory import peak_activation_bytes
 from sltt_ext.analysis.methods import Sequences, method_named, stepping
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.online.trainer import LossFn, Output
+from sltt_ext.online.outputs import Output
+from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
 __all__ = ["Benchmark", "IterationCost", "benchmark", "device_name", "interleaved_medians"]

@@ -11,11 +11,10 @@ norm runs step by step within such a call; a network with any other of them keep
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,10 +81,11 @@ class Grouping:
     def __init__(self, chunk: int | str, memory_budget: int | str | None) -> None:
         if memory_budget is not None and chunk != "auto":
             raise ConfigurationError(
-                "memory_budget goes with chunk='auto': give one of both, or chunk='auto'"
+                "memory_budget goes with chunk='auto': leave it out, or say chunk='auto'"
             )
         self.chunk = chunk
         self.budget = _checked("0.8" if memory_budget is None else memory_budget)
+        self._bytes: int | None = None  # of the budget, as of the first call that was measured
         self._needs: dict[bool, _Need] = {}
         self._elements = 0
         self._measuring = False
@@ -109,12 +109,12 @@ class Grouping:
         if not useful or _tells_calls_apart(net) or is_compiled(net):
             return Sizes(chosen, chosen)
         if elements > self._elements:
-            self._elements, self._needs = elements, {}
+            self._elements, self._needs, self._bytes = elements, {}, None
         if True not in self._needs:
             self._measuring = True
             return Sizes(chosen, chosen)
         if self.chunk == "auto":
-            budget = self._bytes(net)
+            budget = self._allowed(net)
             chunk = self._size(True, chosen, budget)
         else:
             budget, chunk = self._needs[True].of(chosen), chosen
@@ -152,23 +152,30 @@ class Grouping:
     def state_dict(self) -> dict[str, Any]:
         """What was measured: a resumed run has to send the same calls."""
         needs = {str(kind): (need.steps, need.peak, need.per_step) for kind, need in self._needs.items()}
-        return {"elements": self._elements, "needs": needs}
+        return {"elements": self._elements, "needs": needs, "budget": (self.budget, self._bytes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what was measured."""
         self._elements = state["elements"]
+        budget, bytes_ = state["budget"]
+        self._bytes = bytes_ if budget == self.budget else None
         self._needs = {
             kind: _Need(*state["needs"][str(kind)]) for kind in (True, False) if str(kind) in state["needs"]
         }
 
-    def _bytes(self, net: nn.Module) -> int:
-        budget, least = _in_bytes(self.budget, net), self._needs[True].of(1)
-        if least > budget:
-            _warn_once(
-                f"one time step needs {least / 2**20:.0f} MiB, more than memory_budget={self.budget!r} "
-                f"({budget / 2**20:.0f} MiB): steps go through the network one by one; a smaller batch needs less"
-            )
-        return budget
+    def _allowed(self, net: nn.Module) -> int:
+        """The budget in bytes. What else comes to use the device later changes no sizes: calls stay what they were."""
+        if self._bytes is None:
+            self._bytes, least = _in_bytes(self.budget, net), self._needs[True].of(1)
+            if least > self._bytes:
+                warnings.warn(
+                    f"one time step needs {least / 2**20:.0f} MiB, more than memory_budget={self.budget!r} "
+                    f"({self._bytes / 2**20:.0f} MiB): steps go through the network one by one; a smaller batch "
+                    "needs less",
+                    SLTTWarning,
+                    stacklevel=2,
+                )
+        return self._bytes
 
 
 def _tells_calls_apart(net: nn.Module) -> bool:
@@ -223,15 +230,15 @@ def _in_parts(
 
 
 def _checked(budget: int | str) -> int | str:
-    try:
-        fits = 0 < float(budget) <= 1 if isinstance(budget, str) else int(budget) > 0
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise ConfigurationError(
-            f"memory_budget must be a number of bytes, or a part of the device's memory as text, '0.8', got {budget!r}"
-        )
-    return budget
+    if isinstance(budget, str):
+        with suppress(ValueError):
+            if 0 < float(budget) <= 1:
+                return budget
+    elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget
+    raise ConfigurationError(
+        f"memory_budget must be a number of bytes, or a part of the device's memory as text, '0.8', got {budget!r}"
+    )
 
 
 def _in_bytes(budget: int | str, net: nn.Module) -> int:
@@ -243,9 +250,8 @@ def _in_bytes(budget: int | str, net: nn.Module) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(float(budget) * (free + cached))
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        raise ConfigurationError(
+            f"how much memory there is on {device.type} cannot be told on this system: give memory_budget in bytes"
+        )
     return int(float(budget) * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, SLTTWarning, stacklevel=2)

@@ -33,7 +33,7 @@ from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.packing import Packing
-from sltt_ext.stateless import is_batch_norm, is_stateless
+from sltt_ext.stateless import is_counting_batch_norm, is_stateless
 
 __all__ = ["InvariantPass", "Invariants"]
 
@@ -176,21 +176,23 @@ class InvariantPass:
         self._static = None if static is None else _Static(static, multi_step)
         self._parts: Sequence[int] = (1,)
         self._steps = 1
-        self._last = self._evaluating = False
+        self._selected = self._last = self._evaluating = False
         self._known: dict[int, tuple[Tensor, _Value, int]] = {}
         self._tried: list[tuple[nn.Module, Tensor]] = []
         self.saving: Callable[[], AbstractContextManager[Any]] = Packing().saving
 
     @contextmanager
-    def call(self, frames: Any, parts: Sequence[int], last: bool) -> Iterator[None]:
+    def call(self, frames: Any, parts: Sequence[int], selected: bool, last: bool) -> Iterator[None]:
         """Surround forward and backward of one call of the network.
 
         Args:
             frames: Its input.
             parts: How many time steps it takes, in the parts that batch norms count as calls.
+            selected: Whether it is back-propagated.
             last: Whether it is the last one that is back-propagated.
         """
-        self._parts, self._steps, self._last = parts, sum(parts), last
+        self._parts, self._steps = parts, sum(parts)
+        self._selected, self._last = selected, last
         if self._static is not None and self._static.is_unchanged():
             self._know(frames, self._static)
         try:
@@ -215,15 +217,18 @@ class InvariantPass:
         is_parametrisation = isinstance(module, ParametrizationList)
         if kwargs or (self._evaluating and not is_parametrisation) or not (args or is_parametrisation):
             return forward(*args, **kwargs)
+        if torch.is_inference_mode_enabled():  # a part that the network runs so
+            return forward(*args)
         known = [self._known.get(id(argument)) for argument in args]
         values = [entry[1] for entry in known if entry is not None and entry[0]._version == entry[2]]
         if len(values) < len(args) or module in self._invariants.changed:
             return forward(*args)
         versions = tuple(tensor._version for tensor in module.parameters())
-        key = (id(module), *map(id, values), versions)
+        differentiable = self._differentiable and (torch.is_grad_enabled() or not self._selected)
+        key = (id(module), *map(id, values), versions, differentiable)
         value = self._values.get(key)
         if value is None:
-            value = self._values[key] = self._value(module, forward, values)
+            value = self._values[key] = self._value(module, forward, values, differentiable)
         try:
             tensor = value.tensor(self._last)
         except _NoTensorError:
@@ -259,15 +264,16 @@ class InvariantPass:
         if isinstance(tensor, Tensor):
             self._known[id(tensor)] = (tensor, value, tensor._version)
 
-    def _value(self, module: nn.Module, forward: Callable[..., Any], values: list[_Value]) -> _Value:
-        """The value of a module's output, that follows from ``values``."""
-        is_norm = is_batch_norm(module) and module.training
-        statistics = _Statistics(module) if is_norm else None
+    def _value(
+        self, module: nn.Module, forward: Callable[..., Any], values: list[_Value], differentiable: bool
+    ) -> _Value:
+        """The value of a module's output, that follows from ``values``; without a graph where the network wants none."""
+        statistics = _Statistics(module) if is_counting_batch_norm(module) else None
 
         def evaluate() -> Tensor:
             before, self._evaluating = self._evaluating, True
             try:
-                with torch.set_grad_enabled(self._differentiable), self.saving():
+                with torch.set_grad_enabled(differentiable), self.saving():
                     inputs = [value.tensor(self._last) for value in values]
                     if statistics is not None:
                         return statistics.normalise(inputs[0], self._multi_step)
@@ -346,6 +352,4 @@ class _Statistics:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    if is_batch_norm(module) and module.training:
-        return module.momentum is not None or not module.track_running_stats
-    return is_stateless(module)
+    return is_stateless(module) or is_counting_batch_norm(module)

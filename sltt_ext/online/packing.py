@@ -19,11 +19,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.stateless import is_average_pooling
 
 __all__ = ["Packing", "packing"]
 
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: these bits in the highest byte
-_AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 @contextmanager
@@ -34,9 +34,10 @@ def packing(net: nn.Module, enabled: bool) -> Iterator[Packing]:
         for module in net.modules() if enabled else ():
             if isinstance(module, SLTTNeuron):
                 stack.callback(module.register_forward_hook(packing.remember).remove)
-            elif isinstance(module, _AVERAGES):
+            elif is_average_pooling(module):  # these two next to its forward, inside of all other hooks
                 stack.callback(module.register_forward_pre_hook(packing.begin_average).remove)
-                stack.callback(module.register_forward_hook(packing.end_average, always_call=True).remove)
+                end = module.register_forward_hook(packing.end_average, prepend=True, always_call=True)
+                stack.callback(end.remove)
         yield packing
 
 

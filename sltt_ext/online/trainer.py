@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,20 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
-from sltt_ext.neuron import SLTTNeuron, StatefulModule, state_dtype
+from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.distributed import Step, common_generator, is_distributed, synchronised_once
 from sltt_ext.online.frames import Frames, frames
 from sltt_ext.online.grouping import Grouping, Sizes, batch_norms_in_parts
 from sltt_ext.online.invariant import Invariants
 from sltt_ext.online.options import check_options
+from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.packing import packing
 from sltt_ext.online.schedule import Schedule, random_steps, runs, selected_steps
+from sltt_ext.online.states import all_or_nothing, carrying_charged, reset
 from sltt_ext.online.surroundings import Surroundings
 
-__all__ = ["LossFn", "OnlineResult", "OnlineTrainer", "Output", "all_or_nothing"]
+__all__ = ["LossFn", "OnlineResult", "OnlineTrainer"]
 
 LossFn = Callable[[Tensor, Any], Tensor]
-Output = str | Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class OnlineTrainer:
             return self._loss(output_seq, targets[start : start + len(output_seq)]) / divisor
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
-        with all_or_nothing(self.net, partial(_reset, neurons)), synchronised as step:
+        with all_or_nothing(self.net, partial(reset, neurons)), synchronised as step:
             if self.loss_on == "mean":
                 loss, output = self._two_passes(x, target, steps, divisor, step)
             else:
@@ -287,12 +288,12 @@ class OnlineTrainer:
         """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated."""
         neurons, multi_step = self._neurons()
         sizes = self._sizes(neurons, multi_step, source.elements, 0 < len(steps) < last)
-        mean = _Mean()
+        mean = MeanOutput()
         total: Tensor | None = None
         cast_without_grad = True
-        _reset(neurons)
+        reset(neurons)
         with (
-            _carrying_charged(neurons),
+            carrying_charged(neurons),
             self._invariants.evaluated_once(
                 self.net, source.static, multi_step, differentiable=bool(steps), enabled=self._caches()
             ) as invariants,
@@ -309,7 +310,7 @@ class OnlineTrainer:
                     call.enter_context(self._grouping.call(selected, stop - start))
                     call.enter_context(step(is_last))
                     frame = source.take(start, stop)
-                    call.enter_context(invariants.call(frame, parts, is_last))
+                    call.enter_context(invariants.call(frame, parts, selected, is_last))
                     if len(parts) > 1:
                         call.enter_context(batch_norms_in_parts(self.net, parts, invariants.has))
                     if selected and self.pack_spikes:
@@ -367,26 +368,7 @@ class OnlineTrainer:
 
     def _step(self, x: Any, steps: int, multi_step: bool) -> Tensor:
         """Outputs ``[C, N, ...]`` of the network for C frames."""
-        returned = self.net(x)
-        if callable(self.output):
-            output = self.output(returned)
-        elif isinstance(returned, (tuple, list)):
-            output = returned[-1 if self.output == "membrane" else 0]
-        else:
-            output = returned
-        if not isinstance(output, Tensor):
-            raise LossError(
-                f"the network's output is a {type(output).__name__}, not a tensor: choose the tensor the loss "
-                "reads with output=, a function of the network's return value"
-            )
-        if not multi_step:
-            return output.unsqueeze(0)
-        if output.dim() == 0 or output.shape[0] != steps:
-            raise LossError(
-                f"a multi-step network has to return [T, N, ...], here with T={steps}, got {list(output.shape)}: "
-                "leave the average over time to the trainer"
-            )
-        return output
+        return output_sequence(self.net(x), self.output, steps, multi_step)
 
     def _targets(self, target: Any) -> Any:
         """The target of each step."""
@@ -431,58 +413,3 @@ class OnlineTrainer:
                 "the conversion does not see. Register it as state (SpikingJelly: register_memory), or detach it "
                 "before the module keeps it"
             ) from error
-
-
-class _Mean:
-    """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other; of half precision in float32."""
-
-    def __init__(self) -> None:
-        self.sum: Tensor | None = None
-        self.count = 0
-
-    def add(self, output_seq: Tensor) -> None:
-        part = output_seq.sum(0, dtype=state_dtype(output_seq.dtype))
-        self.sum = part if self.sum is None else self.sum + part
-        self.count += output_seq.shape[0]
-
-    def value(self) -> Tensor:
-        assert self.sum is not None
-        return self.sum / self.count
-
-
-@contextmanager
-def all_or_nothing(net: nn.Module, reset: Callable[[], Any]) -> Iterator[None]:
-    """Put gradients and state back if anything goes wrong; out-of-memory and Ctrl-C included."""
-    before = [
-        (parameter, None if parameter.grad is None else parameter.grad.clone())
-        for parameter in net.parameters()
-        if parameter.requires_grad
-    ]
-    try:
-        yield
-    except BaseException:
-        for parameter, grad in before:
-            if grad is None or parameter.grad is None:
-                parameter.grad = grad
-            else:
-                parameter.grad.copy_(grad)
-        reset()
-        raise
-
-
-@contextmanager
-def _carrying_charged(modules: list[StatefulModule]) -> Iterator[None]:
-    """One tensor a neuron from step to step, where its backward reads what it carries."""
-    neurons = [module for module in modules if isinstance(module, SLTTNeuron)]
-    for neuron in neurons:
-        neuron.carry_charged(True)
-    try:
-        yield
-    finally:
-        for neuron in neurons:
-            neuron.carry_charged(False)
-
-
-def _reset(neurons: list[StatefulModule]) -> None:
-    for neuron in neurons:
-        neuron.reset_state()

@@ -74,8 +74,11 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
 class FusedLeaky(StepwiseNeuron):
     """Leaky neurons through the fused operator."""
 
-    def spikes(self, output: Any) -> tuple[Tensor, Tensor]:
-        return output[0] if isinstance(output, tuple) else output, self.graded_spikes_factor
+    def spikes(self, output: Any) -> tuple[Tensor, Tensor] | None:
+        factor = self.graded_spikes_factor
+        if known_surrogate(self.spike_grad) is None or factor.numel() != 1:
+            return None
+        return output[0] if isinstance(output, tuple) else output, factor
 
     def _step(self, input_: Tensor, mem: Tensor | None = None) -> Any:  # type: ignore[override]
         settings = self._fused_settings(input_)

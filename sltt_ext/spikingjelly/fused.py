@@ -86,8 +86,8 @@ class FusedNode(StepwiseNode):
         else:
             self._memories["v"] = replace(held, h=held.h.detach())
 
-    def spikes(self, output: Tensor) -> tuple[Tensor, None]:
-        return output, None
+    def spikes(self, output: Tensor) -> tuple[Tensor, None] | None:
+        return None if known_surrogate(self.surrogate_function) is None else (output, None)
 
     def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x)

@@ -31,6 +31,7 @@ COMPILED = {
     "compiled, s, SLTT-2": ({"k": 2}, "s"),
     "compiled, m": ({"chunk": 3}, "m"),
 }
+GROUPED = {"SLTT-1": {"k": 1}, "auto": {"chunk": "auto"}, "auto, SLTT-2": {"chunk": "auto", "k": 2}}
 BUFFERS = {"SLTT": {}, "one step": {"schedule": runs.second_step}, "mean": {"loss_on": "mean"}}
 RESHARD = {"resharding": {"reshard_after_forward": True}, "keeping": {"reshard_after_forward": False}}
 EQUAL = {
@@ -43,6 +44,11 @@ EQUAL = {
 }
 OTHERS = {
     **{name: (runs.ddp, (*case, True)) for name, case in COMPILED.items()},
+    **{f"ddp, m, {name}": (runs.ddp, (options, "m")) for name, options in GROUPED.items()},
+    **{
+        f"fully_shard, m, {name}": (runs.fsdp, (options, RESHARD["resharding"], "m"))
+        for name, options in GROUPED.items()
+    },
     **{f"buffers, {name}": (runs.buffers, (options,)) for name, options in BUFFERS.items()},
     "default generator": (runs.default_generator, ()),
     "accumulation, no_sync": (runs.accumulation, (True,)),
@@ -97,6 +103,15 @@ def test_compiled_ddp(name):
         expected = expected_gradients({}, result["steps"][-1])
         assert oracle.relative_error(result["gradients"], expected) < 1e-6
         assert result["reduced"] == 1
+
+
+@pytest.mark.parametrize("name", sorted(GROUPED))
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fully_shard", marks=needs_sharding)])
+def test_steps_share_calls(name, wrapper):
+    """What a call needs is measured in the first two of the three iterations."""
+    for result in results(2)[f"{wrapper}, m, {name}"]:
+        expected = expected_gradients({}, result["steps"][-1])
+        assert oracle.relative_error(result["gradients"], expected) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """How many steps share a call: chosen by what was measured, and without any effect on the numbers."""
 
 import copy
+import warnings
 
 import networks
 import oracle
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.online import grouping
 
 T = 8
 
@@ -173,12 +175,38 @@ def test_auto_does_not_see_into_compiled_networks():
         sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto").forward_backward(*batch())
 
 
-@pytest.mark.parametrize("budget", [0, -1, "0", "1.5", "half", 0.5, [1]])
+@pytest.mark.parametrize("budget", [0, -1, "0", "1.5", "half", 0.5, 1.5, True, [1]])
 def test_budgets_that_cannot_be(budget):
     with pytest.raises(ConfigurationError, match="memory_budget must be"):
         sltt_ext.OnlineTrainer(
             sltt_ext.convert(wide_net()), F.cross_entropy, T, chunk="auto", memory_budget=budget
         )
+
+
+def test_a_budget_stays_what_it_was(monkeypatch):
+    """Other programs come and go on a device: the same seed has to send the same calls."""
+    available = iter([10**9, 1, 1])
+    monkeypatch.setattr(grouping, "_in_bytes", lambda budget, net: next(available))
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(wide_net()), F.cross_entropy, T, chunk="auto")
+    for _ in range(2):
+        online.forward_backward(*batch())
+    resumed = sltt_ext.OnlineTrainer(online.net, F.cross_entropy, T, chunk="auto")
+    resumed.load_state_dict(online.state_dict())
+    other = sltt_ext.OnlineTrainer(online.net, F.cross_entropy, T, chunk="auto", memory_budget="0.5")
+    other.load_state_dict(online.state_dict())
+    calls = Calls(online.net)
+    for trainer, expected in [(online, [T]), (resumed, [T]), (other, [1] * T)]:
+        calls.steps.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SLTTWarning)
+            trainer.forward_backward(*batch())
+        assert calls.steps == expected
+
+
+def test_a_part_of_memory_that_cannot_be_told(monkeypatch):
+    monkeypatch.delattr(grouping.os, "sysconf")
+    with pytest.raises(ConfigurationError, match="give memory_budget in bytes"):
+        iterations(wide_net(), chunk="auto")
 
 
 def test_a_budget_needs_auto():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 from torch.nn import functional as F
 
@@ -88,5 +88,65 @@ def test_spikes_that_were_changed_are_kept_as_they_are():
 
     net = sltt_ext.convert(nn.Sequential(neuron.IFNode(), Doubling(), nn.Linear(4, 2)))
     x, target = 3 * torch.rand(8, 4), torch.tensor([0, 1] * 4)
+    expected = gradients(net, x, target)
+    assert all(map(torch.equal, gradients(net, x, target, pack_spikes=True), expected))
+
+
+class Weighted(nn.AvgPool2d):
+    """Average pooling of the user's own, which saves what its backward reads."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.weight = nn.Parameter(torch.rand(6, 1, 1))
+
+    def forward(self, x):
+        return super().forward(x * self.weight)
+
+
+def scaled(module):
+    """A pooling layer with the user's hook on it, which computes with a parameter."""
+    module.scale = nn.Parameter(torch.rand(6, 1, 1))
+    module.register_forward_hook(lambda module, inputs, output: output * module.scale)
+    return module
+
+
+OTHERS = {
+    "graded by the surrogate": lambda: [neuron.LIFNode(surrogate_function=surrogate.ATan(spiking=False))],
+    "a surrogate nobody knows": lambda: [neuron.LIFNode(surrogate_function=Graded())],
+    "pooling of one's own": lambda: [neuron.LIFNode(), Weighted()],
+    "pooling with a hook": lambda: [neuron.LIFNode(), scaled(layer.AvgPool2d(2))],
+}
+
+
+class Graded(surrogate.ATan):
+    """Fires in halves."""
+
+    def forward(self, x):
+        return super().forward(x) * 0.5 + super().forward(x - 0.1) * 0.25
+
+
+@pytest.mark.parametrize("layers", OTHERS.values(), ids=OTHERS)
+def test_only_what_is_known_is_packed(layers):
+    net = nn.Sequential(
+        layer.Conv2d(1, 6, 3, padding=1), *layers(), layer.Conv2d(6, 4, 3), layer.Flatten(), nn.LazyLinear(3)
+    )
+    x, target = 3 * torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])
+    net(x)
+    functional.reset_net(sltt_ext.convert(net))
+    expected = gradients(net, x, target)
+    assert all(map(torch.equal, gradients(net, x, target, pack_spikes=True), expected))
+
+
+@pytest.mark.parametrize(
+    "factor", [torch.tensor(0.5), torch.tensor([0.5, 2.0, 1.0, 3.0])], ids=["one", "each"]
+)
+def test_graded_spikes_of_snntorch(factor):
+    snntorch = pytest.importorskip("snntorch")
+    torch.manual_seed(0)
+    leaky = snntorch.Leaky(
+        beta=0.9, init_hidden=True, graded_spikes_factor=factor, learn_graded_spikes_factor=True
+    )
+    net = sltt_ext.convert(nn.Sequential(nn.Linear(5, 4), leaky, nn.Linear(4, 3)))
+    x, target = 3 * torch.rand(8, 5), torch.arange(8) % 3
     expected = gradients(net, x, target)
     assert all(map(torch.equal, gradients(net, x, target, pack_spikes=True), expected))
