@@ -64,12 +64,12 @@ def _compile(
     ]
     from torch.fx.experimental.proxy_tensor import make_fx  # a second's import
 
-    trace = make_fx(torch.func.functionalize(positional, remove="mutations_and_views"))
+    trace = make_fx(torch.func.functionalize(positional, remove="mutations"))
     with ThreadPoolExecutor(
         1
     ) as clean:  # no dispatch mode, autocast or gradient of this thread is in the graph
         graph = clean.submit(trace, *examples).result()
-    return torch.compile(graph, dynamic=True, fullgraph=True)
+    return torch.compile(graph.forward, dynamic=True, fullgraph=True)
 
 
 @functools.cache
