@@ -2,23 +2,24 @@
 
 SpikingJelly's SLTTLIFNode stepping through the data against ours, stepping and multi-step, as PyTorch operators and
 compiled (``backend="inductor"``), in float32 and bfloat16; "paper" is the neuron of the paper's experiments. Each
-contender runs in a process of its own, since what one leaves in the allocator changes the other's
-page faults; the processes take turns. Each first frees one 30 MB tensor, as any training process has done:
-from then on glibc keeps freed memory instead of returning it to the system after every step.
+contender has a process of its own, since what one leaves in the allocator changes the other's page faults; the
+processes take turns. Each first frees one 30 MB tensor, as any training process has done: from then on glibc
+keeps freed memory instead of returning it to the system after every step.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
+from multiprocessing.connection import Connection
 
 import torch
 from measure import write_results
+from rich.progress import track
 from spikingjelly.activation_based import neuron, surrogate
 
 import sltt_ext
@@ -42,9 +43,10 @@ CONTENDERS = {
     "sltt_ext compiled, steps": ("inductor", "s"),
     "sltt_ext compiled, multi-step": ("inductor", "m"),
 }
-ROUNDS, REPEATS = 5, 9
+ROUNDS, REPEATS = 7, 9
 
 
+@lru_cache(1)
 def make_run(contender: str, neuron_index: int, dtype: torch.dtype) -> Callable[[], None]:
     surrogate_name, reset, settings = NEURONS[neuron_index]
     cls = neuron.SLTTLIFNode if contender == PEER else neuron.LIFNode
@@ -72,53 +74,54 @@ def make_run(contender: str, neuron_index: int, dtype: torch.dtype) -> Callable[
     return multi_step if node.step_mode == "m" else steps
 
 
-def measure_one(contender: str, neuron_index: int, dtype: str) -> float:
+def serve(contender: str, requests: Connection) -> None:
+    """Answer each (neuron, dtype) that is asked for with the median seconds of some runs, until None comes."""
+    warnings.filterwarnings("ignore")
     torch.ones(7_500_000)
-    run = make_run(contender, neuron_index, DTYPES[dtype])
-    for _ in range(3):
-        run()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-def measure_in_turn(neuron_index: int, dtype: str) -> dict[str, float]:
-    """Median seconds of each contender."""
-    seconds: dict[str, list[float]] = {contender: [] for contender in (PEER, *CONTENDERS)}
-    for _ in range(ROUNDS):
-        for contender, values in seconds.items():
-            command = [sys.executable, __file__, contender, str(neuron_index), dtype]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            values.append(json.loads(done.stdout.splitlines()[-1]))
-    return {contender: statistics.median(values) for contender, values in seconds.items()}
+    while (asked := requests.recv()) is not None:
+        neuron_index, dtype = asked
+        run = make_run(contender, neuron_index, DTYPES[dtype])
+        for _ in range(3):
+            run()
+        seconds = []
+        for _ in range(REPEATS):
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        requests.send(statistics.median(seconds))
 
 
 def main() -> None:
+    context = multiprocessing.get_context("spawn")
+    ends = {}
+    for contender in (PEER, *CONTENDERS):
+        ends[contender], theirs = context.Pipe()
+        context.Process(target=serve, args=(contender, theirs), daemon=True).start()
+        theirs.close()  # a process that dies ends its connection
+    cases = [(dtype, index) for dtype in DTYPES for index in range(len(NEURONS))]
     rows = []
-    for dtype in DTYPES:
-        for index, (surrogate_name, reset, _) in enumerate(NEURONS):
-            medians = measure_in_turn(index, dtype)
-            rows += [
-                {
-                    "dtype": dtype,
-                    "surrogate": surrogate_name,
-                    "reset": reset,
-                    "contender": contender,
-                    "milliseconds": round(1e3 * median, 2),
-                    "times_as_fast": round(medians[PEER] / median, 2),
-                }
-                for contender, median in medians.items()
-            ]
+    for dtype, index in track(cases, description="neuron"):
+        seconds: dict[str, list[float]] = {contender: [] for contender in ends}
+        for _ in range(ROUNDS):
+            for contender, end in ends.items():
+                end.send((index, dtype))
+                seconds[contender].append(end.recv())
+        medians = {contender: statistics.median(values) for contender, values in seconds.items()}
+        rows += [
+            {
+                "dtype": dtype,
+                "surrogate": NEURONS[index][0],
+                "reset": NEURONS[index][1],
+                "contender": contender,
+                "milliseconds": round(1e3 * median, 2),
+                "times_as_fast": round(medians[PEER] / median, 2),
+            }
+            for contender, median in medians.items()
+        ]
+    for end in ends.values():
+        end.send(None)
     write_results("neuron", rows)
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore")
-    if len(sys.argv) > 1:
-        contender, neuron_index, dtype = sys.argv[1:]
-        print(json.dumps(measure_one(contender, int(neuron_index), dtype)))
-    else:
-        main()
+    main()

@@ -251,14 +251,15 @@ OVER_TIME = [
     for time_steps, peak in zip(("4", "32"), peaks)
 ]
 NEURON = [
-    {"contender": contender, "surrogate": surrogate, "reset": "soft", "times_as_fast": times}
-    for contender, surrogate, times in (
-        ("spikingjelly SLTTLIFNode, steps", "ATan", "1"),
-        ("sltt_ext, steps", "ATan", "4"),
-        ("sltt_ext, multi-step", "ATan", "5"),
-        ("sltt_ext, steps", "Sigmoid", "3.5"),
-        ("sltt_ext, multi-step", "Sigmoid", "3"),
-        ("sltt_ext, steps, inductor", "Sigmoid", "6"),
+    {"dtype": dtype, "contender": contender, "surrogate": surrogate, "reset": "soft", "times_as_fast": times}
+    for contender, surrogate, times, dtype in (
+        ("spikingjelly SLTTLIFNode, steps", "ATan", "1", "float32"),
+        ("sltt_ext, steps", "ATan", "4", "float32"),
+        ("sltt_ext, multi-step", "ATan", "5", "float32"),
+        ("sltt_ext, steps", "Sigmoid", "3.5", "float32"),
+        ("sltt_ext, multi-step", "Sigmoid", "3", "float32"),
+        ("sltt_ext compiled, steps", "Sigmoid", "6", "float32"),
+        ("sltt_ext, steps", "Sigmoid", "1", "bfloat16"),
     )
 ]
 

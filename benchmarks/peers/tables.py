@@ -189,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
         as_measured,
         "neuron",
         {
+            "dtype": "dtype",
             "surrogate": "surrogate",
             "reset": "reset",
             "contender": "contender",
