@@ -298,12 +298,15 @@ def test_through_the_public_functions(kind, single_step, way, monkeypatch):
 @pytest.mark.parametrize("time_steps", [1, 3])
 def test_opcheck(kind, time_steps, monkeypatch):
     monkeypatch.setitem(lif_operator._KERNELS, "torch", ON_HOST)
-    decay, *rest = arguments(kind, "atan", None, False)
+    decay, settings = arguments(kind, "atan", None, False)
     x_seq = torch.randn(time_steps, 2, 3, 4).transpose(1, 2).requires_grad_()
     given = (
         x_seq,
         torch.randn(2, 3, 4).transpose(0, 1),
         None if decay is None else decay.requires_grad_(),
-        *rest,
+        *settings[:7],
+        True,
+        decay is not None,
+        settings.factored_leak,
     )
-    torch.library.opcheck(torch.ops.sltt_ext.lif.default, (*given, True, decay is not None))
+    torch.library.opcheck(torch.ops.sltt_ext.lif.default, given)
