@@ -7,14 +7,13 @@ not, contiguous copies are made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
+from sltt_ext.kernels.settings import LIFSettings
 from sltt_ext.kernels.source import Kernel, make_kernel
 from sltt_ext.surrogate import constants
 
@@ -25,47 +24,42 @@ def forward(
     x_seq: Tensor,
     v: Tensor | float,
     decay: Tensor | None,
-    tau: float | None,
-    decay_input: bool,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    parameters: Sequence[float],
+    settings: LIFSettings,
     save: bool,
     save_slope: bool,
-    factored_leak: bool = False,
-    charged_in: bool = False,
-    charged_out: bool = False,
+    overwrite: bool = False,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.torch_lif.forward`."""
     s_seq = torch.empty_like(x_seq)
-    final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=torch.float32)
+    if overwrite and isinstance(v, Tensor):
+        final = v
+    else:
+        final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=torch.float32)
     derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
-    h = torch.empty_like(final) if save and not charged_out else final.new_empty(0)
+    h = torch.empty_like(final) if save and not settings.charged_out else final.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
     outputs = s_seq, final, derivatives, h, slopes
     if not x_seq.numel():
         return outputs
     if not same_layout(v if isinstance(v, Tensor) else final, x_seq, s_seq):
-        computed = forward(
-            x_seq.contiguous(), v.contiguous() if isinstance(v, Tensor) else v, decay, tau, decay_input, v_threshold, v_reset, detach_reset,
-            surrogate, parameters, save, save_slope, factored_leak, charged_in, charged_out, launch,
-        )  # fmt: skip
+        start = v.contiguous() if isinstance(v, Tensor) else v
+        computed = forward(x_seq.contiguous(), start, decay, settings, save, save_slope, launch=launch)
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
-    v_last, h_last = (final.new_empty(0), final) if charged_out else (final, h)
+    v_last, h_last = (final.new_empty(0), final) if settings.charged_out else (final, h)
     x_at, *written = (tensor.data_ptr() for tensor in (x_seq, s_seq, v_last, derivatives, h_last, slopes))
     v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
     geometry = launch_geometry(final.numel(), x_seq.element_size(), (x_at, v_at, *written))
-    charge = _charge(decay, tau, decay_input, factored_leak)
-    kernel = forward_kernel(x_seq.dtype, geometry.width, surrogate, charge, v_reset is None, save, save_slope)
+    kernel = forward_kernel(
+        x_seq.dtype, geometry.width, settings.surrogate, _charge(decay, settings), settings.v_reset is None, save,
+        save_slope,
+    )  # fmt: skip
     arguments = (
         x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, final.numel(), x_seq.shape[0],
-        int(charged_in), v_start, _tau(tau, factored_leak), v_threshold, v_reset or 0.0,
-        *constants(surrogate, parameters, _input_scale(tau, decay_input)),
+        int(settings.charged_in), v_start, _tau(settings), settings.v_threshold, settings.v_reset or 0.0,
+        *constants(settings.surrogate, settings.parameters, settings.input_scale),
     )  # fmt: skip
     launch(kernel, geometry.blocks, arguments, x_seq.device)
     return outputs
@@ -78,14 +72,7 @@ def backward(
     h: Tensor,
     slopes: Tensor,
     decay: Tensor | None,
-    tau: float | None,
-    decay_input: bool,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    parameters: Sequence[float],
-    charged_out: bool = False,
+    settings: LIFSettings,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x_seq`` and of the decay; see `sltt_ext.kernels.torch_lif.backward`."""
@@ -105,11 +92,10 @@ def backward(
         computed, grad_decay = backward(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_v is None else grad_v.contiguous(),
-            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, tau, decay_input,
-            v_threshold, v_reset, detach_reset, surrogate, parameters, charged_out, launch,
+            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, settings, launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_decay
-    c = decay if decay is not None and decay_input else None
+    c = decay if settings.decay_input else None
     read = [
         0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_v, derivatives, h, slopes)
     ]
@@ -118,12 +104,14 @@ def backward(
         time_steps, MAX_PARTIAL_SUMS if reduce else MAX_BLOCKS,
     )  # fmt: skip
     partials = h.new_empty(geometry.blocks if reduce else 0, dtype=torch.float64)
-    scale = _input_scale(tau, decay_input)
+    scale = settings.input_scale
     arguments = (
         *read, 0 if c is None else c.data_ptr(), grad_x.data_ptr(), partials.data_ptr(), h.numel(), time_steps,
-        int(detach_reset), int(charged_out), scale, v_threshold, v_reset or 0.0, *constants(surrogate, parameters, scale),
+        int(settings.detach_reset), int(settings.charged_out), scale, settings.v_threshold, settings.v_reset or 0.0,
+        *constants(settings.surrogate, settings.parameters, scale),
     )  # fmt: skip
-    kernel = backward_kernel(grad_x.dtype, geometry.width, surrogate, v_reset is None, reduce)
+    soft_reset = settings.v_reset is None
+    kernel = backward_kernel(grad_x.dtype, geometry.width, settings.surrogate, soft_reset, reduce)
     launch(kernel, geometry.blocks, arguments, h.device)
     if not reduce:
         return grad_x, h.new_empty(0)
@@ -154,23 +142,18 @@ def backward_kernel(dtype: torch.dtype, width: int, surrogate: str, soft_reset: 
     )
 
 
-def _tau(tau: float | None, factored_leak: bool) -> float:
+def _tau(settings: LIFSettings) -> float:
     """What the kernel divides the leak by, or with a factored leak multiplies the potential by."""
-    if tau is None:
+    if settings.tau is None:
         return 1.0
-    return 1 - 1 / tau if factored_leak else tau
+    return 1 - 1 / settings.tau if settings.factored_leak else settings.tau
 
 
-def _charge(decay: Tensor | None, tau: float | None, decay_input: bool, factored_leak: bool) -> int:
-    if factored_leak:
+def _charge(decay: Tensor | None, settings: LIFSettings) -> int:
+    if settings.factored_leak:
         return _FACTORED_TAU if decay is None else _FACTORED_DECAY
     if decay is not None:
-        return _DECAY_INPUT if decay_input else _DECAY
-    if tau is not None:
-        return _TAU_INPUT if decay_input else _TAU
+        return _DECAY_INPUT if settings.decay_input else _DECAY
+    if settings.tau is not None:
+        return _TAU_INPUT if settings.decay_input else _TAU
     return _INTEGRATE
-
-
-def _input_scale(tau: float | None, decay_input: bool) -> float:
-    """``dh/dx``, but for a learnable decay."""
-    return 1 / tau if tau is not None and decay_input else 1.0

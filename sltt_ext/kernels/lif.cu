@@ -48,11 +48,11 @@ __device__ __forceinline__ float reset(float h, bool fires, float v_threshold, f
 
 // One thread walks the T steps for WIDTH neighbouring elements. derivatives [T-1, N], the rest [T, N] or [N];
 // v_first may be null: then every neuron starts from v_start. With charged_in it is the charged potential of the
-// step before. v_last and h_last may be null.
+// step before, and may be overwritten by h_last. v_last and h_last may be null.
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
-    const SCALAR* __restrict__ x_seq, const float* __restrict__ v_first, const float* __restrict__ decay_at,
+    const SCALAR* __restrict__ x_seq, const float* v_first, const float* __restrict__ decay_at,
     SCALAR* __restrict__ s_seq, float* __restrict__ v_last, SCALAR* __restrict__ derivatives,
-    float* __restrict__ h_last, SCALAR* __restrict__ slopes, long long elements, long long time_steps,
+    float* h_last, SCALAR* __restrict__ slopes, long long elements, long long time_steps,
     long long charged_in, double v_start, double tau_, double v_threshold_, double v_reset_, double c0_, double c1_,
     double c2_) {
     const float tau = static_cast<float>(tau_), v_threshold = static_cast<float>(v_threshold_);

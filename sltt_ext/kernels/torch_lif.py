@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from sltt_ext.kernels.settings import LIFSettings
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import derivative as surrogate_derivative
 
@@ -25,39 +26,30 @@ def forward(
     x_seq: Tensor,
     v: Tensor | float,
     decay: Tensor | None,
-    tau: float | None,
-    decay_input: bool,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    parameters: Sequence[float],
+    settings: LIFSettings,
     save: bool,
     save_slope: bool,
-    factored_leak: bool = False,
-    charged_in: bool = False,
-    charged_out: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps.
 
-    ``v`` may be one number for all neurons. With ``charged_in`` it is the charged potential of the step
-    before, which is reset on entry; with ``charged_out`` so is the final state, for the step after.
+    ``v`` may be one number for all neurons, which is never reset on entry; with ``overwrite`` the final
+    state may be written into it, where it is charged on both ends.
 
     Returns:
         Spikes ``[T, N, ...]``, final state ``[N, ...]``, and what backward needs: local derivatives
         ``[T - 1, N, ...]``, the last charged potential ``[N, ...]`` and ``dh/ddecay`` ``[T, N, ...]``
         (each empty where it is not needed, or is the final state).
     """
+    charged_out = settings.charged_out
     s_seq = torch.empty_like(x_seq)
-    final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
+    if overwrite and isinstance(v, Tensor):
+        final = v
+    else:
+        final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
     derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
     h_last = torch.empty_like(final) if save and not charged_out else final.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
-    charge = _charge_of(decay, tau, decay_input, v_reset or 0.0, factored_leak, final)
-    derivative = partial(
-        _derivative_at, v_threshold=v_threshold, surrogate=surrogate, parameters=parameters,
-        scale=_input_scale(tau, decay_input), decay=decay if decay_input else None,
-    )  # fmt: skip
     if charged_out and s_seq.dtype == final.dtype:
         room = list(s_seq)  # what enters a step lies where its spikes will
     else:
@@ -65,10 +57,11 @@ def forward(
     h = final if charged_out else h_last if save else torch.empty_like(final)
     if not isinstance(v, Tensor):
         entering = room[0].fill_(v)
+    elif settings.charged_in:
+        entering = after_reset(v, settings.v_threshold, settings.v_reset, room[0])
     else:
-        entering = after_reset(v, v_threshold, v_reset, room[0]) if charged_in else v
-    sequences = x_seq, s_seq, derivatives, slopes
-    _walk(sequences, entering, h, room, charge, derivative, v_threshold, v_reset, charged_out)
+        entering = v
+    _walk((x_seq, s_seq, derivatives, slopes), entering, h, room, decay, settings)
     return s_seq, final, derivatives, h_last, slopes
 
 
@@ -77,25 +70,24 @@ def _walk(
     v: Tensor,
     h: Tensor,
     room: Sequence[Tensor],
-    charge: Callable[..., None],
-    derivative: Callable[..., Tensor],
-    v_threshold: float,
-    v_reset: float | None,
-    charged_out: bool,
+    decay: Tensor | None,
+    settings: LIFSettings,
 ) -> None:
     """Walk through time from ``v``; ``h`` ends as the last step's, and ``room[t]`` takes what enters step t."""
     x_seq, s_seq, derivatives, slopes = sequences
+    charge = _charge_of(decay, settings, h)
+    c = decay if settings.decay_input else None
     last = len(x_seq) - 1
     spikes = None if s_seq.dtype == h.dtype else torch.empty_like(h)
     for t, x in enumerate(x_seq):
         charge(x, v, h=h, slope=slopes[t] if slopes.numel() else None)
-        s = torch.ge(h, v_threshold, out=s_seq[t] if spikes is None else spikes)
+        s = torch.ge(h, settings.v_threshold, out=s_seq[t] if spikes is None else spikes)
         if spikes is not None:
             s_seq[t].copy_(spikes)
-        if t < last or not charged_out:
-            v = _reset(h, s, v_threshold, v_reset, room[t + 1])
+        if t < last or not settings.charged_out:
+            v = _reset(h, s, settings.v_threshold, settings.v_reset, room[t + 1])
         if t < last and derivatives.numel():
-            local = derivative(h, derivatives[t])
+            local = _derivative_at(h, derivatives[t], settings, c)
             if local.dtype != derivatives.dtype:
                 derivatives[t].copy_(local)
 
@@ -112,14 +104,7 @@ def backward(
     h: Tensor,
     slopes: Tensor,
     decay: Tensor | None,
-    tau: float | None,
-    decay_input: bool,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    parameters: Sequence[float],
-    charged_out: bool = False,
+    settings: LIFSettings,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``x_seq`` ``[T, N, ...]`` and of the decay (empty where it is not learned)."""
     if grad_s_seq is None:
@@ -127,15 +112,16 @@ def backward(
     else:
         grad_x = torch.empty_like(grad_s_seq)
         torch.mul(grad_s_seq[:-1], derivatives, out=grad_x[:-1])
-    scale = _input_scale(tau, decay_input)
-    c = decay if decay_input else None
+    scale = settings.input_scale
+    c = decay if settings.decay_input else None
     grad = grad_x[-1]
-    local = _derivative_at(h, grad, v_threshold, surrogate, parameters, scale)
+    local = _derivative_at(h, grad, settings)
     state_part = None
-    if grad_v is not None and charged_out:
+    if grad_v is not None and settings.charged_out:
         state_part = grad_v * scale
     elif grad_v is not None:
-        state_part = state_derivative(h, local, scale, v_threshold, v_reset, detach_reset) * grad_v
+        reset = settings.v_threshold, settings.v_reset, settings.detach_reset
+        state_part = state_derivative(h, local, scale, *reset) * grad_v
     local = local.zero_() if grad_s_seq is None else local.mul_(grad_s_seq[-1])
     if state_part is not None:
         local.add_(state_part)
@@ -166,47 +152,30 @@ def _reset(h: Tensor, s: Tensor, v_threshold: float, v_reset: float | None, out:
     return torch.lerp(h, torch.full((), v_reset, dtype=h.dtype, device=h.device), s, out=out)
 
 
-def _derivative_at(
-    h: Tensor,
-    out: Tensor,
-    v_threshold: float,
-    surrogate: str,
-    parameters: Sequence[float],
-    scale: float,
-    decay: Tensor | None = None,
-) -> Tensor:
+def _derivative_at(h: Tensor, out: Tensor, settings: LIFSettings, decay: Tensor | None = None) -> Tensor:
     """``c H'(h - v_threshold)`` with ``c = dh/dx``, in the memory of ``out`` if its dtype allows."""
-    u = torch.sub(h, v_threshold, out=out) if out.dtype == h.dtype else h - v_threshold
-    local = surrogate_derivative(u, surrogate, parameters, scale)
+    threshold = settings.v_threshold
+    u = torch.sub(h, threshold, out=out) if out.dtype == h.dtype else h - threshold
+    local = surrogate_derivative(u, settings.surrogate, settings.parameters, settings.input_scale)
     return local if decay is None else local.mul_(decay)
 
 
-def _input_scale(tau: float | None, decay_input: bool) -> float:
-    """``dh/dx``, but for a learnable decay."""
-    return 1 / tau if tau is not None and decay_input else 1.0
-
-
-def _charge_of(
-    decay: Tensor | None,
-    tau: float | None,
-    decay_input: bool,
-    v_rest: float,
-    factored_leak: bool,
-    like: Tensor,
-) -> Callable[..., None]:
+def _charge_of(decay: Tensor | None, settings: LIFSettings, like: Tensor) -> Callable[..., None]:
     """How ``x`` and ``v`` make ``h``, and ``slope``, which is ``dh/ddecay``.
 
     The order of operations is the frameworks' own: charged potentials are equal to theirs bit for bit.
     """
+    tau = settings.tau
     number = partial(torch.full, (), dtype=like.dtype, device=like.device)
-    if factored_leak and decay is not None:
+    if settings.factored_leak and decay is not None:
         return partial(_charge_factored, kept=1 - decay)
-    if factored_leak and tau is not None:
+    if settings.factored_leak and tau is not None:
         return partial(_charge_factored, kept=number(1 - 1 / tau))
-    charge = _charge_and_decay_input if decay_input else _charge
+    charge = _charge_and_decay_input if settings.decay_input else _charge
     if decay is None and tau is None:
         return _integrate
-    return partial(charge, decay=decay, tau=number(1.0 if tau is None else tau), v_rest=v_rest)
+    divisor = number(1.0 if tau is None else tau)
+    return partial(charge, decay=decay, tau=divisor, v_rest=settings.v_reset or 0.0)
 
 
 def _integrate(x: Tensor, v: Tensor, h: Tensor, slope: Tensor | None) -> None:

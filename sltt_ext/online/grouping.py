@@ -1,9 +1,9 @@
 """How many time steps go through a multi-step network in one call.
 
 Steps that are back-propagated share a call up to ``chunk``. Steps that are not need less memory, so more of them
-share one: as many as fit into what a back-propagated call needs. How much a call needs is measured once, in the
-first iteration that has one of each kind, by `ActivationMeter`: from shapes alone, nothing waits for the device.
-The need grows by the same bytes with every step: those that a second call, of one step more, has added.
+share one: as many as fit into what a back-propagated call needs. How much calls need is measured in the first two
+iterations by `ActivationMeter`: from shapes alone, nothing waits for the device. The need grows by the same bytes
+with every step: those that calls of one step more have added.
 
 A layer that reads batch statistics or draws random numbers tells one call of C steps from C calls of one. Batch
 norm runs step by step within such a call; a network with any other of them keeps to ``chunk``.
@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -47,23 +47,41 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Need:
-    """Bytes of one call.
+    """Bytes that live at the same time during a call, with all that lives on from the calls before it.
 
     Attributes:
-        steps: How many steps it has.
-        peak: Bytes at its peak.
-        per_step: What another step adds.
+        steps: How many steps the call has.
+        peak: Bytes at its peak, the most of any call of so many steps.
+        own: Bytes that the call itself adds, the least of any.
+        fewer: Steps and bytes of a call of fewer steps, if one was measured before.
     """
 
     steps: int
     peak: int
-    per_step: int
+    own: int
+    fewer: tuple[int, int] | None = None
+
+    @property
+    def per_step(self) -> int:
+        """What another step adds, at most where no call of fewer steps tells."""
+        if self.fewer is None:
+            return max(self.own // self.steps, 1)
+        steps, peak = self.fewer
+        return max((self.peak - peak) // (self.steps - steps), 1)
 
     def of(self, steps: int) -> int:
         return self.peak + (steps - self.steps) * self.per_step
 
     def steps_within(self, budget: int) -> int:
         return max(self.steps + (budget - self.peak) // self.per_step, 1)
+
+    def with_another(self, steps: int, peak: int, own: int) -> _Need:
+        """Together with what another call needed."""
+        if steps > self.steps:
+            return _Need(steps, peak, own, (self.steps, self.peak))
+        if steps < self.steps:
+            return self
+        return replace(self, peak=max(self.peak, peak), own=min(self.own, own))
 
 
 class Grouping:
@@ -89,6 +107,7 @@ class Grouping:
         self._needs: dict[bool, _Need] = {}
         self._elements = 0
         self._measuring = False
+        self._meter: ActivationMeter | None = None
 
     def sizes(self, net: nn.Module, time_steps: int, elements: int, *, selects: bool) -> Sizes:
         """How many steps share a call in the iteration that begins.
@@ -135,23 +154,32 @@ class Grouping:
         return (*[part] * (steps // part), *([steps % part] if steps % part else []))
 
     @contextmanager
-    def call(self, back_propagated: bool, steps: int) -> Iterator[None]:
-        """Surround one call of the network, with its backward."""
-        known = self._needs.get(back_propagated)
-        if not self._measuring or (known is not None and known.steps >= steps):
+    def measured(self) -> Iterator[None]:
+        """Surround the iteration for which `sizes` was asked."""
+        if not self._measuring:
             yield
             return
-        with ActivationMeter() as meter:
+        try:
+            with ActivationMeter() as self._meter:
+                yield
+        finally:
+            self._meter = None
+
+    @contextmanager
+    def call(self, back_propagated: bool, steps: int) -> Iterator[None]:
+        """Surround one call of the network, with its backward."""
+        meter = self._meter
+        if meter is None:
             yield
-        if known is None:  # states and gradients last, the rest is of the steps
-            added = (meter.peak_bytes - meter.live_bytes) // steps
-        else:
-            added = (meter.peak_bytes - known.peak) // (steps - known.steps)
-        self._needs[back_propagated] = _Need(steps, meter.peak_bytes, max(added, 1))
+            return
+        before = meter.peak_bytes = meter.live_bytes
+        yield
+        known, need = self._needs.get(back_propagated), (steps, meter.peak_bytes, meter.peak_bytes - before)
+        self._needs[back_propagated] = _Need(*need) if known is None else known.with_another(*need)
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured: a resumed run has to send the same calls."""
-        needs = {str(kind): (need.steps, need.peak, need.per_step) for kind, need in self._needs.items()}
+        needs = {str(kind): astuple(need) for kind, need in self._needs.items()}
         return {"elements": self._elements, "needs": needs, "budget": (self.budget, self._bytes)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

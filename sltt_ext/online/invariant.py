@@ -106,6 +106,7 @@ class _Value:
         """What the steps read: the graph in the last one, the leaf in all others."""
         if last:
             if self.graph is None:
+                self._gather()
                 self.leaf = None  # the same numbers come with the graph
                 tensor = self.evaluate()
                 self.graph = (
@@ -115,8 +116,6 @@ class _Value:
         if self.leaf is None:
             tensor = self.evaluate() if self.graph is None else self.graph
             self.leaf = tensor.detach().requires_grad_(tensor.requires_grad)
-            if tensor.requires_grad:
-                self.leaf.register_post_accumulate_grad_hook(self._gather)
             self._version = self.leaf._version
         if self.leaf._version != self._version:
             raise LossError(
@@ -125,24 +124,33 @@ class _Value:
             )
         return self.leaf
 
-    def _gather(self, leaf: Tensor) -> None:
-        assert leaf.grad is not None
+    def _gather(self) -> None:
+        """Take the gradients from the leaf, where autograd has added them up."""
+        if self.leaf is None or self.leaf.grad is None:
+            return
         if self.gradient is None:
-            self.gradient = leaf.grad.to(state_dtype(leaf.dtype))
+            self.gradient = self.leaf.grad.to(state_dtype(self.leaf.dtype))
         else:
-            self.gradient += leaf.grad
-        leaf.grad = None
+            self.gradient += self.leaf.grad
+        self.leaf.grad = None
 
     def gathered(self) -> Tensor | None:
         """The steps' gradients, which are the caller's from then on."""
+        self._gather()
         gradient, self.gradient = self.gradient, None
         return gradient
 
-    def end_of_graph(self) -> None:
-        """Keep the numbers of the graph, which has been back-propagated."""
+    def end_of_call(self) -> None:
+        """Keep the numbers of the graph, which has been back-propagated, and sums of half precision in float32."""
+        if self.leaf is not None and self.leaf.dtype != state_dtype(self.leaf.dtype):
+            self._gather()
         if self.graph is not None:
             self.tensor(last=False)
             self.graph = None
+
+    def is_waiting(self) -> bool:
+        """Whether there are gradients that have not been back-propagated."""
+        return self.gradient is not None or (self.leaf is not None and self.leaf.grad is not None)
 
 
 class _Gate(torch.autograd.Function):
@@ -201,7 +209,7 @@ class InvariantPass:
         finally:
             self._tried, self._known = [], {}
             for value in self._values.values():
-                value.end_of_graph()
+                value.end_of_call()
 
     def _judge(self) -> None:
         """Tell apart the modules whose outputs stayed as they were, and those whose copies were changed."""
@@ -245,7 +253,7 @@ class InvariantPass:
 
     def finish(self) -> None:
         """Back-propagate what the last step did not read: the gradients that leaves still hold."""
-        waiting = [value for value in self._values.values() if value.gradient is not None]
+        waiting = [value for value in self._values.values() if value.is_waiting()]
         if not waiting:
             return
         self._last = True
@@ -254,7 +262,7 @@ class InvariantPass:
             torch.autograd.backward(graphs, [torch.zeros_like(graph) for graph in graphs])
         finally:
             for value in self._values.values():
-                value.end_of_graph()
+                value.end_of_call()
 
     def close(self) -> None:
         """Free everything."""

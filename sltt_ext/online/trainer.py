@@ -293,6 +293,7 @@ class OnlineTrainer:
         cast_without_grad = True
         reset(neurons)
         with (
+            self._grouping.measured(),
             carrying_charged(neurons),
             self._invariants.evaluated_once(
                 self.net, source.static, multi_step, differentiable=bool(steps), enabled=self._caches()

@@ -17,8 +17,9 @@ import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sltt_ext.functional import lif, multi_step_if, multi_step_lif, multi_step_plif
+from sltt_ext.functional import lif_operator, multi_step_if, multi_step_lif, multi_step_plif
 from sltt_ext.kernels import cuda_lif, geometry, torch_lif
+from sltt_ext.kernels.settings import LIFSettings
 from sltt_ext.surrogate import SURROGATES, derivative
 
 PARAMETERS = {
@@ -53,7 +54,10 @@ def arguments(kind, surrogate, v_reset, detach_reset):
     decay, tau, decay_input = KINDS[kind]
     decay = None if decay is None else torch.tensor(decay)
     parameters = PARAMETERS.get(surrogate, (1.3,))
-    return decay, tau, decay_input, 0.9, v_reset, detach_reset, surrogate, parameters
+    settings = LIFSettings(
+        tau, decay_input, 0.9, v_reset, detach_reset, surrogate, parameters, kind.endswith("factored leak")
+    )
+    return decay, settings
 
 
 def assert_same_kind(got, want):
@@ -72,35 +76,42 @@ def assert_derivatives_match(got, want, surrogate):
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
-def compare(x_seq, v, settings, grad_s, grad_v, factored_leak=False):
+def compare(x_seq, v, decay, settings, grad_s, grad_v):
     """Forward and backward on both backends, with everything that may be kept or missing."""
-    surrogate, learnable = settings[6], settings[0] is not None
-    kept = {(False, False), (True, False), (True, learnable)}
+    kept = {(False, False), (True, False), (True, decay is not None)}
     for (save, save_slope), charged in itertools.product(kept, (False, True)):
-        options = (save, save_slope, factored_leak, charged, charged)
-        want = torch_lif.forward(x_seq, v, *settings, *options)
-        got = ON_HOST.forward(x_seq, v, *settings, *options)
-        assert_derivatives_match(got[2], want[2], surrogate)
-        for k in (0, 1, 3, 4):
-            assert_same_kind(got[k], want[k])
-            torch.testing.assert_close(got[k], want[k], rtol=0, atol=0, equal_nan=True)
+        settings = settings._replace(charged_in=charged, charged_out=charged)
+        want = torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
+        assert_outputs_match(ON_HOST.forward(x_seq, v, decay, settings, save, save_slope), want, settings)
+        if charged:
+            for kernels in (torch_lif, ON_HOST):
+                held = v.clone(memory_format=torch.preserve_format)
+                got = kernels.forward(x_seq, held, decay, settings, save, save_slope, overwrite=True)
+                assert got[1] is held
+                assert_outputs_match(got, want, settings)
         if not save:
             continue
         saved = want[2], want[1] if charged else want[3], want[4]
         for grads in ((grad_s, grad_v), (grad_s, None), (None, grad_v)):
-            want_grad, want_decay = torch_lif.backward(*grads, *saved, *settings, charged)
-            got_grad, got_decay = ON_HOST.backward(*grads, *saved, *settings, charged)
-            assert_derivatives_match(got_grad, want_grad, surrogate)
+            want_grad, want_decay = torch_lif.backward(*grads, *saved, decay, settings)
+            got_grad, got_decay = ON_HOST.backward(*grads, *saved, decay, settings)
+            assert_derivatives_match(got_grad, want_grad, settings.surrogate)
             assert_same_kind(got_decay, want_decay)
             terms = want_grad.float().abs().nan_to_num(0, 0, 0).sum().item() if save_slope else 0
             torch.testing.assert_close(got_decay, want_decay, rtol=1e-6, atol=1e-6 * terms, equal_nan=True)
 
 
+def assert_outputs_match(got, want, settings):
+    assert_derivatives_match(got[2], want[2], settings.surrogate)
+    for k in (0, 1, 3, 4):
+        assert_same_kind(got[k], want[k])
+        torch.testing.assert_close(got[k], want[k], rtol=0, atol=0, equal_nan=True)
+
+
 def compare_random(kind, dtype, surrogate, shape, v_reset, detach_reset):
     x_seq, grad_s = (2 * torch.randn(2, *shape)).to(dtype)
     v, grad_v = torch.randn(2, *shape[1:])
-    settings = arguments(kind, surrogate, v_reset, detach_reset)
-    compare(x_seq, v, settings, grad_s, grad_v, kind.endswith("factored leak"))
+    compare(x_seq, v, *arguments(kind, surrogate, v_reset, detach_reset), grad_s, grad_v)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -153,8 +164,8 @@ def test_the_cuda_expression_of_a_surrogate_is_its_torch_expression(surrogate):
     u = torch.cat([torch.linspace(-30, 30, 20003), torch.randn(20000), torch.tensor(edges)])
     parameters = PARAMETERS.get(surrogate, (1.3,))
     want = derivative(u.clone(), surrogate, parameters)
-    settings = (None, None, False, 0.0, None, False, surrogate, parameters)
-    got = ON_HOST.forward(u.repeat(2, 1), torch.zeros_like(u), *settings, True, False)[2][0]
+    settings = LIFSettings(None, False, 0.0, None, False, surrogate, parameters)
+    got = ON_HOST.forward(u.repeat(2, 1), torch.zeros_like(u), None, settings, True, False)[2][0]
     assert_derivatives_match(got, want, surrogate)
 
 
@@ -163,7 +174,7 @@ def test_the_cuda_expression_of_a_surrogate_is_its_torch_expression(surrogate):
 def test_potentials_at_the_threshold_and_beyond_all_numbers(kind, v_reset):
     values = torch.tensor([0.9, -0.0, 0.0, math.inf, -math.inf, math.nan, 3e38, 1e-44, 0.5])
     x_seq, v = values.expand(9, 9).reshape(1, 81).repeat(3, 1), values.repeat_interleave(9)
-    compare(x_seq, v, arguments(kind, "atan", v_reset, False), torch.ones(3, 81), torch.ones(81))
+    compare(x_seq, v, *arguments(kind, "atan", v_reset, False), torch.ones(3, 81), torch.ones(81))
 
 
 def layouts():
@@ -196,7 +207,7 @@ def test_any_memory_layout(layout, of_v, dtype):
         torch.ones((), dtype=dtype).expand(x_seq.shape),
     ):
         for grad_v in (torch.randn_like(v), torch.ones(()).expand(v.shape)):
-            compare(x_seq, v, arguments("plif", "atan", None, False), grad_s, grad_v)
+            compare(x_seq, v, *arguments("plif", "atan", None, False), grad_s, grad_v)
 
 
 @pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
@@ -271,7 +282,7 @@ def test_through_the_public_functions(kind, single_step, way, monkeypatch):
 
     results = []
     for kernels in (torch_lif, ON_HOST):
-        monkeypatch.setitem(lif._KERNELS, "torch", kernels)
+        monkeypatch.setitem(lif_operator._KERNELS, "torch", kernels)
         torch._dynamo.reset()
         call = loss if way == "eager" else torch.compile(loss, backend="aot_eager", fullgraph=True)
         torch.manual_seed(0)
@@ -286,13 +297,16 @@ def test_through_the_public_functions(kind, single_step, way, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("time_steps", [1, 3])
 def test_opcheck(kind, time_steps, monkeypatch):
-    monkeypatch.setitem(lif._KERNELS, "torch", ON_HOST)
-    decay, *rest = arguments(kind, "atan", None, False)
+    monkeypatch.setitem(lif_operator._KERNELS, "torch", ON_HOST)
+    decay, settings = arguments(kind, "atan", None, False)
     x_seq = torch.randn(time_steps, 2, 3, 4).transpose(1, 2).requires_grad_()
     given = (
         x_seq,
         torch.randn(2, 3, 4).transpose(0, 1),
         None if decay is None else decay.requires_grad_(),
-        *rest,
+        *settings[:7],
+        True,
+        decay is not None,
+        settings.factored_leak,
     )
-    torch.library.opcheck(torch.ops.sltt_ext.lif.default, (*given, True, decay is not None))
+    torch.library.opcheck(torch.ops.sltt_ext.lif.default, given)

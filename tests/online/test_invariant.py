@@ -1,6 +1,7 @@
 """Time-invariant modules are evaluated once an iteration: same gradients, statistics and outputs as without."""
 
 import copy
+import gc
 
 import networks
 import oracle
@@ -15,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import sltt_ext
 from sltt_ext import models
-from sltt_ext.analysis import peak_activation_bytes
+from sltt_ext.analysis import ActivationMeter, peak_activation_bytes
 from sltt_ext.errors import LossError
 
 T = 4
@@ -160,6 +161,31 @@ def both(net, x, step_mode, **options):
         torch.manual_seed(1)
         results.append(run(copy.deepcopy(net), x, cache_invariant=cache_invariant, **options))
     return results
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("autocast", "packed"),
+    [(False, False), (True, False), (False, True)],
+    ids=["float32", "bfloat16", "packed"],
+)
+def test_nothing_stays_behind(options, autocast, packed):
+    """Nothing waits for the garbage collector either."""
+    step_mode, options = options
+    net = Net(layer.Conv2d(2, 4, 3, padding=1), layer.BatchNorm2d(4), weight_norm(layer.Conv2d(4, 4, 1)))
+    functional.set_step_mode(net, step_mode)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, pack_spikes=packed, **options)
+    x, living = torch.randn(3, 2, 6, 6), []
+    gc.disable()
+    try:
+        with ActivationMeter() as meter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(5):
+                net.zero_grad()
+                online.forward_backward(x, torch.tensor([0, 2, 1]))
+                living.append(meter.live_bytes)
+    finally:
+        gc.enable()
+    assert living[2:] == [living[2]] * 3
 
 
 @pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)

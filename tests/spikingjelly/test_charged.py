@@ -12,6 +12,7 @@ from spikingjelly.activation_based import functional, neuron
 
 import sltt_ext
 from sltt_ext.analysis import ActivationMeter
+from sltt_ext.spikingjelly import fused
 
 cases = pytest.mark.parametrize("case", modules.FUSED, ids=lambda case: case.id)
 step_modes = pytest.mark.parametrize("step_mode", ["s", "m"])
@@ -98,6 +99,46 @@ def test_one_tensor_stays_behind_a_step(case):
                 assert in_graph <= x.nbytes + 64
 
 
+@cases
+def test_the_state_stays_where_it_is(case):
+    node = sltt_ext.convert(case.make())
+    node.carry_charged(True)
+    places = set()
+    for x in currents(4):
+        node(x.requires_grad_()).sum().backward()
+        node.detach_state()
+        places.add(node._memories["v"].h.data_ptr())
+    assert len(places) == 1
+
+
+@cases
+def test_a_neuron_that_is_called_twice_a_step(case):
+    results = []
+    for node in two(case):
+        torch.manual_seed(2)
+        net = torch.nn.Sequential(node, torch.nn.Linear(7, 7), node)
+        for x in currents(4):
+            net(x.requires_grad_()).square().sum().backward()
+            node.detach_state()
+        node.carry_charged(False)
+        results.append([node.v, *oracle.gradients(net)])
+    assert oracle.relative_error(*results) < 1e-6
+
+
+@cases
+def test_a_graph_that_outlives_its_step_gives_no_wrong_numbers(case):
+    node = sltt_ext.convert(case.make())
+    node.carry_charged(True)
+    x = currents(3).requires_grad_()
+    node(x[0])
+    node.detach_state()
+    spikes = node(x[1])
+    node.detach_state()
+    node(x[2])
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        spikes.sum().backward()
+
+
 class Step(torch.nn.Module):
     """No surrogate that the fused operator knows."""
 
@@ -164,3 +205,16 @@ def test_nothing_of_it_is_left_after_revert():
     sltt_ext.revert(node)
     assert set(vars(node)) == before
     assert isinstance(node.v, torch.Tensor)
+
+
+def test_a_failure_is_not_hidden_by_the_reset_that_is_due(monkeypatch):
+    """Which needs memory, and that may be what has run out."""
+
+    def failing(*args):
+        monkeypatch.setattr(fused._Charged, "settled", lambda held: pytest.fail("a state was settled"))
+        raise torch.cuda.OutOfMemoryError
+
+    net = sltt_ext.convert(torch.nn.Sequential(torch.nn.Linear(3, 4), neuron.LIFNode()))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        sltt_ext.OnlineTrainer(net, failing, 2).forward_backward(torch.rand(2, 3), None)
+    assert net[1].v == 0
