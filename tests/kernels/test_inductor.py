@@ -36,6 +36,7 @@ def call(kind, x_seq, v, w, **options):
 def run(backend, kind, x_seq, v=0.1, **options):
     """Spikes, state and gradients; the loss reads the state as well."""
     x_seq, w = x_seq.detach().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+    v = v.clone() if isinstance(v, torch.Tensor) else v  # a charged one is overwritten
     s_seq, v_next = call(kind, x_seq, v, w, backend=backend, **options)
     weight = torch.linspace(-1, 1, x_seq.numel()).view(x_seq.shape).to(x_seq.dtype)
     (
