@@ -66,10 +66,10 @@ def is_stateless(module: nn.Module) -> bool:
     if declared is not None:
         return bool(declared)
     cls = parametrize.type_before_parametrizations(module)
-    if cls in _CONTAINERS or cls is parametrize.ParametrizationList:
-        return len(list(module.children())) > 0 and all(map(_is_plain, module.children()))
     if getattr(module, "inplace", False) or not _has_fixed_weights(module):
         return False
+    if cls in _CONTAINERS or cls is parametrize.ParametrizationList:
+        return len(list(module.children())) > 0 and all(map(_is_plain, module.children()))
     return cls in _STATELESS or (cls in _BATCH_NORMS and not module.training)
 
 

@@ -259,7 +259,7 @@ NEURON = [
         ("sltt_ext, steps", "Sigmoid", "3.5", "float32"),
         ("sltt_ext, multi-step", "Sigmoid", "3", "float32"),
         ("sltt_ext compiled, steps", "Sigmoid", "6", "float32"),
-        ("sltt_ext, steps", "Sigmoid", "1", "bfloat16"),
+        ("sltt_ext, steps", "Sigmoid", "9", "bfloat16"),
     )
 ]
 

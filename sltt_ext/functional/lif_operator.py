@@ -21,37 +21,20 @@ __all__ = ["eager_lif", "lif", "lif_backward", "reset"]
 _KERNELS: dict[str, Any] = {"torch": torch_lif, "cupy": cuda_lif, "inductor": inductor_lif}
 
 
-def eager_lif(
-    backend: str,
-    single_step: bool,
-    x: Tensor,
-    v: Tensor | float,
-    decay: Tensor | None,
-    settings: LIFSettings,
-    save: bool,
-    save_slope: bool,
-    overwrite: bool,
-) -> tuple[Tensor, Tensor]:
+def eager_lif(backend: str, single_step: bool, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """Spikes and final state, outside of compilation: the kernels of `lif`, at a fraction of the cost per call.
 
     Args:
         backend: See `sltt_ext.functional.multi_step_lif`.
         single_step: Whether ``x`` is one step ``[N, ...]``, and not ``[T, N, ...]``.
         x: Input currents.
-        v: Initial state.
-        decay: The learnable decay, if there is one.
-        settings: How the neurons compute.
-        save: Whether backward will run.
-        save_slope: Whether it computes the decay's gradient.
-        overwrite: Whether the final state may be written into ``v``.
+        arguments: The other ones of `sltt_ext.kernels.torch_lif.forward`.
 
     Raises:
         BackendError: If ``backend`` cannot be used.
     """
     kernels = _KERNELS[select_backend(backend, x)]
-    outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(
-        kernels, single_step, x, v, decay, settings, save, save_slope, overwrite
-    )
+    outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(kernels, single_step, x, *arguments)
     return outputs
 
 
