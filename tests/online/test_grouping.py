@@ -238,3 +238,10 @@ def test_a_resumed_run_sends_the_same_calls():
     calls = Calls(net)
     resumed.forward_backward(*batch())
     assert calls.steps == [T]
+
+
+def test_a_need_is_that_of_the_most_demanding_call():
+    need = grouping._Need(1, 100, 60)
+    for call in [(1, 120, 30), (1, 90, 50), (2, 150, 70), (2, 170, 60), (1, 500, 500)]:
+        need = need.with_another(*call)
+    assert (need.peak, need.per_step, need.of(4), need.steps_within(300)) == (170, 50, 270, 4)
