@@ -310,3 +310,14 @@ def test_opcheck(kind, time_steps, monkeypatch):
         settings.factored_leak,
     )
     torch.library.opcheck(torch.ops.sltt_ext.lif.default, given)
+
+
+def test_a_state_that_a_kernel_overwrites_is_known_to_have_changed(monkeypatch):
+    """A kernel writes where autograd does not look."""
+    monkeypatch.setitem(lif_operator._KERNELS, "torch", ON_HOST)
+    x_seq = torch.randn(2, 40, requires_grad=True)
+    _, h = multi_step_lif(x_seq, charged=True)
+    s_seq, h = multi_step_lif(x_seq, h.detach(), charged=True)
+    multi_step_lif(x_seq, h.detach(), charged=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        s_seq.sum().backward()
