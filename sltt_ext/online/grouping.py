@@ -2,7 +2,7 @@
 
 Steps that are back-propagated share a call up to ``chunk``. Steps that are not need less memory, so more of them
 share one: as many as fit into what a back-propagated call needs. How much calls need is measured in the first two
-iterations by `ActivationMeter`: from shapes alone, nothing waits for the device. The need grows by the same bytes
+iterations that have them by `ActivationMeter`: from shapes alone, nothing waits for the device. The need grows by the same bytes
 with every step: those that calls of one step more have added.
 
 A layer that reads batch statistics or draws random numbers tells one call of C steps from C calls of one. Batch
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -109,16 +109,17 @@ class Grouping:
         self._measuring = False
         self._meter: ActivationMeter | None = None
 
-    def sizes(self, net: nn.Module, time_steps: int, elements: int, *, selects: bool) -> Sizes:
+    def sizes(self, net: nn.Module, time_steps: int, elements: int, longest: Mapping[bool, int]) -> Sizes:
         """How many steps share a call in the iteration that begins.
 
         Args:
             net: A multi-step network.
             time_steps: T.
             elements: Size of one frame.
-            selects: Whether some steps are back-propagated and others are not.
+            longest: How many consecutive steps are back-propagated (True), and are not, at most.
         """
         chosen = self.chunk if isinstance(self.chunk, int) else 1
+        selects = min(longest.values()) > 0
         useful = self.chunk == "auto" or selects
         self._measuring = False
         if self.chunk == "auto" and is_compiled(net):
@@ -130,23 +131,23 @@ class Grouping:
         if elements > self._elements:
             self._elements, self._needs, self._bytes = elements, {}, None
         if True not in self._needs:
-            self._measuring = True
+            self._measuring = longest[True] > 0
             return Sizes(chosen, chosen)
         if self.chunk == "auto":
             budget = self._allowed(net)
-            chunk = self._size(True, chosen, budget)
+            chunk = self._size(True, chosen, budget, longest[True])
         else:
             budget, chunk = self._needs[True].of(chosen), chosen
-        group = max(self._size(False, chosen, budget), chunk) if selects else chunk
+        group = max(self._size(False, chosen, budget, longest[False]), chunk) if selects else chunk
         return Sizes(min(chunk, time_steps), min(group, time_steps))
 
-    def _size(self, back_propagated: bool, chosen: int, budget: int) -> int:
-        """How many steps fit; what more than ``chosen`` need is measured with one more, before more are tried."""
+    def _size(self, back_propagated: bool, chosen: int, budget: int, longest: int) -> int:
+        """How many steps fit; what more than ``chosen`` need is measured with one more, where they would be tried."""
         need = self._needs.get(back_propagated)
         fitting = chosen if need is None else max(need.steps_within(budget), chosen)
-        if need is None or (need.steps <= chosen < fitting):
-            self._measuring = True
-        return min(fitting, chosen + 1) if self._measuring else fitting
+        measuring = longest > 0 if need is None else need.steps <= chosen < min(fitting, longest)
+        self._measuring |= measuring
+        return min(fitting, chosen + 1) if measuring else fitting
 
     def parts(self, steps: int) -> tuple[int, ...]:
         """The calls that one call over ``steps`` steps stands for, as batch norm has to see them."""

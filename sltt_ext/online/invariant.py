@@ -4,16 +4,17 @@ A module is time-invariant where it is stateless and every tensor it is called w
 input or the output of another time-invariant module: the stem of a network that is shown one image, and every
 weight parametrisation (``torch.nn.utils.parametrize``), which is called with nothing at all.
 
-Its output is cut from the graph. What the steps read is a leaf, where their gradients add up. In the last
-back-propagated step the module is evaluated once more, this time for its graph::
+Its output is cut from the graph. What the steps read is a leaf, where their gradients add up; the last
+back-propagated step reads the graph itself, behind a gate::
 
-    first step                   steps                       last step
-    x -> stem -> leaf    leaf -> step t -> loss[t]    x -> stem -> gate -> step T -> loss[T] -> backward
-                                                      gate's backward: gradient of step T + what the leaf has gathered
+    first step                           steps                      last step
+    x -> stem -> gate, leaf      leaf -> step t -> loss[t]     gate -> step T -> loss[T] -> backward
+                                                               gate's backward: gradient of step T + what the leaf has gathered
 
-So no graph waits for the end of the iteration, one backward pass ends it, autograd orders the invariant modules
-in it, and wrappers that synchronise gradients see all of them. The gradient is the sum over the steps, as before,
-added up at the invariant output and not at the parameters.
+So one backward pass ends the iteration, autograd orders the invariant modules in it, and wrappers that synchronise
+gradients see all of them. The gradient is the sum over the steps, as before, added up at the invariant output and
+not at the parameters. The graph lives from the first step to the last back-propagated one, where the peak is in any
+case.
 """
 
 from __future__ import annotations
@@ -52,7 +53,14 @@ class Invariants:
 
     @contextmanager
     def evaluated_once(
-        self, net: nn.Module, static: Tensor | None, multi_step: bool, differentiable: bool, enabled: bool
+        self,
+        net: nn.Module,
+        static: Tensor | None,
+        multi_step: bool,
+        *,
+        differentiable: bool,
+        enabled: bool,
+        keeps_graphs: bool = True,
     ) -> Iterator[InvariantPass]:
         """Surround one pass through time.
 
@@ -62,10 +70,13 @@ class Invariants:
             multi_step: Whether the network takes sequences.
             differentiable: Whether steps of the pass are back-propagated.
             enabled: False evaluates every module at every step.
+            keeps_graphs: False evaluates each module twice, the second time in the last back-propagated step:
+                where its backward has to come between those of the modules around it, since a wrapper frees
+                and sends weights then.
         """
         if not enabled or (static is not None and static.is_inference()):
             static = None  # an inference tensor does not count its changes
-        invariant_pass = InvariantPass(self, static, multi_step, differentiable)
+        invariant_pass = InvariantPass(self, static, multi_step, differentiable, keeps_graphs)
         patched = []
         try:
             for module in eager_modules(net) if enabled else ():
@@ -83,74 +94,76 @@ class Invariants:
 class _Value:
     """A tensor that is the same at every step.
 
-    Attributes:
-        evaluate: Computes it, from the values it follows from as they are at the time.
+    Args:
+        evaluate: Computes it, with its graph behind a gate to this value.
+        versions: Of the parameters it follows from.
         is_sequence: Whether it has an axis of time, of length 1, over which the steps read it repeated.
-        leaf: The tensor, cut from its graph; gathers the steps' gradients.
-        graph: The tensor with its graph, in the last back-propagated step.
         counted: The running statistics that every step counts in, of a batch norm in training.
+
+    Attributes:
+        graph: The tensor with its graph, until that has been back-propagated.
+        leaf: The tensor, cut from its graph; gathers the steps' gradients.
     """
 
     def __init__(
-        self, evaluate: Callable[[], Tensor], is_sequence: bool, counted: _Statistics | None = None
+        self,
+        evaluate: Callable[[_Value], Tensor],
+        versions: tuple[int, ...] = (),
+        is_sequence: bool = False,
+        counted: _Statistics | None = None,
     ) -> None:
-        self.evaluate = evaluate
+        self._evaluate = evaluate
+        self.versions = versions
         self.is_sequence = is_sequence
         self.counted = counted
-        self.leaf: Tensor | None = None
         self.graph: Tensor | None = None
-        self.gradient: Tensor | None = None
+        self.leaf: Tensor | None = None
+        self._gradient: Tensor | None = None
         self._version = 0
 
-    def tensor(self, last: bool) -> Tensor:
+    def tensor(self, with_graph: bool) -> Tensor:
         """What the steps read: the graph in the last one, the leaf in all others."""
-        if last:
-            if self.graph is None:
-                self._gather()
-                self.leaf = None  # the same numbers come with the graph
-                tensor = self.evaluate()
-                self.graph = (
-                    _Gate.apply(tensor, self) if tensor.requires_grad and not tensor.is_leaf else tensor
-                )
-            return self.graph
+        if self.graph is None and (with_graph or self.leaf is None):
+            self.gather()
+            self.leaf = None  # the same numbers come with the graph
+            self.graph = self._evaluate(self)
         if self.leaf is None:
-            tensor = self.evaluate() if self.graph is None else self.graph
-            self.leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+            assert self.graph is not None
+            self.leaf = self.graph.detach().requires_grad_(self.graph.requires_grad)
             self._version = self.leaf._version
         if self.leaf._version != self._version:
             raise LossError(
                 "a network changes in place what a module returned whose input does not change over time: use "
                 "cache_invariant=False"
             )
-        return self.leaf
+        return self.graph if with_graph and self.graph is not None else self.leaf
 
-    def _gather(self) -> None:
-        """Take the gradients from the leaf, where autograd has added them up."""
+    def gather(self) -> None:
+        """Take the gradients from the leaf, where autograd has added them up; sums of half precision in float32."""
         if self.leaf is None or self.leaf.grad is None:
             return
-        if self.gradient is None:
-            self.gradient = self.leaf.grad.to(state_dtype(self.leaf.dtype))
+        if self._gradient is None:
+            self._gradient = self.leaf.grad.to(state_dtype(self.leaf.dtype))
         else:
-            self.gradient += self.leaf.grad
+            self._gradient += self.leaf.grad
         self.leaf.grad = None
 
     def gathered(self) -> Tensor | None:
         """The steps' gradients, which are the caller's from then on."""
-        self._gather()
-        gradient, self.gradient = self.gradient, None
+        self.gather()
+        gradient, self._gradient = self._gradient, None
         return gradient
 
-    def end_of_call(self) -> None:
-        """Keep the numbers of the graph, which has been back-propagated, and sums of half precision in float32."""
+    def end_of_call(self, keep_graph: bool) -> None:
+        """In half precision no more than one call's gradients add up in the leaf."""
         if self.leaf is not None and self.leaf.dtype != state_dtype(self.leaf.dtype):
-            self._gather()
-        if self.graph is not None:
-            self.tensor(last=False)
+            self.gather()
+        if not keep_graph:
             self.graph = None
 
     def is_waiting(self) -> bool:
         """Whether there are gradients that have not been back-propagated."""
-        return self.gradient is not None or (self.leaf is not None and self.leaf.grad is not None)
+        return self._gradient is not None or (self.leaf is not None and self.leaf.grad is not None)
 
 
 class _Gate(torch.autograd.Function):
@@ -175,9 +188,15 @@ class InvariantPass:
     """
 
     def __init__(
-        self, invariants: Invariants, static: Tensor | None, multi_step: bool, differentiable: bool
+        self,
+        invariants: Invariants,
+        static: Tensor | None,
+        multi_step: bool,
+        differentiable: bool,
+        keeps_graphs: bool,
     ) -> None:
         self._invariants = invariants
+        self._keeps_graphs = keeps_graphs
         self._multi_step = multi_step
         self._differentiable = differentiable
         self._values: dict[Any, _Value] = {}
@@ -209,7 +228,7 @@ class InvariantPass:
         finally:
             self._tried, self._known = [], {}
             for value in self._values.values():
-                value.end_of_call()
+                value.end_of_call(keep_graph=self._keeps_graphs and not last)
 
     def _judge(self) -> None:
         """Tell apart the modules whose outputs stayed as they were, and those whose copies were changed."""
@@ -218,7 +237,7 @@ class InvariantPass:
         self._invariants.trusted.update(module for module, _ in self._tried if module not in changed)
         if changed:  # from now on they are evaluated anew, and so is what follows from them
             self.finish()
-            self._values.clear()
+            self.close()
 
     def forward(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``forward(*args, **kwargs)`` of ``module``, or its output of an earlier step."""
@@ -233,12 +252,20 @@ class InvariantPass:
             return forward(*args)
         versions = tuple(tensor._version for tensor in module.parameters())
         differentiable = self._differentiable and (torch.is_grad_enabled() or not self._selected)
-        key = (id(module), *map(id, values), versions, differentiable)
+        key = (id(module), *map(id, values), differentiable)
         value = self._values.get(key)
+        if value is not None and value.versions != versions:
+            if value.is_waiting():
+                raise LossError(
+                    f"a network changes the weights of {type(module).__name__} in place, in between steps that are "
+                    "back-propagated: use cache_invariant=False"
+                )
+            value.graph = None
+            value = None
         if value is None:
-            value = self._values[key] = self._value(module, forward, values, differentiable)
+            value = self._values[key] = self._value(module, forward, values, versions, differentiable)
         try:
-            tensor = value.tensor(self._last)
+            tensor = value.tensor(with_graph=self._last or self._evaluating)
         except _NoTensorError:
             del self._values[key]
             self._invariants.changed.add(module)
@@ -258,14 +285,15 @@ class InvariantPass:
             return
         self._last = True
         try:
-            graphs = [value.tensor(last=True) for value in waiting]
+            graphs = [value.tensor(with_graph=True) for value in waiting]
             torch.autograd.backward(graphs, [torch.zeros_like(graph) for graph in graphs])
         finally:
-            for value in self._values.values():
-                value.end_of_call()
+            self.close()
 
     def close(self) -> None:
         """Free everything."""
+        for value in self._values.values():
+            value.graph = None  # which holds the value
         self._values.clear()
 
     def _know(self, tensor: Any, value: _Value) -> None:
@@ -273,26 +301,35 @@ class InvariantPass:
             self._known[id(tensor)] = (tensor, value, tensor._version)
 
     def _value(
-        self, module: nn.Module, forward: Callable[..., Any], values: list[_Value], differentiable: bool
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        values: list[_Value],
+        versions: tuple[int, ...],
+        differentiable: bool,
     ) -> _Value:
         """The value of a module's output, that follows from ``values``; without a graph where the network wants none."""
         statistics = _Statistics(module) if is_counting_batch_norm(module) else None
 
-        def evaluate() -> Tensor:
+        def evaluate(value: _Value) -> Tensor:
             before, self._evaluating = self._evaluating, True
             try:
                 with torch.set_grad_enabled(differentiable), self.saving():
-                    inputs = [value.tensor(self._last) for value in values]
+                    inputs = [value.tensor(with_graph=True) for value in values]
                     if statistics is not None:
-                        return statistics.normalise(inputs[0], self._multi_step)
-                    output = forward(*inputs)
+                        output = statistics.normalise(inputs[0], self._multi_step)
+                    else:
+                        output = forward(*inputs)
+                    if not isinstance(output, Tensor):
+                        raise _NoTensorError
+                    if differentiable and output.requires_grad:
+                        gated: Tensor = _Gate.apply(output, value)
+                        return gated
+                    return output.detach()
             finally:
                 self._evaluating = before
-            if not isinstance(output, Tensor):
-                raise _NoTensorError
-            return output
 
-        return _Value(evaluate, self._multi_step and bool(values), statistics)
+        return _Value(evaluate, versions, self._multi_step and bool(values), statistics)
 
     def _handed_out(self, tensor: Tensor, value: _Value, module: nn.Module | None) -> Tensor:
         if value.is_sequence and not self._evaluating and self._steps > 1:
@@ -312,7 +349,7 @@ class _Static(_Value):
     """The network's input, itself."""
 
     def __init__(self, x: Tensor, multi_step: bool) -> None:
-        super().__init__(lambda: x, multi_step)
+        super().__init__(lambda _: x, is_sequence=multi_step)
         self._x = x.unsqueeze(0) if multi_step else x
         self._first_version = x._version
 
@@ -320,7 +357,7 @@ class _Static(_Value):
         """Whether it still is what it was."""
         return self._x._version == self._first_version
 
-    def tensor(self, last: bool) -> Tensor:
+    def tensor(self, with_graph: bool) -> Tensor:
         """The input, in every step."""
         return self._x
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sltt_ext.errors import ConfigurationError
 
-__all__ = ["Schedule", "random_steps", "runs", "selected_steps"]
+__all__ = ["Schedule", "longest_runs", "random_steps", "runs", "selected_steps"]
 
 Schedule = Callable[[int, torch.Generator | None], Iterable[int]]
 
@@ -58,3 +58,15 @@ def runs(time_steps: int, selected: Iterable[int], chunk: int, group: int) -> It
             stop += 1
         yield start, stop, start in chosen
         start = stop
+
+
+def longest_runs(time_steps: int, selected: Iterable[int]) -> dict[bool, int]:
+    """How many consecutive steps of ``0..time_steps`` are back-propagated (True), and are not, at most.
+
+    >>> longest_runs(7, [2, 3, 4])
+    {False: 2, True: 3}
+    """
+    longest = {False: 0, True: 0}
+    for start, stop, kind in runs(time_steps, selected, time_steps, time_steps):
+        longest[kind] = max(longest[kind], stop - start)
+    return longest

@@ -20,7 +20,7 @@ from sltt_ext.online.invariant import Invariants
 from sltt_ext.online.options import check_options
 from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.packing import packing
-from sltt_ext.online.schedule import Schedule, random_steps, runs, selected_steps
+from sltt_ext.online.schedule import Schedule, longest_runs, random_steps, runs, selected_steps
 from sltt_ext.online.states import all_or_nothing, carrying_charged, reset
 from sltt_ext.online.surroundings import Surroundings
 
@@ -287,7 +287,7 @@ class OnlineTrainer:
     ) -> tuple[Tensor | None, Tensor]:
         """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated."""
         neurons, multi_step = self._neurons()
-        sizes = self._sizes(neurons, multi_step, source.elements, 0 < len(steps) < last)
+        sizes = self._sizes(neurons, multi_step, source.elements, longest_runs(last, steps))
         mean = MeanOutput()
         total: Tensor | None = None
         cast_without_grad = True
@@ -296,7 +296,12 @@ class OnlineTrainer:
             self._grouping.measured(),
             carrying_charged(neurons),
             self._invariants.evaluated_once(
-                self.net, source.static, multi_step, differentiable=bool(steps), enabled=self._caches()
+                self.net,
+                source.static,
+                multi_step,
+                differentiable=bool(steps),
+                enabled=self._caches(),
+                keeps_graphs=not is_distributed(self.wrapper or self.net),
             ) as invariants,
             packing(self.net, self.pack_spikes) as packed,
         ):
@@ -336,13 +341,15 @@ class OnlineTrainer:
         """Whether modules are evaluated once that can be: weights have to stay as they are, versions to be counted."""
         return self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
 
-    def _sizes(self, neurons: list[StatefulModule], multi_step: bool, elements: int, selects: bool) -> Sizes:
+    def _sizes(
+        self, neurons: list[StatefulModule], multi_step: bool, elements: int, longest: dict[bool, int]
+    ) -> Sizes:
         """How many steps share a call of the network."""
         if any(neuron.whole_sequence for neuron in neurons):
             return Sizes(self.time_steps, self.time_steps)
         if not multi_step:
             return Sizes(1, 1)
-        return self._grouping.sizes(self.net, self.time_steps, elements, selects=selects)
+        return self._grouping.sizes(self.net, self.time_steps, elements, longest)
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""

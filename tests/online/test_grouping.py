@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sltt_ext
-from sltt_ext.analysis import peak_activation_bytes
+from sltt_ext.analysis import ActivationMeter, peak_activation_bytes
 from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.online import grouping
 
@@ -121,6 +121,34 @@ def test_auto_takes_what_fits(budget, calls):
     single, _ = iterations(wide_net())
     assert actual == calls
     assert oracle.relative_error(automatic, single) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk": T, "k": 1},
+        {"chunk": "auto", "k": 1},
+        {"chunk": "auto", "schedule": lambda T, generator: [0, 2, 4]},
+        {"chunk": 2, "schedule": lambda T, generator: [1, 3, 5]},
+        {"schedule": lambda T, generator: range(T)},
+    ],
+    ids=["SLTT-1, sequence", "SLTT-1, auto", "every other step, auto", "short runs", "all steps"],
+)
+def test_measuring_ends(options, monkeypatch):
+    """Counting the memory of every operator takes time: what never comes is not waited for."""
+    meters = []
+    monkeypatch.setattr(grouping, "ActivationMeter", lambda: meters.append(None) or ActivationMeter())
+    generator = torch.Generator().manual_seed(0)
+    online = sltt_ext.OnlineTrainer(
+        sltt_ext.convert(wide_net()), F.cross_entropy, T, generator=generator, **options
+    )
+    online.predict(batch()[0])
+    assert not meters
+    for _ in range(20):
+        online.forward_backward(*batch())
+    assert len(meters) <= 3
+    online.predict(batch()[0])
+    assert len(meters) <= 3
 
 
 def test_auto_stays_within_the_budget():
