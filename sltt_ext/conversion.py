@@ -130,7 +130,8 @@ def revert(net: Module) -> Module:
     for module in net.modules():
         if isinstance(module, SLTTNeuron):
             module.carry_charged(False)
-            vars(module).pop("sltt_backend", None)
+            for name in ("sltt_backend", "_sltt_left"):
+                vars(module).pop(name, None)
             module.__class__ = module.original  # type: ignore[assignment]
     return net
 

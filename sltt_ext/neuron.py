@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sltt_ext.errors import ConfigurationError
+
 
 class StatefulModule:
     """What the time loop knows of a module that carries state, or of a network in which modules do.
@@ -52,6 +54,7 @@ class SLTTNeuron(StatefulModule):
     caveat: ClassVar[str] = ""
     sltt_backend: str = "auto"
     _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
+    _sltt_left: tuple[int, ...] = ()
 
     def spikes(self, output: Any) -> tuple[Tensor, Tensor | None] | None:
         """Spikes in what the module returned, and what one spike counts (None: 1); None where it may hold other numbers."""
@@ -63,6 +66,27 @@ class SLTTNeuron(StatefulModule):
         For the time loop: on after the reset, off at the end. The state is what it is at any time, to everyone
         who reads it; a neuron that carries nothing else than what backward reads has nothing to do.
         """
+
+    def _begin_step(self, *state: Any) -> None:
+        """Before a step from ``state``, the tensors that the module carries.
+
+        Raises:
+            ConfigurationError: If the step is run again in a backward pass, by checkpointing, from the state that its
+                first run has left behind. With the state restored, as SpikingJelly's memopt does, it may be.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return
+        if any(id(tensor) in self._sltt_left for tensor in state):
+            raise ConfigurationError(
+                f"{self.original.__name__} runs again in the backward pass, where it would go on from the state it has "
+                "ended with: keep neurons out of torch.utils.checkpoint (the trainer's pack_spikes=True saves memory, "
+                "too, and SpikingJelly's memopt restores states)"
+            )
+
+    def _end_step(self, *state: Any) -> None:
+        """After a step: the tensors that it has left in the place of those that entered."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["_sltt_left"] = tuple(id(tensor) for tensor in state if isinstance(tensor, Tensor))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deep-copy a class made at run time by what it was made from: it has no importable name."""

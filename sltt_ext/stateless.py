@@ -3,7 +3,8 @@
 Nothing of an earlier call, no random number and no side effect enters their output, so that what does not
 depend on time may be evaluated once for all time steps. Torch's own layers are known, a framework's room
 registers its layers, and any other module says so itself with the attribute ``sltt_time_invariant = True``
-(or False, to be evaluated at every step).
+(or False, to be evaluated at every step). One that folds the axis of time into the batch says that, too, with
+``sltt_folds_time = True``.
 """
 
 from __future__ import annotations

@@ -4,17 +4,21 @@ A module is time-invariant where it is stateless and every tensor it is called w
 input or the output of another time-invariant module: the stem of a network that is shown one image, and every
 weight parametrisation (``torch.nn.utils.parametrize``), which is called with nothing at all.
 
-Its output is cut from the graph. What the steps read is a leaf, where their gradients add up; the last
-back-propagated step reads the graph itself, behind a gate::
+Its output is cut from the graph. What the steps read is a leaf, where their gradients add up; when the last
+back-propagated step is done with it, so is the graph::
 
-    first step                           steps                      last step
-    x -> stem -> gate, leaf      leaf -> step t -> loss[t]     gate -> step T -> loss[T] -> backward
-                                                               gate's backward: gradient of step T + what the leaf has gathered
+    first step              steps                         last step
+    x -> stem -> leaf       leaf -> step t -> loss[t]     leaf -> step T -> loss[T] -> backward -> leaf -> stem's backward
 
-So one backward pass ends the iteration, autograd orders the invariant modules in it, and wrappers that synchronise
-gradients see all of them. The gradient is the sum over the steps, as before, added up at the invariant output and
-not at the parameters. The graph lives from the first step to the last back-propagated one, where the peak is in any
-case.
+The gradient is the sum over the steps, as before, added up at the invariant output and not at the parameters. A
+parametrisation's backward runs as soon as the last step's has reached its weight, so that what it saved is free before
+the next layer's turn; that of a stem after the step, in reverse order of evaluation.
+
+Wrappers that synchronise gradients free the weights behind each layer, and send its gradient before the next one's. There
+no graph is kept: the last step evaluates the module once more, behind a gate that adds what the leaf has gathered::
+
+    last step
+    x -> stem -> gate -> step T -> loss[T] -> backward -> gate, gradient of step T + what the leaf has gathered -> stem
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils.hooks import RemovableHandle
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
@@ -95,75 +100,118 @@ class _Value:
     """A tensor that is the same at every step.
 
     Args:
-        evaluate: Computes it, with its graph behind a gate to this value.
+        evaluate: Computes it, with its graph down to the leaves of the values it follows from.
+        keeps_graph: Whether the graph of its first evaluation is kept for the backward pass.
         versions: Of the parameters it follows from.
-        is_sequence: Whether it has an axis of time, of length 1, over which the steps read it repeated.
+        time: How the steps of a call share it: None has no time, ``"axis"`` is ``[1, N, ...]`` and read as
+            ``[T, N, ...]``, ``"batch"`` is ``[N, ...]`` and read as ``[T * N, ...]``.
         counted: The running statistics that every step counts in, of a batch norm in training.
-
-    Attributes:
-        graph: The tensor with its graph, until that has been back-propagated.
-        leaf: The tensor, cut from its graph; gathers the steps' gradients.
     """
 
     def __init__(
         self,
-        evaluate: Callable[[_Value], Tensor],
+        evaluate: Callable[[], Tensor],
+        keeps_graph: bool = False,
         versions: tuple[int, ...] = (),
-        is_sequence: bool = False,
+        time: str | None = None,
         counted: _Statistics | None = None,
     ) -> None:
-        self._evaluate = evaluate
         self.versions = versions
-        self.is_sequence = is_sequence
+        self.time = time
         self.counted = counted
-        self.graph: Tensor | None = None
-        self.leaf: Tensor | None = None
-        self._gradient: Tensor | None = None
+        self._evaluate = evaluate
+        self._keeps_graph = keeps_graph
+        self._graph: Tensor | None = None
+        self._gated: Tensor | None = None
+        self._leaf: Tensor | None = None
         self._version = 0
+        self._gradient: Tensor | None = None
+        self._hook: RemovableHandle | None = None
 
-    def tensor(self, with_graph: bool) -> Tensor:
-        """What the steps read: the graph in the last one, the leaf in all others."""
-        if self.graph is None and (with_graph or self.leaf is None):
-            self.gather()
-            self.leaf = None  # the same numbers come with the graph
-            self.graph = self._evaluate(self)
-        if self.leaf is None:
-            assert self.graph is not None
-            self.leaf = self.graph.detach().requires_grad_(self.graph.requires_grad)
-            self._version = self.leaf._version
-        if self.leaf._version != self._version:
+    def leaf(self) -> Tensor:
+        """The tensor, cut from its graph."""
+        if self._leaf is None:
+            tensor = self._evaluate()
+            self._graph = tensor if self._keeps_graph else None
+            self._cut(tensor)
+        assert self._leaf is not None
+        if self._leaf._version != self._version:
             raise LossError(
                 "a network changes in place what a module returned whose input does not change over time: use "
                 "cache_invariant=False"
             )
-        return self.graph if with_graph and self.graph is not None else self.leaf
+        return self._leaf
 
-    def gather(self) -> None:
+    def gated(self) -> Tensor:
+        """The tensor, evaluated anew, with a graph that ends in a gate."""
+        if self._gated is None:
+            self._gather()
+            self._leaf = None  # the same numbers come with the graph
+            tensor = self._evaluate()
+            self._gated = _Gate.apply(tensor, self) if tensor.requires_grad else tensor
+            self._cut(tensor)
+        return self._gated
+
+    def _cut(self, tensor: Tensor) -> None:
+        self._leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+        self._version = self._leaf._version
+
+    def back_propagate_early(self) -> None:
+        """Back-propagate as soon as the backward pass that follows has reached the leaf."""
+        if self._hook is None and self._graph is not None and self._graph.requires_grad:
+            leaf = self.leaf()
+            self._hook = leaf.register_post_accumulate_grad_hook(lambda _: self.back_propagate())
+
+    def back_propagate(self) -> None:
+        """Back-propagate what the leaf has gathered."""
+        graph = self._evaluate() if self._graph is None else self._graph
+        self._graph = None
+        gradient = self.gathered()
+        assert gradient is not None
+        torch.autograd.backward(graph, gradient.to(graph.dtype))
+
+    def _gather(self) -> None:
         """Take the gradients from the leaf, where autograd has added them up; sums of half precision in float32."""
-        if self.leaf is None or self.leaf.grad is None:
+        if self._leaf is None or self._leaf.grad is None:
             return
         if self._gradient is None:
-            self._gradient = self.leaf.grad.to(state_dtype(self.leaf.dtype))
+            self._gradient = self._leaf.grad.to(state_dtype(self._leaf.dtype))
         else:
-            self._gradient += self.leaf.grad
-        self.leaf.grad = None
+            self._gradient += self._leaf.grad
+        self._leaf.grad = None
 
     def gathered(self) -> Tensor | None:
         """The steps' gradients, which are the caller's from then on."""
-        self.gather()
+        self._gather()
         gradient, self._gradient = self._gradient, None
         return gradient
 
-    def end_of_call(self, keep_graph: bool) -> None:
-        """In half precision no more than one call's gradients add up in the leaf."""
-        if self.leaf is not None and self.leaf.dtype != state_dtype(self.leaf.dtype):
-            self.gather()
-        if not keep_graph:
-            self.graph = None
-
     def is_waiting(self) -> bool:
         """Whether there are gradients that have not been back-propagated."""
-        return self._gradient is not None or (self.leaf is not None and self.leaf.grad is not None)
+        return self._gradient is not None or (self._leaf is not None and self._leaf.grad is not None)
+
+    def end_of_call(self, last: bool) -> None:
+        """Keep no more than later steps need; in half precision, no more than one call's gradients add up in the leaf."""
+        if self._leaf is not None and self._leaf.dtype != state_dtype(self._leaf.dtype):
+            self._gather()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._gated = None  # which hold the value
+        if last:
+            self._graph = None
+
+
+class _Known:
+    """A tensor with which the network is seen to call its modules."""
+
+    def __init__(self, tensor: Tensor, value: _Value) -> None:
+        self.value = value
+        self._tensor = tensor
+        self._version, self._grad_fn = tensor._version, tensor.grad_fn
+
+    def is_unchanged(self) -> bool:
+        """Whether it still is what was handed out: the same numbers, and no other graph behind them."""
+        return self._tensor._version == self._version and self._tensor.grad_fn is self._grad_fn
 
 
 class _Gate(torch.autograd.Function):
@@ -203,8 +251,8 @@ class InvariantPass:
         self._static = None if static is None else _Static(static, multi_step)
         self._parts: Sequence[int] = (1,)
         self._steps = 1
-        self._selected = self._last = self._evaluating = False
-        self._known: dict[int, tuple[Tensor, _Value, int]] = {}
+        self._selected = self._last = self._gates = self._evaluating = False
+        self._known: dict[int, _Known] = {}
         self._tried: list[tuple[nn.Module, Tensor]] = []
         self.saving: Callable[[], AbstractContextManager[Any]] = Packing().saving
 
@@ -220,15 +268,18 @@ class InvariantPass:
         """
         self._parts, self._steps = parts, sum(parts)
         self._selected, self._last = selected, last
+        self._gates = last and not self._keeps_graphs
         if self._static is not None and self._static.is_unchanged():
             self._know(frames, self._static)
         try:
             yield
             self._judge()
+            if last:
+                self.finish()
         finally:
-            self._tried, self._known = [], {}
+            self._tried, self._known, self._gates = [], {}, False
             for value in self._values.values():
-                value.end_of_call(keep_graph=self._keeps_graphs and not last)
+                value.end_of_call(last)
 
     def _judge(self) -> None:
         """Tell apart the modules whose outputs stayed as they were, and those whose copies were changed."""
@@ -247,7 +298,7 @@ class InvariantPass:
         if torch.is_inference_mode_enabled():  # a part that the network runs so
             return forward(*args)
         known = [self._known.get(id(argument)) for argument in args]
-        values = [entry[1] for entry in known if entry is not None and entry[0]._version == entry[2]]
+        values = [entry.value for entry in known if entry is not None and entry.is_unchanged()]
         if len(values) < len(args) or module in self._invariants.changed:
             return forward(*args)
         versions = tuple(tensor._version for tensor in module.parameters())
@@ -260,16 +311,17 @@ class InvariantPass:
                     f"a network changes the weights of {type(module).__name__} in place, in between steps that are "
                     "back-propagated: use cache_invariant=False"
                 )
-            value.graph = None
             value = None
         if value is None:
-            value = self._values[key] = self._value(module, forward, values, versions, differentiable)
+            value = self._value(module, forward, values, versions, differentiable)
         try:
-            tensor = value.tensor(with_graph=self._last or self._evaluating)
+            tensor = value.gated() if self._gates else value.leaf()
         except _NoTensorError:
-            del self._values[key]
             self._invariants.changed.add(module)
             return forward(*args)
+        self._values[key] = value  # in order of evaluation
+        if self._last and not (values or self._evaluating):
+            value.back_propagate_early()
         if value.counted is not None:
             value.counted.count(self._parts)
         return self._handed_out(tensor, value, None if is_parametrisation else module)
@@ -279,26 +331,20 @@ class InvariantPass:
         return id(x) in self._known and _is_candidate(module) and module not in self._invariants.changed
 
     def finish(self) -> None:
-        """Back-propagate what the last step did not read: the gradients that leaves still hold."""
-        waiting = [value for value in self._values.values() if value.is_waiting()]
-        if not waiting:
-            return
-        self._last = True
-        try:
-            graphs = [value.tensor(with_graph=True) for value in waiting]
-            torch.autograd.backward(graphs, [torch.zeros_like(graph) for graph in graphs])
-        finally:
-            self.close()
+        """Back-propagate what leaves still hold, in reverse order of evaluation."""
+        self._gates = False
+        while waiting := [value for value in self._values.values() if value.is_waiting()]:
+            waiting[-1].back_propagate()
 
     def close(self) -> None:
         """Free everything."""
         for value in self._values.values():
-            value.graph = None  # which holds the value
+            value.end_of_call(last=True)
         self._values.clear()
 
     def _know(self, tensor: Any, value: _Value) -> None:
         if isinstance(tensor, Tensor):
-            self._known[id(tensor)] = (tensor, value, tensor._version)
+            self._known[id(tensor)] = _Known(tensor, value)
 
     def _value(
         self,
@@ -311,29 +357,32 @@ class InvariantPass:
         """The value of a module's output, that follows from ``values``; without a graph where the network wants none."""
         statistics = _Statistics(module) if is_counting_batch_norm(module) else None
 
-        def evaluate(value: _Value) -> Tensor:
+        def evaluate() -> Tensor:
             before, self._evaluating = self._evaluating, True
             try:
                 with torch.set_grad_enabled(differentiable), self.saving():
-                    inputs = [value.tensor(with_graph=True) for value in values]
+                    inputs = [value.gated() if self._gates else value.leaf() for value in values]
                     if statistics is not None:
-                        output = statistics.normalise(inputs[0], self._multi_step)
-                    else:
-                        output = forward(*inputs)
-                    if not isinstance(output, Tensor):
-                        raise _NoTensorError
-                    if differentiable and output.requires_grad:
-                        gated: Tensor = _Gate.apply(output, value)
-                        return gated
-                    return output.detach()
+                        return statistics.normalise(inputs[0], self._multi_step)
+                    output = forward(*inputs)
             finally:
                 self._evaluating = before
+            if not isinstance(output, Tensor):
+                raise _NoTensorError
+            return output if differentiable else output.detach()
 
-        return _Value(evaluate, versions, self._multi_step and bool(values), statistics)
+        return _Value(evaluate, self._keeps_graphs, versions, _time_of(module, values), statistics)
 
     def _handed_out(self, tensor: Tensor, value: _Value, module: nn.Module | None) -> Tensor:
-        if value.is_sequence and not self._evaluating and self._steps > 1:
-            tensor = tensor.expand(self._steps, *tensor.shape[1:])
+        if self._steps > 1 and not self._evaluating:
+            if value.time == "axis":
+                tensor = tensor.expand(self._steps, *tensor.shape[1:])
+            elif value.time == "batch":
+                tensor = torch.cat([tensor] * self._steps)  # which keeps the layout
+        if self._selected and not torch.is_grad_enabled():
+            tensor = (
+                tensor.detach()
+            )  # the forward of an autograd function, which takes what it returns for its own
         if module is not None and module not in self._invariants.trusted:
             tensor = tensor.clone()
             self._tried.append((module, tensor))
@@ -349,7 +398,7 @@ class _Static(_Value):
     """The network's input, itself."""
 
     def __init__(self, x: Tensor, multi_step: bool) -> None:
-        super().__init__(lambda _: x, is_sequence=multi_step)
+        super().__init__(lambda: x, time="axis" if multi_step else None)
         self._x = x.unsqueeze(0) if multi_step else x
         self._first_version = x._version
 
@@ -357,8 +406,12 @@ class _Static(_Value):
         """Whether it still is what it was."""
         return self._x._version == self._first_version
 
-    def tensor(self, with_graph: bool) -> Tensor:
+    def leaf(self) -> Tensor:
         """The input, in every step."""
+        return self._x
+
+    def gated(self) -> Tensor:
+        """The input, in the last step as well."""
         return self._x
 
 
@@ -394,6 +447,14 @@ class _Statistics:
             mean.mul_(1 - module.momentum).add_(self._mean, alpha=module.momentum)
             variance.mul_(1 - module.momentum).add_(self._variance, alpha=module.momentum * unbiased)
         module.num_batches_tracked.add_(len(parts))
+
+
+def _time_of(module: nn.Module, values: Sequence[_Value]) -> str | None:
+    """`_Value.time` of what ``module`` makes of ``values``."""
+    times = {value.time for value in values}
+    if "axis" in times:
+        return "batch" if getattr(module, "sltt_folds_time", False) else "axis"
+    return "batch" if "batch" in times else None
 
 
 def _is_candidate(module: nn.Module) -> bool:

@@ -60,6 +60,7 @@ class MultiStep(StatefulModule, nn.Module):
                 f"MultiStep runs snnTorch's neurons only, and the network has {', '.join(sorted(others))}: "
                 "call it step by step"
             )
+        self.fold = _Fold()
         self.net = net
 
     @property
@@ -106,7 +107,17 @@ class MultiStep(StatefulModule, nn.Module):
             return output.unflatten(0, (time_steps, batch))
 
         with _unfolding(self.net, time_steps):
-            return tree_map(unfolded, self.net(x_seq.flatten(0, 1)))
+            return tree_map(unfolded, self.net(self.fold(x_seq)))
+
+
+class _Fold(nn.Module):
+    """Time becomes a part of the batch; a module, so that the time loop sees what it makes of an input that is static."""
+
+    sltt_time_invariant = True
+    sltt_folds_time = True
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return x_seq.flatten(0, 1)
 
 
 @contextmanager
@@ -123,8 +134,7 @@ def _unfolding(net: nn.Module, time_steps: int) -> Iterator[None]:
                 forward = partial(_step_by_step, module.forward, time_steps)
                 stack.enter_context(_attribute(module, "forward", forward))
             elif type(module) is nn.Conv2d and module.weight.device.type == "cpu":
-                forward = partial(_channels_last, module)
-                stack.enter_context(_attribute(module, "forward", forward))
+                stack.enter_context(_attribute(module, "_conv_forward", partial(_channels_last, module)))
         yield
 
 
@@ -141,12 +151,10 @@ def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         own.update(before)
 
 
-def _channels_last(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _channels_last(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A convolution that lays its output out channels last: the pooling after it is several times as fast."""
-    weight = (
-        conv.weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    )  # also where there is one channel
-    return conv._conv_forward(x, weight, conv.bias)
+    laid_out = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # also where there is one channel
+    return nn.Conv2d._conv_forward(conv, x, laid_out, bias)
 
 
 def _step_by_step(forward: Callable[[Tensor], Tensor], time_steps: int, x: Tensor) -> Tensor:

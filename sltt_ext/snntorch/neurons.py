@@ -62,8 +62,17 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
 
     def _step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
         """One step; what is passed as state is constant."""
+        if not any(isinstance(state, Tensor) for state in (*states, *named_states.values())):
+            self._begin_step(*self._tensors())
         self.detach_state()
-        return super().forward(input_, *states, **named_states)
+        entering = set(map(id, self._tensors()))
+        output = super().forward(input_, *states, **named_states)
+        self._end_step(*(tensor for tensor in self._tensors() if id(tensor) not in entering))
+        return output
+
+    def _tensors(self) -> list[Any]:
+        """What the module keeps; among it, its state."""
+        return [*self._buffers.values(), *vars(self).values()]
 
     def _sequence(self, x_seq: Tensor) -> Any:
         """All steps of ``x_seq`` ``[T, N, ...]``; returns what a step does, time folded into the batch."""
@@ -86,6 +95,7 @@ class FusedLeaky(StepwiseNeuron):
             return super()._step(input_, mem)
         mem = self._entering(input_, mem)
         spk, self.mem = functional.multi_step_leaky(input_, mem, single_step=True, **settings)
+        self._end_step(self.mem)
         return self._returned(spk * self.graded_spikes_factor, self.mem)
 
     def _sequence(self, x_seq: Tensor) -> Any:
@@ -96,11 +106,14 @@ class FusedLeaky(StepwiseNeuron):
         returns_mem = self.output or not self.init_hidden
         spk_seq, mem = functional.multi_step_leaky(x_seq, mem, return_mem_seq=returns_mem, **settings)
         self.mem = mem[-1].clone() if returns_mem else mem
+        self._end_step(self.mem)
         return self._returned((spk_seq * self.graded_spikes_factor).flatten(0, 1), mem.flatten(0, 1))
 
     def _entering(self, x: Tensor, mem: Tensor | None) -> Tensor | None:
         """The state a step starts with; as in snnTorch, a batch of another shape starts from 0."""
-        mem = self.mem if mem is None else mem
+        if mem is None:
+            mem = self.mem
+            self._begin_step(mem)
         return mem if mem.shape == x.shape else None
 
     def _returned(self, spk: Tensor, mem: Tensor) -> Any:

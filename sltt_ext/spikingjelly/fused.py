@@ -141,7 +141,9 @@ class FusedNode(StepwiseNode):
             v = None  # as SpikingJelly 2.x does: a batch of another shape starts from rest
         charged = carries and (held is not None or not isinstance(v, Tensor))
         settings["charged"] = charged
+        self._begin_step(v)
         s, v = self._fused(x, v, settings)
+        self._end_step(v)
         self._memories["v"] = _Charged(v, reset) if charged else v
         return s
 

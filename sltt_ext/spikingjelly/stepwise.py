@@ -50,8 +50,12 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
         self._memories.update({name: constant(value) for name, value in self._memories.items()})
 
     def single_step_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._begin_step(*self._memories.values())
         self._hold_state()
-        return super().single_step_forward(*args, **kwargs)
+        entering = set(map(id, self._memories.values()))
+        output = super().single_step_forward(*args, **kwargs)
+        self._end_step(*(value for value in self._memories.values() if id(value) not in entering))
+        return output
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not len(x_seq):
@@ -95,6 +99,9 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
 
 class MaskedStepwiseNode(StepwiseNode):
     """Dropout over time: its mask is drawn once a sequence and passes no gradient, so one call does for all steps."""
+
+    def _begin_step(self, *state: Any) -> None:
+        """Run again, it drops the same."""
 
     def multi_step_forward(self, x_seq: Tensor) -> Any:
         return super(StepwiseNode, self).multi_step_forward(x_seq)
