@@ -357,7 +357,7 @@ def test_what_the_last_step_does_not_read_is_back_propagated_all_the_same(chaine
     assert oracle.relative_error(early(chained), early(chained, cache_invariant=False)) < 1e-6
 
 
-def test_no_graph_waits_for_the_end():
+def test_kept_graphs_do_not_raise_the_peak():
     """Peak memory of SLTT-1 is that without caching; with all steps there is one more gradient of each weight."""
     net = sltt_ext.convert(Net(layer.Conv2d(2, 4, 3, padding=1)))
     net.classify = weight_norm(nn.Linear(4, 4000))
