@@ -1,0 +1,203 @@
+"""The tensors that do not depend on time: evaluated once, read by every step, back-propagated in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from sltt_ext.errors import LossError
+from sltt_ext.neuron import state_dtype
+
+__all__ = ["Known", "Static", "Statistics", "Value"]
+
+
+class Value:
+    """A tensor that is the same at every step.
+
+    Args:
+        evaluate: Computes it, with its graph down to the leaves of the values it follows from.
+        keeps_graph: Whether the graph of its first evaluation is kept for the backward pass.
+        versions: Of the parameters it follows from.
+        time: How the steps of a call share it: None has no time, ``"axis"`` is ``[1, N, ...]`` and read as
+            ``[T, N, ...]``, ``"batch"`` is ``[N, ...]`` and read as ``[T * N, ...]``.
+        counted: The running statistics that every step counts in, of a batch norm in training.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], Tensor],
+        keeps_graph: bool = False,
+        versions: tuple[int, ...] = (),
+        time: str | None = None,
+        counted: Statistics | None = None,
+    ) -> None:
+        self.versions = versions
+        self.time = time
+        self.counted = counted
+        self._evaluate = evaluate
+        self._keeps_graph = keeps_graph
+        self._graph: Tensor | None = None
+        self._gated: Tensor | None = None
+        self._leaf: Tensor | None = None
+        self._version = 0
+        self._gradient: Tensor | None = None
+        self._hook: RemovableHandle | None = None
+
+    def leaf(self) -> Tensor:
+        """The tensor, cut from its graph."""
+        if self._leaf is None:
+            tensor = self._evaluate()
+            self._graph = tensor if self._keeps_graph else None
+            self._cut(tensor)
+        assert self._leaf is not None
+        if self._leaf._version != self._version:
+            raise LossError(
+                "a network changes in place what a module returned whose input does not change over time: use "
+                "cache_invariant=False"
+            )
+        return self._leaf
+
+    def gated(self) -> Tensor:
+        """The tensor, evaluated anew, with a graph that ends in a gate."""
+        if self._gated is None:
+            self._gather()
+            self._leaf = None  # the same numbers come with the graph
+            tensor = self._evaluate()
+            self._gated = _Gate.apply(tensor, self) if tensor.requires_grad else tensor
+            self._cut(tensor)
+        return self._gated
+
+    def _cut(self, tensor: Tensor) -> None:
+        self._leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+        self._version = self._leaf._version
+
+    def back_propagate_early(self) -> None:
+        """Back-propagate as soon as the backward pass that follows has reached the leaf."""
+        if self._hook is None and self._graph is not None and self._graph.requires_grad:
+            leaf = self.leaf()
+            self._hook = leaf.register_post_accumulate_grad_hook(lambda _: self.back_propagate())
+
+    def back_propagate(self) -> None:
+        """Back-propagate what the leaf has gathered."""
+        graph = self._evaluate() if self._graph is None else self._graph
+        self._graph = None
+        gradient = self.gathered()
+        assert gradient is not None
+        torch.autograd.backward(graph, gradient.to(graph.dtype))
+
+    def _gather(self) -> None:
+        """Take the gradients from the leaf, where autograd has added them up; sums of half precision in float32."""
+        if self._leaf is None or self._leaf.grad is None:
+            return
+        if self._gradient is None:
+            self._gradient = self._leaf.grad.to(state_dtype(self._leaf.dtype))
+        else:
+            self._gradient += self._leaf.grad
+        self._leaf.grad = None
+
+    def gathered(self) -> Tensor | None:
+        """The steps' gradients, which are the caller's from then on."""
+        self._gather()
+        gradient, self._gradient = self._gradient, None
+        return gradient
+
+    def is_waiting(self) -> bool:
+        """Whether there are gradients that have not been back-propagated."""
+        return self._gradient is not None or (self._leaf is not None and self._leaf.grad is not None)
+
+    def end_of_call(self, last: bool) -> None:
+        """Keep no more than later steps need; in half precision, no more than one call's gradients add up in the leaf."""
+        if self._leaf is not None and self._leaf.dtype != state_dtype(self._leaf.dtype):
+            self._gather()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._gated = None  # which hold the value
+        if last:
+            self._graph = None
+
+
+class Known:
+    """A tensor with which the network is seen to call its modules."""
+
+    def __init__(self, tensor: Tensor, value: Value) -> None:
+        self.value = value
+        self._tensor = tensor
+        self._version, self._grad_fn = tensor._version, tensor.grad_fn
+
+    def is_unchanged(self) -> bool:
+        """Whether it still is what was handed out: the same numbers, and no other graph behind them."""
+        return self._tensor._version == self._version and self._tensor.grad_fn is self._grad_fn
+
+
+class _Gate(torch.autograd.Function):
+    """Identity; backward adds what the leaf has gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, value: Value) -> Tensor:
+        ctx.value = value
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gathered = ctx.value.gathered()
+        return gradient if gathered is None else gathered.add_(gradient).to(gradient.dtype), None
+
+
+class Static(Value):
+    """The network's input, itself."""
+
+    def __init__(self, x: Tensor, multi_step: bool) -> None:
+        super().__init__(lambda: x, time="axis" if multi_step else None)
+        self._x = x.unsqueeze(0) if multi_step else x
+        self._first_version = x._version
+
+    def is_unchanged(self) -> bool:
+        """Whether it still is what it was."""
+        return self._x._version == self._first_version
+
+    def leaf(self) -> Tensor:
+        """The input, in every step."""
+        return self._x
+
+    def gated(self) -> Tensor:
+        """The input, in the last step as well."""
+        return self._x
+
+
+class Statistics:
+    """A batch norm in training, evaluated once: each step counts in its running statistics, as if it had been computed."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._numbers = 0
+
+    def normalise(self, x: Tensor, multi_step: bool) -> Tensor:
+        """The normalised ``x``, ``[1, N, ...]`` where the network takes sequences."""
+        module, x = self._module, x[0] if multi_step else x
+        self._numbers = x.numel() // x.shape[1]
+        like = state_dtype(x.dtype) if module.running_mean is None else module.running_mean.dtype
+        self._mean, self._variance = torch.zeros(2, x.shape[1], dtype=like, device=x.device)
+        output = F.batch_norm(
+            x, self._mean, self._variance, module.weight, module.bias, True, 1.0, module.eps
+        )
+        return output.unsqueeze(0) if multi_step else output
+
+    @torch.no_grad()
+    def count(self, parts: Sequence[int]) -> None:
+        """Update the running statistics as one call for each part does, over so many equal steps."""
+        module = self._module
+        if module.running_mean is None:
+            return
+        biased = (self._numbers - 1) / self._numbers
+        mean, variance = module.running_mean.data, module.running_var.data  # unseen by autograd, as in torch
+        for steps in parts:
+            numbers = steps * self._numbers
+            unbiased = biased * numbers / (numbers - 1)
+            mean.mul_(1 - module.momentum).add_(self._mean, alpha=module.momentum)
+            variance.mul_(1 - module.momentum).add_(self._variance, alpha=module.momentum * unbiased)
+        module.num_batches_tracked.add_(len(parts))
