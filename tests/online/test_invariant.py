@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from invariant_networks import CALLS, STEMS, Counting, Net, Standardised, T
-from spikingjelly.activation_based import functional, layer
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -373,3 +373,19 @@ def test_kept_graphs_do_not_raise_the_peak():
     last = {"schedule": lambda T, generator: [T - 1]}
     assert peak(True, **last) < peak(False, **last) + 0.5 * net.classify.weight.nbytes
     assert peak(True) < peak(False) + 1.5 * net.classify.weight.nbytes
+
+
+def test_kept_graphs_are_freed_layer_by_layer():
+    """The gradients of parametrised weights do not pile up until the last step's backward pass is over."""
+    layers = [
+        nn.Sequential(weight_norm(nn.Linear(300, 300)), neuron.LIFNode(v_threshold=0.3)) for _ in range(6)
+    ]
+    net = sltt_ext.convert(nn.Sequential(*layers))
+    x, target = torch.rand(3, 300), torch.tensor([0, 2, 1])
+
+    def peak(cache_invariant):
+        online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, k=1, cache_invariant=cache_invariant)
+        net.zero_grad()
+        return peak_activation_bytes(lambda: online.forward_backward(x, target), net)
+
+    assert peak(True) < peak(False) + 2.5 * layers[0][0].weight.nbytes
