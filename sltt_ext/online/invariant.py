@@ -246,9 +246,7 @@ class InvariantPass:
             elif value.time == "batch":
                 tensor = torch.cat([tensor] * self._steps)  # which keeps the layout
         if self._selected and not torch.is_grad_enabled():
-            tensor = (
-                tensor.detach()
-            )  # the forward of an autograd function, which takes what it returns for its own
+            tensor = tensor.detach()  # an autograd function's forward takes what it returns for its own
         if module is not None and module not in self._invariants.trusted:
             tensor = tensor.clone()
             self._tried.append((module, tensor))
