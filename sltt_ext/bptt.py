@@ -7,7 +7,7 @@ The network has the framework's own neurons; if it is converted, it is reverted.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from sltt_ext.conversion import convert, revert
 from sltt_ext.errors import LossError, SLTTWarning
+from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule, state_dtype
-from sltt_ext.online import OnlineResult, OnlineTrainer
+from sltt_ext.online import OnlineResult, options
 from sltt_ext.online.distributed import synchronised_once
 from sltt_ext.online.frames import frames
-from sltt_ext.online.outputs import Output
+from sltt_ext.online.objective import Backward, LossFn, back_propagate, targets_of_steps, total_loss
+from sltt_ext.online.outputs import Output, output_sequence
 from sltt_ext.online.states import all_or_nothing
-from sltt_ext.online.trainer import LossFn
 
 __all__ = ["BPTTTrainer"]
 
 
-class BPTTTrainer(OnlineTrainer):
+class BPTTTrainer:
     """Gradients by back-propagation through time, with the memory of all T steps.
 
     Takes the place of an `OnlineTrainer` wherever one fits, so that methods differ in nothing else:
@@ -58,31 +59,36 @@ class BPTTTrainer(OnlineTrainer):
         loss_fn: LossFn,
         time_steps: int,
         *,
-        time_dim: int | None = None,
+        time_dim: options.TimeDim | None = None,
         output: Output = None,
-        backward: Callable[[Tensor], Any] | None = None,
-        target_time_dim: int | None = None,
+        backward: Backward | None = None,
+        target_time_dim: options.TimeDim | None = None,
         wrapper: nn.Module | None = None,
     ) -> None:
-        super().__init__(
-            _converted(net), loss_fn, time_steps, time_dim=time_dim, output=output, backward=backward,
-            target_time_dim=target_time_dim, wrapper=wrapper,
-        )  # fmt: skip
-        revert(net)
+        self.net = net
+        self.loss_fn = loss_fn
+        self.time_steps = options.count("time_steps", time_steps)
+        self.time_dim = options.axis("time_dim", time_dim)
+        self.output = options.reads(output)
+        self.backward = backward
+        self.target_time_dim = options.axis("target_time_dim", target_time_dim)
+        self.wrapper = wrapper
+        self.on_step = None
+        self._reset()
 
     def forward_backward(self, x: Any, target: Any, *, sync: bool = True) -> OnlineResult:
         """Accumulate the gradient of one batch into ``.grad``; see `OnlineTrainer.forward_backward`."""
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
-        targets = self._targets(target)
+        targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
         with (
-            all_or_nothing(self.net, self._reset),
+            all_or_nothing(self.net.parameters(), self._reset),
             synchronised_once(self.wrapper or self.net, sync) as step,
             step(True),
         ):
             output_seq = self._all_steps(x)
-            loss = self._loss(output_seq, targets) / self.time_steps
-            self._backward(loss)
+            loss = total_loss(self.loss_fn, output_seq, targets) / self.time_steps
+            back_propagate(loss, self.backward)
         self._reset()
         return OnlineResult(
             loss.detach(), _mean(output_seq.detach()), tuple(range(self.time_steps)), self.time_steps
@@ -93,13 +99,23 @@ class BPTTTrainer(OnlineTrainer):
         """The network's output averaged over all T steps, without gradients."""
         return _mean(self._all_steps(x))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: all steps are back-propagated in one call or one by one, whatever was measured."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a trainer left off."""
+
     def _all_steps(self, x: Any) -> Tensor:
         multi_step = self._reset()
         take = frames(x, self.time_steps, self.time_dim, multi_step).take
         size = self.time_steps if multi_step else 1
         with _state_with_its_graph(self.net):
             return torch.cat(
-                [self._step(take(t, t + size), size, multi_step) for t in range(0, self.time_steps, size)]
+                [
+                    output_sequence(self.net(take(t, t + size)), size, self.output, multi_step)
+                    for t in range(0, self.time_steps, size)
+                ]
             )
 
     def _reset(self) -> bool:
@@ -117,13 +133,10 @@ class BPTTTrainer(OnlineTrainer):
 def _state_with_its_graph(net: nn.Module) -> Iterator[None]:
     """Let what carries the state of a network, and is no neuron to revert, carry its graph as well."""
     carriers = [module for module in net.modules() if isinstance(module, StatefulModule)]
-    for carrier in carriers:
-        vars(carrier)["detach_state"] = lambda: None
-    try:
-        yield
-    finally:
+    with Replacements() as replaced:
         for carrier in carriers:
-            del vars(carrier)["detach_state"]
+            replaced.attribute(carrier, "detach_state", lambda: None)
+        yield
 
 
 def _converted(net: nn.Module) -> nn.Module:

@@ -20,9 +20,11 @@ class StatefulModule:
 
     Attributes:
         whole_sequence: The module needs all T steps in one call; it cannot be given them in parts.
+        keeps_steps_apart: Norms inside of the module read one step at a time, however many steps a call has.
     """
 
     whole_sequence: bool = False
+    keeps_steps_apart: bool = False
 
     @property
     def multi_step(self) -> bool:
@@ -59,6 +61,10 @@ class SLTTNeuron(StatefulModule):
     def spikes(self, output: Any) -> tuple[Tensor, Tensor | None] | None:
         """Spikes in what the module returned, and what one spike counts (None: 1); None where it may hold other numbers."""
         return None
+
+    def steps_of(self, *args: Any) -> int:
+        """How many time steps the module runs when it is called with ``args``."""
+        return len(args[0]) if self.multi_step else 1
 
     def carry_charged(self, on: bool) -> None:
         """Whether to carry, from step to step, the tensor that backward reads instead of one more.

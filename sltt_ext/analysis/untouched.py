@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sltt_ext.online.surroundings import Surroundings
+from sltt_ext.online.snapshot import Snapshot
 
 __all__ = ["untouched"]
 
@@ -24,7 +24,7 @@ def untouched(net: nn.Module) -> Iterator[None]:
     were, and so are torch's random number generators. Inside, gradients are enabled and start as None.
     Values of parameters are not kept: nothing in this package changes them.
     """
-    surroundings = Surroundings(net)
+    snapshot = Snapshot(net)
     modules = [(module, type(module), _kept(vars(module), _DEPTH)) for module in net.modules()]
     gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
     try:
@@ -38,7 +38,7 @@ def untouched(net: nn.Module) -> Iterator[None]:
             _put_back(attributes)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        surroundings.restore()
+        snapshot.restore()
 
 
 def _kept(value: Any, depth: int) -> tuple[Any, Any]:

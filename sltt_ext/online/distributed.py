@@ -15,10 +15,15 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Step", "common_generator", "is_distributed", "synchronised_once"]
+__all__ = ["Step", "common_generator", "is_distributed", "no_synchronisation", "synchronised_once"]
 
 Step = Callable[[bool], AbstractContextManager[Any]]
 """``step(last)`` surrounds forward and backward of one step; ``last`` is whether its backward synchronises."""
+
+
+def no_synchronisation(last: bool) -> AbstractContextManager[Any]:
+    """The `Step` of a single process."""
+    return nullcontext()
 
 
 def is_distributed(net: nn.Module) -> bool:
@@ -37,7 +42,7 @@ def synchronised_once(net: nn.Module, sync: bool, every_step: bool = False) -> I
     """
     replicated, sharded = _replicated(net), _sharded(net)
     if every_step or not (replicated or sharded):
-        yield lambda last: nullcontext()
+        yield no_synchronisation
         return
     with ExitStack() as stack:
         for ddp in replicated:

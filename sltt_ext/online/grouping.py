@@ -5,44 +5,30 @@ share one: as many as fit into what a back-propagated call needs. How much calls
 iterations that have them by `ActivationMeter`: from shapes alone, nothing waits for the device. The need grows by the same bytes
 with every step: those that calls of one step more have added.
 
-A layer that reads batch statistics or draws random numbers tells one call of C steps from C calls of one. Batch
-norm runs step by step within such a call; a network with any other of them keeps to ``chunk``.
+A network for which one call of C steps is not C calls keeps to the calls that the user asked for (`watching`). Batch
+norms take their statistics over those, however many steps share a call (`norms`).
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+from torch import nn
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.online.compiled import is_compiled
 from sltt_ext.online.memory import ActivationMeter
-from sltt_ext.stateless import is_batch_norm
+from sltt_ext.online.norms import NormRows
+from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
+from sltt_ext.online.watching import layers_tell_calls_apart
 
-__all__ = ["Grouping", "Sizes", "batch_norms_in_parts"]
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many steps share a call.
-
-    Attributes:
-        chunk: Of those that are back-propagated.
-        group: Of those that are not.
-    """
-
-    chunk: int
-    group: int
+__all__ = ["Grouping", "Measuring"]
 
 
 @dataclass(frozen=True)
@@ -91,26 +77,25 @@ class Grouping:
         chunk: Steps that are back-propagated in one call, or ``"auto"``: as many as fit into ``memory_budget``.
         memory_budget: Bytes for activations, states and gradients, or a part of the device's memory as text,
             ``"0.8"``. None is ``"0.8"`` where ``chunk`` is ``"auto"``.
+        updates: Whether weights are updated after every call: how often must not depend on memory.
 
-    Raises:
-        ConfigurationError: If an option cannot work.
+    Attributes:
+        rows: What batch norms were called with.
+        kept_apart: Why the network keeps to the user's own calls; None where nothing speaks against more steps in one.
     """
 
-    def __init__(self, chunk: int | str, memory_budget: int | str | None) -> None:
-        if memory_budget is not None and chunk != "auto":
-            raise ConfigurationError(
-                "memory_budget goes with chunk='auto': leave it out, or say chunk='auto'"
-            )
+    def __init__(self, chunk: int | str, memory_budget: int | str | None, updates: bool = False) -> None:
         self.chunk = chunk
-        self.budget = _checked("0.8" if memory_budget is None else memory_budget)
+        self.budget = "0.8" if memory_budget is None else memory_budget
+        self.rows = NormRows()
+        self.kept_apart: str | None = None
+        self._updates = updates
         self._bytes: int | None = None  # of the budget, as of the first call that was measured
         self._needs: dict[bool, _Need] = {}
         self._elements = 0
-        self._measuring = False
-        self._meter: ActivationMeter | None = None
 
-    def sizes(self, net: nn.Module, time_steps: int, elements: int, longest: Mapping[bool, int]) -> Sizes:
-        """How many steps share a call in the iteration that begins.
+    def sizes(self, net: nn.Module, time_steps: int, elements: int, longest: Mapping[bool, int]) -> tuple[CallSizes, bool]:
+        """How many steps share a call in the iteration that begins, and whether it has to be measured.
 
         Args:
             net: A multi-step network.
@@ -119,71 +104,61 @@ class Grouping:
             longest: How many consecutive steps are back-propagated (True), and are not, at most.
         """
         chosen = self.chunk if isinstance(self.chunk, int) else 1
+        as_chosen = CallSizes(chosen, chosen, chosen)
         selects = min(longest.values()) > 0
         useful = self.chunk == "auto" or selects
-        self._measuring = False
         if self.chunk == "auto" and is_compiled(net):
             raise ConfigurationError(
                 "chunk='auto' counts the memory of every operator, and torch.compile hides them: give chunk a number"
             )
-        if not useful or _tells_calls_apart(net) or is_compiled(net):
-            return Sizes(chosen, chosen)
+        if not useful or self.kept_apart or layers_tell_calls_apart(net) or is_compiled(net):
+            return as_chosen, False
         if elements > self._elements:
             self._elements, self._needs, self._bytes = elements, {}, None
         if True not in self._needs:
-            self._measuring = longest[True] > 0
-            return Sizes(chosen, chosen)
+            return as_chosen, longest[True] > 0
         if self.chunk == "auto":
             budget = self._allowed(net)
-            chunk = self._size(True, chosen, budget, longest[True])
+            chunk, measuring = self._size(True, chosen, budget, longest[True])
+            if self._updates:
+                chunk, measuring = chosen, False
         else:
-            budget, chunk = self._needs[True].of(chosen), chosen
-        group = max(self._size(False, chosen, budget, longest[False]), chunk) if selects else chunk
-        return Sizes(min(chunk, time_steps), min(group, time_steps))
+            budget, chunk, measuring = self._needs[True].of(chosen), chosen, False
+        group = chunk
+        if selects:
+            fitting, measuring_group = self._size(False, chosen, budget, longest[False])
+            group = max(fitting, chunk)
+            measuring |= measuring_group
+        return CallSizes(min(chunk, time_steps), min(group, time_steps), chosen), measuring
 
-    def _size(self, back_propagated: bool, chosen: int, budget: int, longest: int) -> int:
-        """How many steps fit; what more than ``chosen`` need is measured with one more, where they would be tried."""
+    def _size(self, back_propagated: bool, chosen: int, budget: int, longest: int) -> tuple[int, bool]:
+        """How many steps fit, in whole calls of the user's own, and whether to measure: what two such calls need."""
         need = self._needs.get(back_propagated)
-        fitting = chosen if need is None else max(need.steps_within(budget), chosen)
+        fitting = chosen if need is None else max(need.steps_within(budget) // chosen * chosen, chosen)
         measuring = longest > 0 if need is None else need.steps <= chosen < min(fitting, longest)
-        self._measuring |= measuring
-        return min(fitting, chosen + 1) if measuring else fitting
+        return min(fitting, 2 * chosen) if measuring else fitting, measuring
 
-    def parts(self, steps: int) -> tuple[int, ...]:
-        """The calls that one call over ``steps`` steps stands for, as batch norm has to see them."""
-        part = self.chunk if isinstance(self.chunk, int) else 1
-        return (*[part] * (steps // part), *([steps % part] if steps % part else []))
+    def measured(self, call: Call, peak: int, own: int) -> None:
+        """Take in the bytes that a call needed: at its peak, and of its own."""
+        known, need = self._needs.get(call.selected), (call.steps, peak, own)
+        self._needs[call.selected] = _Need(*need) if known is None else known.with_another(*need)
 
-    @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Surround the iteration for which `sizes` was asked."""
-        if not self._measuring:
-            yield
-            return
-        try:
-            with ActivationMeter() as self._meter:
-                yield
-        finally:
-            self._meter = None
+    def keep_apart(self, reason: str) -> None:
+        """Keep to the user's own calls from now on."""
+        self.kept_apart = self.kept_apart or reason
 
-    @contextmanager
-    def call(self, back_propagated: bool, steps: int) -> Iterator[None]:
-        """Surround one call of the network, with its backward."""
-        meter = self._meter
-        if meter is None:
-            yield
-            return
-        before = meter.peak_bytes = meter.live_bytes
-        yield
-        known, need = self._needs.get(back_propagated), (steps, meter.peak_bytes, meter.peak_bytes - before)
-        self._needs[back_propagated] = _Need(*need) if known is None else known.with_another(*need)
-
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, net: nn.Module) -> dict[str, Any]:
         """What was measured: a resumed run has to send the same calls."""
         needs = {str(kind): astuple(need) for kind, need in self._needs.items()}
-        return {"elements": self._elements, "needs": needs, "budget": (self.budget, self._bytes)}
+        return {
+            "elements": self._elements,
+            "needs": needs,
+            "budget": (self.budget, self._bytes),
+            "kept apart": self.kept_apart,
+            "rows": self.rows.state_dict(net),
+        }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, net: nn.Module, state: dict[str, Any]) -> None:
         """Go on with what was measured."""
         self._elements = state["elements"]
         budget, bytes_ = state["budget"]
@@ -191,6 +166,11 @@ class Grouping:
         self._needs = {
             kind: _Need(*state["needs"][str(kind)]) for kind in (True, False) if str(kind) in state["needs"]
         }
+        if "rows" not in state:  # of an earlier version, which did not watch the network: measure again
+            self._needs = {}
+            return
+        self.kept_apart = state["kept apart"]
+        self.rows.load_state_dict(net, state["rows"])
 
     def _allowed(self, net: nn.Module) -> int:
         """The budget in bytes. What else comes to use the device later changes no sizes: calls stay what they were."""
@@ -207,67 +187,31 @@ class Grouping:
         return self._bytes
 
 
-def _tells_calls_apart(net: nn.Module) -> bool:
-    """Whether one call of C steps is not C calls, batch norm apart."""
-    for module in net.modules():
-        if not module.training:
-            continue
-        if isinstance(module, (_DropoutNd, nn.RReLU)) and getattr(module, "p", 1) > 0:
-            return True
-        if isinstance(module, _NormBase) and not is_batch_norm(module):
-            return True
-    return False
-
-
-@contextmanager
-def batch_norms_in_parts(
-    net: nn.Module, parts: Sequence[int], evaluated_once: Callable[[nn.Module, Tensor], bool]
-) -> Iterator[None]:
-    """Let batch norms in training take their statistics over parts of a call.
+class Measuring(SpeedUp):
+    """Measures the calls of one pass.
 
     Args:
-        net: The network.
-        parts: How many steps each part has.
-        evaluated_once: Whether a norm of a tensor is time-invariant: it counts the parts by itself.
+        grouping: What learns of it.
     """
-    norms = [module for module in net.modules() if is_batch_norm(module) and module.training]
-    own = [vars(norm).get("forward") for norm in norms]
-    for norm in norms:
-        vars(norm)["forward"] = partial(_in_parts, norm, norm.forward, parts, evaluated_once)
-    try:
+
+    def __init__(self, grouping: Grouping) -> None:
+        self._grouping = grouping
+        self._meter = ActivationMeter()
+        self._before = 0
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Count the bytes that live in it."""
+        with self._meter:
+            yield
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Count the bytes that a call adds, and those at its peak."""
         yield
-    finally:
-        for norm, forward in zip(norms, own):
-            del vars(norm)["forward"]
-            if forward is not None:
-                vars(norm)["forward"] = forward
-
-
-def _in_parts(
-    norm: nn.Module,
-    forward: Callable[[Tensor], Tensor],
-    parts: Sequence[int],
-    evaluated_once: Callable[[nn.Module, Tensor], bool],
-    x: Tensor,
-) -> Tensor:
-    """``forward`` of each part of ``x`` ``[C, N, ...]``, or ``[C * N, ...]`` where time is folded into the batch."""
-    steps = sum(parts)
-    if len(x) % steps or evaluated_once(norm, x):
-        return forward(x)
-    per_step = len(x) // steps
-    return torch.cat([forward(part) for part in x.split([per_step * part for part in parts])])
-
-
-def _checked(budget: int | str) -> int | str:
-    if isinstance(budget, str):
-        with suppress(ValueError):
-            if 0 < float(budget) <= 1:
-                return budget
-    elif isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget
-    raise ConfigurationError(
-        f"memory_budget must be a number of bytes, or a part of the device's memory as text, '0.8', got {budget!r}"
-    )
+        meter = self._meter
+        self._grouping.measured(call, meter.peak_bytes, meter.peak_bytes - self._before)
+        self._before = meter.peak_bytes = meter.live_bytes
 
 
 def _in_bytes(budget: int | str, net: nn.Module) -> int:

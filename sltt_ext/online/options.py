@@ -1,64 +1,93 @@
-"""What the trainer's options may be."""
+"""What the options of a trainer may be; each is checked here and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import operator
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.online.schedule import Schedule, random_steps
 
-__all__ = ["check_options"]
+__all__ = ["LossOn", "Scale", "TimeDim", "axis", "budget", "chunk_size", "count", "one_of", "reads", "selection", "trains_network_only"]
+
+Scale = Literal["mean", "paper"]
+LossOn = Literal["step", "mean"]
+TimeDim = Literal[0, 1]
+Choice = TypeVar("Choice")
 
 
-def check_options(
-    *,
-    loss_fn: Any,
-    time_steps: Any,
-    k: Any,
-    chunk: Any,
-    scale: Any,
-    schedule: Any,
-    time_dim: Any,
-    output: Any,
-    loss_on: Any,
-    target_time_dim: Any,
-    on_step: Any,
-) -> None:
-    """Raise a ConfigurationError for an option of `OnlineTrainer` that cannot work."""
-    _check_count("time_steps", time_steps)
+def count(name: str, value: Any, at_most: int | None = None, otherwise: str = "") -> int:
+    """A positive integer, of Python or NumPy."""
+    number: int | None = None
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            number = operator.index(value)
+    if number is None or number < 1 or (at_most is not None and number > at_most):
+        limit = "a positive integer" if at_most is None else f"an integer from 1 to time_steps={at_most}"
+        raise ConfigurationError(f"{name} must be {limit}{otherwise}, got {value!r}")
+    return number
+
+
+def chunk_size(value: Any) -> int | Literal["auto"]:
+    """``chunk``: a number of steps, or ``"auto"``."""
+    return "auto" if isinstance(value, str) and value == "auto" else count("chunk", value, otherwise=" or 'auto'")
+
+
+def budget(value: Any, chunk: Any) -> int | str | None:
+    """``memory_budget``: bytes, a part of the device's memory as text, or None."""
+    if value is None:
+        return None
     if chunk != "auto":
-        _check_count("chunk", chunk, otherwise=" or 'auto'")
-    if k is not None:
-        _check_count("k", k, at_most=time_steps)
+        raise ConfigurationError("memory_budget goes with chunk='auto': leave it out, or say chunk='auto'")
+    if isinstance(value, str):
+        with suppress(ValueError):
+            if 0 < float(value) <= 1:
+                return value
+    elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    raise ConfigurationError(
+        f"memory_budget must be a number of bytes, or a part of the device's memory as text, '0.8', got {value!r}"
+    )
+
+
+def selection(k: Any, schedule: Schedule | None, time_steps: int) -> Schedule | None:
+    """``k`` or ``schedule``: which steps are back-propagated; None is all of them."""
     if k is not None and schedule is not None:
         raise ConfigurationError("give k or schedule, not both")
-    if scale not in ("mean", "paper"):
-        raise ConfigurationError(f"scale must be 'mean' or 'paper', got {scale!r}")
-    for name, dim in {"time_dim": time_dim, "target_time_dim": target_time_dim}.items():
-        if dim not in (None, 0, 1):
-            raise ConfigurationError(f"{name} must be None, 0 or 1, got {dim!r}")
-    if isinstance(output, str) and output not in ("spike", "membrane"):
-        raise ConfigurationError(f"output must be None, 'spike', 'membrane' or a function, got {output!r}")
-    if loss_on not in ("step", "mean"):
-        raise ConfigurationError(f"loss_on must be 'step' or 'mean', got {loss_on!r}")
-    if loss_on == "mean" and (target_time_dim is not None or on_step is not None):
+    return schedule if k is None else random_steps(count("k", k, at_most=time_steps))
+
+
+def axis(name: str, value: Any) -> TimeDim | None:
+    """An axis of time."""
+    return one_of(name, value, (None, 0, 1), "None, 0 or 1")
+
+
+def one_of(name: str, value: Any, choices: tuple[Choice, ...], text: str) -> Choice:
+    """One of several values."""
+    if isinstance(value, bool) or not any(value == choice for choice in choices):
+        raise ConfigurationError(f"{name} must be {text}, got {value!r}")
+    return next(choice for choice in choices if value == choice)
+
+
+def reads(value: Any) -> Any:
+    """``output``: what the loss reads."""
+    if value is None or callable(value):
+        return value
+    return one_of("output", value, ("spike", "membrane"), "None, 'spike', 'membrane' or a function")
+
+
+def trains_network_only(loss_fn: Callable[..., Any], target_time_dim: Any, on_step: Any) -> None:
+    """What ``loss_on="mean"`` goes with."""
+    if target_time_dim is not None or on_step is not None:
         raise ConfigurationError(
             "loss_on='mean' has one loss for all steps: it goes with neither target_time_dim nor on_step"
         )
-    if loss_on == "mean" and isinstance(loss_fn, nn.Module) and any(_trained(loss_fn)):
+    if isinstance(loss_fn, nn.Module) and any(parameter.requires_grad for parameter in loss_fn.parameters()):
         raise ConfigurationError(
             "loss_on='mean' trains the network only, and loss_fn has parameters that require a gradient: "
             "freeze them, or use loss_on='step'"
         )
-
-
-def _trained(module: nn.Module) -> Iterator[bool]:
-    return (parameter.requires_grad for parameter in module.parameters())
-
-
-def _check_count(name: str, value: Any, at_most: int | None = None, otherwise: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (at_most and value > at_most):
-        limit = "a positive integer" if at_most is None else f"an integer from 1 to time_steps={at_most}"
-        raise ConfigurationError(f"{name} must be {limit}{otherwise}, got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -12,16 +12,16 @@ from sltt_ext.neuron import state_dtype
 
 __all__ = ["MeanOutput", "Output", "output_sequence"]
 
-Output = str | Callable[[Any], Tensor] | None
+Output = Literal["spike", "membrane"] | Callable[[Any], Tensor] | None
 
 
-def output_sequence(returned: Any, output: Output, steps: int, multi_step: bool) -> Tensor:
+def output_sequence(returned: Any, steps: int, output: Output, multi_step: bool) -> Tensor:
     """The output ``[C, N, ...]`` of a network for C steps.
 
     Args:
         returned: What it returned.
-        output: See `OnlineTrainer`.
         steps: C; 1 where it takes single steps.
+        output: See `OnlineTrainer`.
         multi_step: Whether it takes sequences.
 
     Raises:

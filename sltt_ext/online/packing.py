@@ -4,81 +4,105 @@ A convolution or linear layer saves the spikes it reads, to compute its weight's
 The neurons say which tensors are their spikes; where autograd saves one of these, or a view of it, bits are kept,
 and the floats are made again when backward reads them. The float tensor is freed as soon as the forward pass is
 done with it. Average pooling saves its input, and backward reads nothing but its shape: that is kept.
+
+What is kept never holds the tensor that autograd saves, but another one of the same memory: a node that saves its own
+output would keep itself alive. And it remembers the tensor's version: autograd checks that nobody has changed what
+backward reads, and leaves that check to whoever saves something else.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from sltt_ext.forwards import Layer, Replacements
 from sltt_ext.neuron import SLTTNeuron
-from sltt_ext.stateless import is_average_pooling
+from sltt_ext.online.compiled import eager_modules
+from sltt_ext.online.passes import Call, Pass, SpeedUp
+from sltt_ext.time_invariant import is_average_pooling
 
-__all__ = ["Packing", "packing"]
+__all__ = ["PackedSpikes"]
 
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: these bits in the highest byte
 
 
-@contextmanager
-def packing(net: nn.Module, enabled: bool) -> Iterator[Packing]:
-    """Surround a pass through time, in which `Packing.saving` packs what it saves."""
-    packing = Packing()
-    with ExitStack() as stack:
-        for module in net.modules() if enabled else ():
-            if isinstance(module, SLTTNeuron):
-                stack.callback(module.register_forward_hook(packing.remember).remove)
-            elif is_average_pooling(module):  # these two next to its forward, inside of all other hooks
-                stack.callback(module.register_forward_pre_hook(packing.begin_average).remove)
-                end = module.register_forward_hook(packing.end_average, prepend=True, always_call=True)
-                stack.callback(end.remove)
-        yield packing
+class PackedSpikes(SpeedUp):
+    """Packs what the calls of one pass save.
 
+    Args:
+        enabled: False saves everything as it is.
+    """
 
-class Packing:
-    """What is known of the tensors that are being saved."""
-
-    def __init__(self) -> None:
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
         self._spikes: dict[int, _Spikes] = {}
-        self._averaging = False
+        self._averaging = 0
 
-    def saving(self) -> saved_tensors_hooks:
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Stand next to the forward of neurons and average poolings, inside of all hooks."""
+        with Replacements() as replaced:
+            for module in eager_modules(one.net) if self._enabled else ():
+                if isinstance(module, SLTTNeuron):
+                    replaced.forward(module, Layer.OWN, self._fire)
+                elif is_average_pooling(module):
+                    replaced.forward(module, Layer.OWN, self._average)
+            yield
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Pack what a call saves, if it is back-propagated."""
+        if not (self._enabled and call.selected):
+            yield
+            return
+        with self.saving():
+            yield
+
+    def saving(self) -> AbstractContextManager[Any]:
         """A context in which autograd saves packed tensors, whatever other hooks there are around."""
         return saved_tensors_hooks(self._pack, _unpack)
 
-    def begin_average(self, pool: Any, inputs: Any) -> None:
-        """Forward pre-hook of average pooling."""
-        self._averaging = True
+    def _average(self, pool: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._averaging += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._averaging -= 1
 
-    def end_average(self, pool: Any, inputs: Any, output: Any) -> None:
-        """Forward hook of average pooling."""
-        self._averaging = False
-
-    def remember(self, neuron: Any, inputs: Any, output: Any) -> None:
-        """Forward hook of a neuron."""
+    def _fire(self, neuron: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
         fired = neuron.spikes(output)
-        if fired is None or not fired[0].requires_grad:
-            return
-        tensor, factor = fired
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        known = _Spikes(tensor, factor, weakref.ref(storage, lambda _: self._spikes.pop(key, None)))
-        self._spikes[key] = known
+        if fired is not None and fired[0].requires_grad:
+            tensor, factor = fired
+            storage = tensor.untyped_storage()
+            key = id(storage)
+            freed = weakref.ref(storage, lambda _: self._spikes.pop(key, None))
+            self._spikes[key] = _Spikes(tensor, factor, freed)
+        return output
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack(self, tensor: Tensor) -> _Saved:
         if self._averaging:
             return _Shape(tensor)
         storage = tensor.untyped_storage()
         known = self._spikes.get(id(storage))
         if known is None or not known.is_still(tensor, storage):
-            return tensor
+            return _AsItIs(tensor)
         return known.pack(tensor)
+
+
+class _Saved:
+    """What is kept in the place of a tensor that autograd saves."""
+
+    def unpack(self) -> Tensor:
+        """The tensor, or one that is equal."""
+        raise NotImplementedError
 
 
 class _Spikes:
@@ -97,10 +121,10 @@ class _Spikes:
         same = self.storage() is storage and self.dtype == tensor.dtype
         return same and self.version == tensor._version
 
-    def pack(self, tensor: Tensor) -> _Saved:
+    def pack(self, tensor: Tensor) -> _View:
         if self._bits is None:
             self._bits = pack_bits(tensor.detach().as_strided((self._numbers,), (1,), 0))
-        return _Saved(self, tensor)
+        return _View(self, tensor)
 
     def unpack(self) -> Tensor:
         assert self._bits is not None
@@ -108,8 +132,8 @@ class _Spikes:
         return numbers if self._factor is None else numbers.mul_(self._factor)
 
 
-class _Saved:
-    """One saved view of the spikes."""
+class _View(_Saved):
+    """One view of the spikes."""
 
     def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
         self._spikes = spikes
@@ -119,7 +143,24 @@ class _Saved:
         return self._spikes.unpack().as_strided(*self._view)
 
 
-class _Shape:
+class _AsItIs(_Saved):
+    """A tensor in its own memory, with autograd's check that it is unchanged."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = tensor._version
+
+    def unpack(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor of "
+                f"shape {list(self._tensor.shape)} is at version {self._tensor._version}; expected version {self._version} "
+                "instead"
+            )
+        return self._tensor
+
+
+class _Shape(_Saved):
     """A tensor of which backward reads the shape alone."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -129,9 +170,8 @@ class _Shape:
         return self._number.expand(self._shape)
 
 
-def _unpack(saved: Any) -> Tensor:
-    unpacked: Tensor = saved if isinstance(saved, Tensor) else saved.unpack()
-    return unpacked
+def _unpack(saved: _Saved) -> Tensor:
+    return saved.unpack()
 
 
 def pack_bits(numbers: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.online.capture import capturing
 
 __all__ = ["Schedule", "longest_runs", "random_steps", "runs", "selected_steps"]
 
@@ -15,9 +16,18 @@ Schedule = Callable[[int, torch.Generator | None], Iterable[int]]
 
 
 def random_steps(k: int) -> Schedule:
-    """SLTT-K's schedule: ``k`` of the time steps, drawn without replacement (Meng et al. 2023, Sec. 4.3)."""
+    """SLTT-K's schedule: ``k`` of the time steps, drawn without replacement (Meng et al. 2023, Sec. 4.3).
+
+    Raises:
+        ConfigurationError: When a draw would be captured in a CUDA graph, which freezes it.
+    """
 
     def schedule(time_steps: int, generator: torch.Generator | None) -> list[int]:
+        if capturing():
+            raise ConfigurationError(
+                "a CUDA graph replays the steps that were drawn while it was captured, the same ones in every iteration: "
+                "capture without k, or give a schedule= whose steps may be frozen"
+            )
         device = "cpu" if generator is None else generator.device
         with _disable_current_modes():  # real numbers also where the network runs on fake tensors
             drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()

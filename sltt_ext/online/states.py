@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
@@ -20,21 +20,21 @@ def reset(neurons: Sequence[StatefulModule]) -> None:
 
 
 @contextmanager
-def all_or_nothing(net: nn.Module, reset: Callable[[], Any]) -> Iterator[None]:
-    """Put gradients and state back if anything goes wrong; out-of-memory and Ctrl-C included."""
+def all_or_nothing(leaves: Iterable[Tensor], reset: Callable[[], Any]) -> Iterator[None]:
+    """Put the gradients of ``leaves``, and states, back if anything goes wrong; out-of-memory and Ctrl-C included."""
     before = [
-        (parameter, None if parameter.grad is None else parameter.grad.clone())
-        for parameter in net.parameters()
-        if parameter.requires_grad
+        (leaf, None if leaf.grad is None else leaf.grad.clone())
+        for leaf in leaves
+        if leaf.requires_grad and leaf.is_leaf
     ]
     try:
         yield
     except BaseException:
-        for parameter, grad in before:
-            if grad is None or parameter.grad is None:
-                parameter.grad = grad
+        for leaf, grad in before:
+            if grad is None or leaf.grad is None:
+                leaf.grad = grad
             else:
-                parameter.grad.copy_(grad)
+                leaf.grad.copy_(grad)
         reset()
         raise
 
@@ -43,9 +43,9 @@ def all_or_nothing(net: nn.Module, reset: Callable[[], Any]) -> Iterator[None]:
 def carrying_charged(modules: Sequence[StatefulModule]) -> Iterator[None]:
     """One tensor a neuron from step to step, where its backward reads what it carries."""
     neurons = [module for module in modules if isinstance(module, SLTTNeuron)]
-    for neuron in neurons:
-        neuron.carry_charged(True)
     try:
+        for neuron in neurons:
+            neuron.carry_charged(True)
         yield
     except BaseException:
         reset(modules)  # a state that settles needs memory, which may be what has run out

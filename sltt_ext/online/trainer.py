@@ -1,32 +1,39 @@
-"""The time loop of SLTT and SLTT-K."""
+"""SLTT and SLTT-K behind one interface: gradients of a converted network, step by step in time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
-from sltt_ext.online.distributed import Step, common_generator, is_distributed, synchronised_once
-from sltt_ext.online.frames import Frames, frames
-from sltt_ext.online.grouping import Grouping, Sizes, batch_norms_in_parts
-from sltt_ext.online.invariant import Invariants
-from sltt_ext.online.options import check_options
-from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
-from sltt_ext.online.packing import packing
-from sltt_ext.online.schedule import Schedule, longest_runs, random_steps, runs, selected_steps
-from sltt_ext.online.states import all_or_nothing, carrying_charged, reset
-from sltt_ext.online.surroundings import Surroundings
+from sltt_ext.online import options
+from sltt_ext.online.distributed import Step, common_generator, is_distributed, no_synchronisation, synchronised_once
+from sltt_ext.online.frames import frames
+from sltt_ext.online.grouping import Grouping
+from sltt_ext.online.invariant_trials import InvariantModules
+from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.objective import (
+    Backward,
+    LossFn,
+    back_propagate,
+    reaches_every_leaf,
+    targets_of_steps,
+    total_loss,
+)
+from sltt_ext.online.outputs import Output, output_sequence
+from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, through_time
+from sltt_ext.online.schedule import Schedule, longest_runs, random_steps, selected_steps
+from sltt_ext.online.snapshot import Snapshot
+from sltt_ext.online.speed_ups import speed_ups_of
+from sltt_ext.online.states import all_or_nothing, reset
 
-__all__ = ["LossFn", "OnlineResult", "OnlineTrainer"]
-
-LossFn = Callable[[Tensor, Any], Tensor]
+__all__ = ["OnlineResult", "OnlineTrainer"]
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,11 @@ class OnlineTrainer:
             every step: ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
         memory_budget: For ``chunk="auto"``: bytes for activations, states and gradients, or a part of the
             memory that a CUDA device has left (of all memory on the CPU) as text; default ``"0.8"``.
-        cache_invariant: Evaluate what does not depend on time once an iteration: every stateless module until
-            the first neuron where one input is shown at all steps, and every weight parametrisation. Modules
-            that torch.compile runs are left out, and so is all with ``on_step``. Your own module takes part
-            with an attribute ``sltt_time_invariant = True``.
+        cache_invariant: Evaluate what does not depend on time once an iteration: every time-invariant module until
+            the first neuron where one input is shown at all steps, and every weight parametrisation. The first
+            iteration evaluates them at every step, and leaves out those whose output, weights or gradient
+            turn out to depend on the step. Modules that torch.compile runs are left out, and so is all with
+            ``on_step``. Your own module takes part with an attribute ``sltt_time_invariant = True``.
         pack_spikes: Store spikes that are saved for backward as bits, and of what average pooling saves the
             shape: less memory, a little more time.
         wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
@@ -113,47 +121,46 @@ class OnlineTrainer:
         loss_fn: LossFn,
         time_steps: int,
         k: int | None = None,
-        chunk: int | str = 1,
+        chunk: int | Literal["auto"] = 1,
         *,
-        scale: str = "mean",
+        scale: options.Scale = "mean",
         schedule: Schedule | None = None,
         generator: torch.Generator | None = None,
-        time_dim: int | None = None,
+        time_dim: options.TimeDim | None = None,
         output: Output = None,
         full_output: bool = True,
-        backward: Callable[[Tensor], Any] | None = None,
-        loss_on: str = "step",
-        target_time_dim: int | None = None,
+        backward: Backward | None = None,
+        loss_on: options.LossOn = "step",
+        target_time_dim: options.TimeDim | None = None,
         on_step: Callable[[int], Any] | None = None,
         memory_budget: int | str | None = None,
         cache_invariant: bool = True,
         pack_spikes: bool = False,
         wrapper: nn.Module | None = None,
     ) -> None:
-        check_options(
-            loss_fn=loss_fn, time_steps=time_steps, k=k, chunk=chunk, scale=scale, schedule=schedule, time_dim=time_dim,
-            output=output, loss_on=loss_on, target_time_dim=target_time_dim, on_step=on_step,
-        )  # fmt: skip
         self.net = net
         self.loss_fn = loss_fn
-        self.time_steps = time_steps
-        self.chunk = chunk
-        self.scale = scale
-        self.schedule = random_steps(k) if k is not None else schedule
+        self.time_steps = options.count("time_steps", time_steps)
+        self.chunk = options.chunk_size(chunk)
+        self.scale = options.one_of("scale", scale, ("mean", "paper"), "'mean' or 'paper'")
+        self.schedule = options.selection(k, schedule, self.time_steps)
         self.generator = generator
-        self.time_dim = time_dim
-        self.output = output
+        self.time_dim = options.axis("time_dim", time_dim)
+        self.output = options.reads(output)
         self.full_output = full_output
         self.backward = backward
-        self.loss_on = loss_on
-        self.target_time_dim = target_time_dim
+        self.loss_on = options.one_of("loss_on", loss_on, ("step", "mean"), "'step' or 'mean'")
+        self.target_time_dim = options.axis("target_time_dim", target_time_dim)
         self.on_step = on_step
+        if self.loss_on == "mean":
+            options.trains_network_only(loss_fn, target_time_dim, on_step)
         self.cache_invariant = cache_invariant
         self.pack_spikes = pack_spikes
         self.wrapper = wrapper
+        budget = options.budget(memory_budget, self.chunk)
         self._common: torch.Generator | None = None
-        self._grouping = Grouping(chunk, memory_budget)
-        self._invariants = Invariants()
+        self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
+        self._modules = InvariantModules()
         self._neurons()
 
     def forward_backward(self, x: Any, target: Any, *, sync: bool = True) -> OnlineResult:
@@ -172,26 +179,25 @@ class OnlineTrainer:
 
         After any exception the gradients are what they were before the call, and the state is reset.
         """
-        neurons, multi_step = self._neurons()
+        neurons, _ = self._neurons()
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         steps = self._steps()
         divisor = len(steps) if self.scale == "mean" else self.time_steps
-        last = self.time_steps if self.full_output else steps[-1] + 1
-        targets = self._targets(target)
+        stop = self.time_steps if self.full_output or self.loss_on == "mean" else steps[-1] + 1
+        targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
 
-        def loss_of_run(output_seq: Tensor, start: int) -> Tensor:
-            return self._loss(output_seq, targets[start : start + len(output_seq)]) / divisor
+        def loss_of_call(output_seq: Tensor, call: Call) -> Tensor:
+            return total_loss(self.loss_fn, output_seq, targets[call.start : call.stop]) / divisor
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
-        with all_or_nothing(self.net, partial(reset, neurons)), synchronised as step:
+        with all_or_nothing(self._leaves(x), partial(reset, neurons)), synchronised as step:
             if self.loss_on == "mean":
                 loss, output = self._two_passes(x, target, steps, divisor, step)
             else:
-                source = frames(x, self.time_steps, self.time_dim, multi_step)
-                loss, output = self._through_time(source, last, steps, loss_of_run, step)
+                loss, output = self._run(x, stop, steps, loss_of_call, step)
         assert loss is not None  # the schedule selects at least one step
-        return OnlineResult(loss, output, steps, self.time_steps if self.loss_on == "mean" else last)
+        return OnlineResult(loss, output, steps, stop)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Tensor:
@@ -202,19 +208,18 @@ class OnlineTrainer:
         Raises:
             InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
         """
-        _, multi_step = self._neurons()
-        source = frames(x, self.time_steps, self.time_dim, multi_step)
-        return self._through_time(source, self.time_steps)[1]
+        return self._run(x, self.time_steps)[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the generator that draws the steps, and what was measured of the calls; for checkpoints.
+        """The state of the generator that draws the steps, and what was found out about the network; for checkpoints.
 
         The former is None where the trainer draws from torch's default generator, whose state is torch's to save.
         """
         generator = self._common or self.generator
         return {
             "generator": None if generator is None else generator.get_state(),
-            "calls": self._grouping.state_dict(),
+            "calls": self._grouping.state_dict(self.net),
+            "time-invariant": self._modules.state_dict(self.net),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -231,13 +236,82 @@ class OnlineTrainer:
             raise ConfigurationError(
                 "the checkpoint is of a trainer without generator=: leave it out here, too"
             )
-        self._grouping.load_state_dict(state["calls"])
+        self._grouping.load_state_dict(self.net, state["calls"])
+        if "time-invariant" in state:  # earlier versions found nothing out
+            self._modules.load_state_dict(self.net, state["time-invariant"])
         if saved is None:
             return
         if self.generator is None:
             self.generator = torch.Generator()
         self.generator.set_state(saved.cpu())
         self._common = None
+
+    def _run(
+        self,
+        x: Any,
+        stop: int,
+        steps: tuple[int, ...] = (),
+        loss_of_call: Callable[[Tensor, Call], Tensor] | None = None,
+        step: Step = no_synchronisation,
+    ) -> tuple[Tensor | None, Tensor]:
+        """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated."""
+        neurons, multi_step = self._neurons()
+        source = frames(x, self.time_steps, self.time_dim, multi_step)
+        sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
+        output = partial(output_sequence, output=self.output, multi_step=multi_step)
+        one = Pass(self.net, neurons, multi_step, source, stop, steps, sizes, output)
+        # weights have to stay as they are, and versions to be counted
+        caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
+        speed_ups, once = speed_ups_of(
+            sizes, step=step, grouping=self._grouping, measuring=measuring, modules=self._modules, caches=caches,
+            keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
+        )  # fmt: skip
+        objective = None
+        if loss_of_call is not None:
+            objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
+        return through_time(one, objective, speed_ups)
+
+    def _two_passes(
+        self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
+    ) -> tuple[Tensor | None, Tensor]:
+        """Loss of the mean output, and the mean output; the gradient step by step, in a second pass."""
+        if isinstance(x, Iterator):
+            raise InputError(
+                "loss_on='mean' goes through the frames twice: give a tensor or a list, not an iterator"
+            )
+        before = Snapshot(self.net)
+        with torch.no_grad():
+            _, mean = self._run(x, self.time_steps, step=step)
+        output = mean.requires_grad_()
+        loss = total_loss(self.loss_fn, output.unsqueeze(0), [target])
+        (gradient,) = torch.autograd.grad(loss, output)
+        after = Snapshot(self.net)
+        before.restore()
+
+        def part_of_call(output_seq: Tensor, call: Call) -> Tensor:
+            return (output_seq.to(gradient.dtype) * (gradient / divisor)).sum()
+
+        try:
+            self._run(x, steps[-1] + 1, steps, part_of_call, step)
+        finally:
+            after.restore()
+        return loss.detach(), output.detach()
+
+    def _back_propagate(self, once: EvaluatedOnce, loss: Tensor) -> None:
+        if self.backward is None or not self.cache_invariant:
+            back_propagate(loss, self.backward)
+        elif not reaches_every_leaf(loss, self.backward):
+            self._modules.off = True
+            if once.in_use:
+                raise LossError(
+                    "backward= no longer gives a gradient to everything that the loss follows from (does it name "
+                    "inputs=?), and modules were evaluated once for all steps: use cache_invariant=False"
+                )
+
+    def _after(self, call: Call) -> None:
+        if self.on_step is not None:
+            self.on_step(call.stop - 1)
+            torch.clear_autocast_cache()  # it has the weights as they were
 
     def _steps(self) -> tuple[int, ...]:
         """The steps to back-propagate, the same in all processes."""
@@ -248,108 +322,22 @@ class OnlineTrainer:
             self._common = common_generator(net, self.generator)
         return selected_steps(self.schedule, self.time_steps, self._common or self.generator)
 
-    def _two_passes(
-        self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
-    ) -> tuple[Tensor | None, Tensor]:
-        """Loss of the mean output, and the mean output; the gradient step by step, in a second pass."""
-        if isinstance(x, Iterator):
-            raise InputError(
-                "loss_on='mean' goes through the frames twice: give a tensor or a list, not an iterator"
-            )
-        _, multi_step = self._neurons()
-        before = Surroundings(self.net)
-        with torch.no_grad():
-            source = frames(x, self.time_steps, self.time_dim, multi_step)
-            _, mean = self._through_time(source, self.time_steps, step=step)
-        output = mean.requires_grad_()
-        loss = self._loss(output.unsqueeze(0), [target])
-        (gradient,) = torch.autograd.grad(loss, output)
-        after = Surroundings(self.net)
-        before.restore()
-        try:
-            source = frames(x, self.time_steps, self.time_dim, multi_step)
-
-            def part_of_run(output_seq: Tensor, start: int) -> Tensor:
-                return (output_seq.to(gradient.dtype) * (gradient / divisor)).sum()
-
-            self._through_time(source, steps[-1] + 1, steps, part_of_run, step)
-        finally:
-            after.restore()
-        return loss.detach(), output.detach()
-
-    def _through_time(
-        self,
-        source: Frames,
-        last: int,
-        steps: tuple[int, ...] = (),
-        loss_of_run: Callable[[Tensor, int], Tensor] | None = None,
-        step: Step = lambda last: nullcontext(),
-    ) -> tuple[Tensor | None, Tensor]:
-        """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated."""
-        neurons, multi_step = self._neurons()
-        sizes = self._sizes(neurons, multi_step, source.elements, longest_runs(last, steps))
-        mean = MeanOutput()
-        total: Tensor | None = None
-        cast_without_grad = True
-        reset(neurons)
-        with (
-            self._grouping.measured(),
-            carrying_charged(neurons),
-            self._invariants.evaluated_once(
-                self.net,
-                source.static,
-                multi_step,
-                differentiable=bool(steps),
-                enabled=self._caches(),
-                keeps_graphs=not is_distributed(self.wrapper or self.net),
-            ) as invariants,
-            packing(self.net, self.pack_spikes) as packed,
-        ):
-            invariants.saving = packed.saving
-            for start, stop, selected in runs(last, steps, sizes.chunk, sizes.group):
-                if selected and cast_without_grad:
-                    torch.clear_autocast_cache()  # torch 2.6 takes weights cast under no_grad from it, as constants
-                cast_without_grad = not selected
-                is_last = selected and stop > steps[-1]
-                parts = self._grouping.parts(stop - start)
-                with ExitStack() as call:
-                    call.enter_context(self._grouping.call(selected, stop - start))
-                    call.enter_context(step(is_last))
-                    frame = source.take(start, stop)
-                    call.enter_context(invariants.call(frame, parts, selected, is_last))
-                    if len(parts) > 1:
-                        call.enter_context(batch_norms_in_parts(self.net, parts, invariants.has))
-                    if selected and self.pack_spikes:
-                        call.enter_context(packed.saving())
-                    with torch.set_grad_enabled(selected):
-                        output_seq = self._step(frame, stop - start, multi_step)
-                    if selected and loss_of_run is not None:
-                        loss = loss_of_run(output_seq, start)
-                        self._backward(loss)
-                        total = loss.detach() if total is None else total + loss.detach()
-                        del loss
-                    mean.add(output_seq.detach())
-                    del output_seq
-                    for neuron in neurons:
-                        neuron.detach_state()
-                if selected and self.on_step is not None:
-                    self.on_step(stop - 1)
-                    torch.clear_autocast_cache()  # it has the weights as they were
-        return total, mean.value()
-
-    def _caches(self) -> bool:
-        """Whether modules are evaluated once that can be: weights have to stay as they are, versions to be counted."""
-        return self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
-
     def _sizes(
         self, neurons: list[StatefulModule], multi_step: bool, elements: int, longest: dict[bool, int]
-    ) -> Sizes:
-        """How many steps share a call of the network."""
+    ) -> tuple[CallSizes, bool]:
+        """How many steps share a call of the network, and whether its calls are measured."""
         if any(neuron.whole_sequence for neuron in neurons):
-            return Sizes(self.time_steps, self.time_steps)
+            return CallSizes(self.time_steps, self.time_steps, self.time_steps), False
         if not multi_step:
-            return Sizes(1, 1)
+            return CallSizes(1, 1, 1), False
         return self._grouping.sizes(self.net, self.time_steps, elements, longest)
+
+    def _leaves(self, x: Any) -> list[Tensor]:
+        """Everything that an iteration gives a gradient to."""
+        leaves: list[Tensor] = list(self.net.parameters())
+        if isinstance(self.loss_fn, nn.Module):
+            leaves += self.loss_fn.parameters()
+        return [*leaves, x] if isinstance(x, Tensor) else leaves
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""
@@ -373,51 +361,3 @@ class OnlineTrainer:
                         f"chunk={self.time_steps} (time_steps), and neither k nor schedule"
                     )
         return neurons, multi_step
-
-    def _step(self, x: Any, steps: int, multi_step: bool) -> Tensor:
-        """Outputs ``[C, N, ...]`` of the network for C frames."""
-        return output_sequence(self.net(x), self.output, steps, multi_step)
-
-    def _targets(self, target: Any) -> Any:
-        """The target of each step."""
-        if self.target_time_dim is None:
-            return [target] * self.time_steps
-        dim = self.target_time_dim
-        if not isinstance(target, Tensor) or target.dim() <= dim or target.shape[dim] != self.time_steps:
-            got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
-            raise InputError(
-                f"the target needs {self.time_steps} steps along target_time_dim={dim}, got {got}: give a tensor "
-                "with one target for each step, or leave target_time_dim out"
-            )
-        return target.unbind(dim)
-
-    def _loss(self, output_seq: Tensor, targets: Any) -> Tensor:
-        losses = [self.loss_fn(output, target) for output, target in zip(output_seq, targets, strict=True)]
-        for loss in losses:
-            if not isinstance(loss, Tensor) or loss.dim() != 0:
-                got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise LossError(
-                    f"loss_fn must return a scalar tensor, got {got}: reduce it, e.g. with .mean()"
-                )
-        total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        if not total.requires_grad:
-            raise LossError(
-                "the loss needs no gradient: no parameter of the network requires one, or the network or the "
-                "loss detaches its output"
-            )
-        return total
-
-    def _backward(self, loss: Tensor) -> None:
-        try:
-            if self.backward is None:
-                loss.backward()
-            else:
-                self.backward(loss)
-        except RuntimeError as error:
-            if "backward through the graph a second time" not in str(error):
-                raise
-            raise LossError(
-                "the loss reaches back to an earlier time step: a module carries a tensor from step to step that "
-                "the conversion does not see. Register it as state (SpikingJelly: register_memory), or detach it "
-                "before the module keeps it"
-            ) from error

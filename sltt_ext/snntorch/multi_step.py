@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_map
 
 from sltt_ext.errors import ConfigurationError, InputError, SLTTError
+from sltt_ext.forwards import Layer, Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.snntorch.neurons import StepwiseNeuron
 
@@ -48,6 +48,8 @@ class MultiStep(StatefulModule, nn.Module):
     >>> multi_step(torch.rand(25, 8, 4)).shape
     torch.Size([25, 8, 2])
     """
+
+    keeps_steps_apart = True
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -106,7 +108,8 @@ class MultiStep(StatefulModule, nn.Module):
                 )
             return output.unflatten(0, (time_steps, batch))
 
-        with _unfolding(self.net, time_steps):
+        with Replacements() as replaced:
+            _Unfolding(time_steps, batch).around(self.net, replaced)
             return tree_map(unfolded, self.net(self.fold(x_seq)))
 
 
@@ -120,35 +123,57 @@ class _Fold(nn.Module):
         return x_seq.flatten(0, 1)
 
 
-@contextmanager
-def _unfolding(net: nn.Module, time_steps: int) -> Iterator[None]:
-    """Let the modules of ``net`` that tell time steps apart unfold them from the batch."""
-    with ExitStack() as stack:
+class _Unfolding:
+    """Unfolds time where a layer tells time steps apart.
+
+    Args:
+        time_steps: T.
+        batch: N, so that what has all steps in it has a multiple of ``T * N`` rows, and one step a multiple of N.
+    """
+
+    def __init__(self, time_steps: int, batch: int) -> None:
+        self._time_steps = time_steps
+        self._batch = batch
+        self._in_step = False
+
+    def around(self, net: nn.Module, replaced: Replacements) -> None:
+        """Stand around these layers of ``net``."""
         for module in net.modules():
             if isinstance(module, StepwiseNeuron):
-                stack.enter_context(_attribute(module, "sltt_time_steps", time_steps))
-            elif _is_batch_norm_through_time(module):
-                forward = partial(_norm_through_time, module, time_steps)
-                stack.enter_context(_attribute(module, "forward", forward))
+                replaced.attribute(module, "sltt_time_steps", self._time_steps)
+            elif _is_list_of_batch_norms(module):
+                replaced.forward(module, Layer.STEPS, self._norm_of_each_step)
             elif isinstance(module, _NormBase) and (module.training or module.running_mean is None):
-                forward = partial(_step_by_step, module.forward, time_steps)
-                stack.enter_context(_attribute(module, "forward", forward))
+                replaced.forward(module, Layer.STEPS, self._step_by_step)
             elif type(module) is nn.Conv2d and module.weight.device.type == "cpu":
-                stack.enter_context(_attribute(module, "_conv_forward", partial(_channels_last, module)))
-        yield
+                replaced.attribute(module, "_conv_forward", partial(_channels_last, module))
 
+    def _step_by_step(self, norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self._in_step or len(x) == self._batch != self._time_steps * self._batch:  # the network's own loop
+            return forward(x)
+        return torch.cat([forward(x_t) for x_t in self._steps(norm, x)])
 
-@contextmanager
-def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give a module's own attribute a value for a while."""
-    own = vars(module)
-    before = {name: own[name]} if name in own else {}
-    own[name] = value
-    try:
-        yield
-    finally:
-        del own[name]
-        own.update(before)
+    def _norm_of_each_step(self, norms: Any, forward: Any, x: Tensor) -> Tensor:
+        if len(norms) != self._time_steps:
+            raise InputError(
+                f"a BatchNormTT made for {len(norms)} time steps got a sequence of {self._time_steps}: run all of them "
+                "in one call"
+            )
+        steps = self._steps(norms, x)
+        self._in_step = True
+        try:
+            return torch.cat([norm(x_t) for norm, x_t in zip(norms, steps)])
+        finally:
+            self._in_step = False
+
+    def _steps(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        if len(x) % (self._time_steps * self._batch):
+            raise InputError(
+                f"{type(module).__name__} is called with {len(x)} rows, and {self._time_steps} steps of {self._batch} "
+                "samples are folded into the batch: it cannot tell the steps apart. Keep the batch in front, or call the "
+                "network step by step, without MultiStep"
+            )
+        return x.unflatten(0, (self._time_steps, -1)).unbind(0)
 
 
 def _channels_last(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -157,21 +182,12 @@ def _channels_last(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | No
     return nn.Conv2d._conv_forward(conv, x, laid_out, bias)
 
 
-def _step_by_step(forward: Callable[[Tensor], Tensor], time_steps: int, x: Tensor) -> Tensor:
-    return torch.cat([forward(x_t) for x_t in x.unflatten(0, (time_steps, -1))])
-
-
-def _norm_through_time(norms: Any, time_steps: int, x: Tensor) -> Tensor:
-    if len(norms) != time_steps:
-        raise InputError(
-            f"a BatchNormTT made for {len(norms)} time steps got a sequence of {time_steps}: run all of them in one call"
-        )
-    steps = x.unflatten(0, (time_steps, -1))
-    return torch.cat([type(norm).forward(norm, x_t) for norm, x_t in zip(norms, steps)])
-
-
-def _is_batch_norm_through_time(module: nn.Module) -> bool:
-    """Whether a module is what snnTorch's BatchNormTT1d and BatchNormTT2d return."""
+def _is_list_of_batch_norms(module: nn.Module) -> bool:
     return (
         type(module) is nn.ModuleList and len(module) > 0 and all(isinstance(n, _BatchNorm) for n in module)
     )
+
+
+def _is_batch_norm_through_time(module: nn.Module) -> bool:
+    """Whether a module is what snnTorch's BatchNormTT1d and BatchNormTT2d return: a list of norms without bias."""
+    return _is_list_of_batch_norms(module) and all(norm.affine and norm.bias is None for norm in module)

@@ -42,6 +42,9 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
     def multi_step(self) -> bool:
         return False
 
+    def steps_of(self, *args: Any) -> int:
+        return self.sltt_time_steps or 1
+
     def reset_state(self) -> None:
         self.reset_mem()
 

@@ -1,4 +1,4 @@
-"""The tensors that do not depend on time: evaluated once, read by every step, back-propagated in the end."""
+"""Tensors that do not depend on time: evaluated once, read by every step, back-propagated in the end."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
+from sltt_ext.time_invariant import Time
 
-__all__ = ["Known", "Static", "Statistics", "Value"]
+__all__ = ["BatchStatistics", "HandedOut", "InvariantTensor", "Reads", "StaticInput", "spread"]
 
 
-class Value:
+class InvariantTensor:
     """A tensor that is the same at every step.
 
     Args:
-        evaluate: Computes it, with its graph down to the leaves of the values it follows from.
+        evaluate: Computes it, with its graph down to the leaves of the tensors it follows from.
         keeps_graph: Whether the graph of its first evaluation is kept for the backward pass.
-        versions: Of the parameters it follows from.
-        time: How the steps of a call share it: None has no time, ``"axis"`` is ``[1, N, ...]`` and read as
-            ``[T, N, ...]``, ``"batch"`` is ``[N, ...]`` and read as ``[T * N, ...]``.
+        reads: What else it follows from.
+        time: How the steps of a call share it.
         counted: The running statistics that every step counts in, of a batch norm in training.
     """
 
@@ -32,11 +33,11 @@ class Value:
         self,
         evaluate: Callable[[], Tensor],
         keeps_graph: bool = False,
-        versions: tuple[int, ...] = (),
-        time: str | None = None,
-        counted: Statistics | None = None,
+        reads: Reads | None = None,
+        time: Time = Time.NONE,
+        counted: BatchStatistics | None = None,
     ) -> None:
-        self.versions = versions
+        self.reads = reads
         self.time = time
         self.counted = counted
         self._evaluate = evaluate
@@ -116,43 +117,16 @@ class Value:
             self._gather()
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._gated = None  # which hold the value
+        self._hook = self._gated = None  # which hold the tensor
         if last:
             self._graph = None
 
 
-class Known:
-    """A tensor with which the network is seen to call its modules."""
-
-    def __init__(self, tensor: Tensor, value: Value) -> None:
-        self.value = value
-        self._tensor = tensor
-        self._version, self._grad_fn = tensor._version, tensor.grad_fn
-
-    def is_unchanged(self) -> bool:
-        """Whether it still is what was handed out: the same numbers, and no other graph behind them."""
-        return self._tensor._version == self._version and self._tensor.grad_fn is self._grad_fn
-
-
-class _Gate(torch.autograd.Function):
-    """Identity; backward adds what the leaf has gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, value: Value) -> Tensor:
-        ctx.value = value
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        gathered = ctx.value.gathered()
-        return gradient if gathered is None else gathered.add_(gradient).to(gradient.dtype), None
-
-
-class Static(Value):
+class StaticInput(InvariantTensor):
     """The network's input, itself."""
 
     def __init__(self, x: Tensor, multi_step: bool) -> None:
-        super().__init__(lambda: x, time="axis" if multi_step else None)
+        super().__init__(lambda: x, time=Time.AXIS if multi_step else Time.NONE)
         self._x = x.unsqueeze(0) if multi_step else x
         self._first_version = x._version
 
@@ -169,23 +143,84 @@ class Static(Value):
         return self._x
 
 
-class Statistics:
+class HandedOut:
+    """A tensor that the network was given, as modules are seen to be called with it."""
+
+    def __init__(self, tensor: Tensor, value: Any) -> None:
+        self.value = value
+        self._tensor = tensor
+        self._version, self._grad_fn = tensor._version, tensor.grad_fn
+
+    def is_unchanged(self) -> bool:
+        """Whether it still is what was handed out: the same numbers, and no other graph behind them."""
+        return self._tensor._version == self._version and self._tensor.grad_fn is self._grad_fn
+
+
+class Reads:
+    """What a module reads besides its arguments: parameters, buffers and tensors that are plain attributes."""
+
+    def __init__(self, module: nn.Module, counts: bool = False) -> None:
+        self._tensors = _tensors_of(module, counts)
+        self._seen = [(_storage(tensor), _version(tensor)) for tensor in self._tensors]
+
+    @property
+    def usable(self) -> bool:
+        """Whether one evaluation can stand for several: no tensor has a graph of one step, or a hook on its gradient."""
+        return not any(
+            tensor.grad_fn is not None
+            or tensor.is_inference()  # which does not count its changes
+            or tensor._backward_hooks
+            or tensor._post_accumulate_grad_hooks
+            for tensor in self._tensors
+        )
+
+    def are_the_same_tensors(self, other: Reads) -> bool:
+        """Whether no tensor was exchanged for another."""
+        ours, theirs = self._tensors, other._tensors
+        return len(ours) == len(theirs) and all(a is b for a, b in zip(ours, theirs))
+
+    def are_as_they_were(self, earlier: Reads) -> bool:
+        """Whether these are the same tensors, in the same memory, and unchanged."""
+        return self.are_the_same_tensors(earlier) and self._seen == earlier._seen
+
+
+def _tensors_of(module: nn.Module, counts: bool) -> list[Tensor]:
+    """All tensors that a module, or a module in it, holds; without its own buffers where it ``counts`` in them."""
+    tensors: list[Tensor] = []
+    for part in module.modules():
+        own = vars(part)
+        tensors += [tensor for tensor in own["_parameters"].values() if tensor is not None]
+        if not counts:
+            tensors += [tensor for tensor in own["_buffers"].values() if tensor is not None]
+        tensors += [value for value in own.values() if isinstance(value, Tensor)]
+    return tensors
+
+
+def _storage(tensor: Tensor) -> int:
+    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage()._cdata
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class BatchStatistics:
     """A batch norm in training, evaluated once: each step counts in its running statistics, as if it had been computed."""
 
     def __init__(self, module: Any) -> None:
         self._module = module
         self._numbers = 0
 
-    def normalise(self, x: Tensor, multi_step: bool) -> Tensor:
-        """The normalised ``x``, ``[1, N, ...]`` where the network takes sequences."""
-        module, x = self._module, x[0] if multi_step else x
+    def normalise(self, x: Tensor, time: Time) -> Tensor:
+        """The normalised ``x``, which is ``[1, N, ...]`` where it has an axis of time."""
+        module, x = self._module, x[0] if time is Time.AXIS else x
         self._numbers = x.numel() // x.shape[1]
         like = state_dtype(x.dtype) if module.running_mean is None else module.running_mean.dtype
         self._mean, self._variance = torch.zeros(2, x.shape[1], dtype=like, device=x.device)
         output = F.batch_norm(
             x, self._mean, self._variance, module.weight, module.bias, True, 1.0, module.eps
         )
-        return output.unsqueeze(0) if multi_step else output
+        return output.unsqueeze(0) if time is Time.AXIS else output
 
     @torch.no_grad()
     def count(self, parts: Sequence[int]) -> None:
@@ -201,3 +236,26 @@ class Statistics:
             mean.mul_(1 - module.momentum).add_(self._mean, alpha=module.momentum)
             variance.mul_(1 - module.momentum).add_(self._variance, alpha=module.momentum * unbiased)
         module.num_batches_tracked.add_(len(parts))
+
+
+def spread(tensor: Tensor, time: Time, steps: int) -> Tensor:
+    """What a call of so many steps reads of a tensor that all of them share; never the tensor itself."""
+    if steps > 1 and time is Time.AXIS:
+        return tensor.expand(steps, *tensor.shape[1:])
+    if steps > 1 and time is Time.BATCH:
+        return torch.cat([tensor] * steps)  # which keeps the layout
+    return tensor.expand_as(tensor)  # whose gradient is handed on as it is, unlike a view's, which shares its memory
+
+
+class _Gate(torch.autograd.Function):
+    """Identity; backward adds what the leaf has gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, value: InvariantTensor) -> Tensor:
+        ctx.value = value
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gathered = ctx.value.gathered()
+        return gradient if gathered is None else gathered.add_(gradient).to(gradient.dtype), None

@@ -1,4 +1,4 @@
-"""What a pass through time changes besides the neurons' state, so that it can run twice as if once."""
+"""What a pass through time changes besides the neurons' states, so that it can run twice as if once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Surroundings"]
+__all__ = ["Snapshot"]
 
 
-class Surroundings:
+class Snapshot:
     """A copy of a network's buffers and of the states of torch's random number generators it draws from.
 
     Args:

@@ -1,0 +1,266 @@
+"""What does not depend on time is evaluated once an iteration, not once a step.
+
+A tensor does not depend on time where it is the network's static input, or what a time-invariant module makes of such
+tensors: the stem of a network that is shown one image, and every weight parametrisation
+(``torch.nn.utils.parametrize``), which is called with nothing at all.
+
+A module is first watched for one pass through time, in which every step evaluates it as ever. From then on it is
+evaluated once a pass, if it has returned the same numbers at all steps, from the same weights, if nobody has changed
+its output in place, and if each step's gradient has come through it at most once.
+
+Its output is then cut from the graph. Each step reads a tensor of its own that follows from one leaf, where the
+steps' gradients add up. When the last back-propagated step is done with the leaf, so is the graph::
+
+    first step              steps                         last step
+    x -> stem -> leaf       leaf -> step t -> loss[t]     leaf -> step T -> loss[T] -> backward -> leaf -> stem's backward
+
+The gradient is the sum over the steps, as before, added up at the invariant output and not at the parameters. A
+parametrisation's backward runs as soon as the last step's has reached its weight, so that what it saved is free before
+the next layer's turn; that of a stem after the step, in reverse order of evaluation.
+
+Wrappers that synchronise gradients free the weights behind each layer, and send its gradient before the next one's. There
+no graph is kept: the last step evaluates the module once more, behind a gate that adds what the leaf has gathered::
+
+    last step
+    x -> stem -> gate -> step T -> loss[T] -> backward -> gate, gradient of step T + what the leaf has gathered -> stem
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from sltt_ext.errors import LossError
+from sltt_ext.forwards import Layer, Replacements, has_own_forward
+from sltt_ext.online.capture import capturing
+from sltt_ext.online.compiled import eager_modules
+from sltt_ext.online.invariant_tensors import (
+    BatchStatistics,
+    HandedOut,
+    InvariantTensor,
+    Reads,
+    StaticInput,
+    spread,
+)
+from sltt_ext.online.invariant_trials import InvariantModules, Trial
+from sltt_ext.online.passes import Call, Pass, SpeedUp
+from sltt_ext.time_invariant import Time, is_counting_batch_norm, is_time_invariant, time_after
+
+__all__ = ["EvaluatedOnce"]
+
+Saving = Callable[[], AbstractContextManager[Any]]
+
+
+class EvaluatedOnce(SpeedUp):
+    """Evaluates the time-invariant modules of one pass once.
+
+    Args:
+        modules: What is known of them.
+        enabled: False evaluates every module at every step.
+        keeps_graphs: False evaluates each module twice, the second time in the last back-propagated step: where its
+            backward has to come between those of the modules around it, since a wrapper frees and sends weights then.
+        saving: Context for what an evaluation saves: a network's own hooks (checkpointing, say) are for its steps.
+    """
+
+    def __init__(self, modules: InvariantModules, enabled: bool, keeps_graphs: bool, saving: Saving) -> None:
+        self._modules = modules
+        self._enabled = enabled and not modules.off
+        self._keeps_graphs = keeps_graphs
+        self._saving = saving
+        self._tensors: dict[Any, InvariantTensor] = {}
+        self._trials: dict[Any, Trial] = {}
+        self._handed_out: dict[int, HandedOut] = {}
+        self._static: StaticInput | None = None
+        self._call: Call | None = None
+        self._differentiable = self._gates = self._evaluating = False
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Stand in for the forward of every module that may be time-invariant."""
+        static = one.source.static
+        if static is not None and not static.is_inference():  # which does not count its changes
+            self._static = StaticInput(static, one.multi_step)
+        self._differentiable = bool(one.selected)
+        with Replacements() as replaced:
+            try:
+                for module in eager_modules(one.net) if self._enabled else ():
+                    if self._may_be_invariant(module) and not has_own_forward(module):
+                        replaced.forward(module, Layer.ONCE, self._forward)
+                yield
+                self._finish()
+                self._judge_pass()
+            finally:
+                self._close()
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Hand the static input out, and see what the call does with what it is given."""
+        self._call = call
+        self._gates = call.last and not self._keeps_graphs
+        if self._enabled and self._static is not None and self._static.is_unchanged():
+            self._hand_out(call.frame, self._static)
+        try:
+            yield
+            for trial in self._trials.values():
+                trial.end_of_call()
+            if call.last:
+                self._finish()
+        finally:
+            self._handed_out, self._gates, self._call = {}, False, None
+            for tensor in self._tensors.values():
+                tensor.end_of_call(call.last)
+
+    def evaluates(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether ``module`` is evaluated once for ``x``."""
+        return id(x) in self._handed_out and self._is_proven(module) and self._may_be_invariant(module)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a step has read something that was evaluated once."""
+        return bool(self._tensors)
+
+    def _is_proven(self, module: nn.Module) -> bool:
+        return self._modules.are_proven(module, self._differentiable)
+
+    def _may_be_invariant(self, module: nn.Module) -> bool:
+        return module not in self._modules.refused and (
+            is_time_invariant(module) or is_counting_batch_norm(module)
+        )
+
+    def _forward(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``forward(*args, **kwargs)`` of ``module``, or its output of an earlier step."""
+        is_parametrisation = isinstance(module, ParametrizationList)
+        if kwargs or (self._evaluating and not is_parametrisation) or not (args or is_parametrisation):
+            return forward(*args, **kwargs)
+        if module in self._modules.refused or torch.is_inference_mode_enabled() or self._call is None:
+            return forward(*args)
+        inputs = self._inputs(args)
+        time = None if inputs is None else _time_of(module, args, inputs)
+        counts = is_counting_batch_norm(module)
+        reads = Reads(module, counts)
+        if inputs is None or time is None or not reads.usable:
+            return forward(*args)
+        key = (id(module), *map(id, inputs), torch.is_grad_enabled() or not self._call.selected)
+        if not self._is_proven(module):
+            return self._watched(module, forward, args, inputs, key, reads, time, counts)
+        tensor = self._tensors.get(key)
+        if tensor is not None and tensor.reads is not None and not reads.are_as_they_were(tensor.reads):
+            if not reads.are_the_same_tensors(tensor.reads):
+                return forward(*args)  # other weights, for this call
+            if tensor.is_waiting():
+                raise LossError(
+                    f"a network changes the weights of {type(module).__name__} in place, in between steps that are "
+                    "back-propagated: use cache_invariant=False"
+                )
+            tensor = None
+        if tensor is None:
+            differentiable = self._differentiable and key[-1]
+            evaluate, counted = self._evaluation(module, forward, inputs, time, differentiable, counts)
+            tensor = InvariantTensor(evaluate, self._keeps_graphs, reads, time, counted)
+        return self._read(tensor, key, is_parametrisation and not self._evaluating)
+
+    def _inputs(self, args: tuple[Any, ...]) -> list[Any] | None:
+        """The invariant tensors behind a module's arguments; None where one of them may differ from step to step."""
+        handed_out = [self._handed_out.get(id(argument)) for argument in args]
+        inputs = [entry.value for entry in handed_out if entry is not None and entry.is_unchanged()]
+        return inputs if len(inputs) == len(args) else None
+
+    def _read(self, tensor: InvariantTensor, key: Any, early: bool) -> Tensor:
+        """A tensor of this call's own that follows from ``tensor``."""
+        call = self._call
+        assert call is not None
+        leaf = tensor.gated() if self._gates else tensor.leaf()
+        self._tensors[key] = tensor  # in order of evaluation
+        if call.last and early:
+            tensor.back_propagate_early()
+        if tensor.counted is not None:
+            tensor.counted.count(call.parts)
+        output = leaf if self._evaluating else spread(leaf, tensor.time, call.steps)
+        if call.selected and not torch.is_grad_enabled():
+            output = output.detach()  # an autograd function's forward takes what it returns for its own
+        self._hand_out(output, tensor)
+        return output
+
+    def _watched(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        inputs: list[Any],
+        key: Any,
+        reads: Reads,
+        time: Time,
+        counts: bool,
+    ) -> Any:
+        """What ``forward`` returns, compared with what it has returned at the other steps of this pass."""
+        assert self._call is not None
+        if self._evaluating or capturing():  # where nothing can be compared
+            return forward(*args)
+        if key not in self._trials:
+            evaluate, _ = self._evaluation(module, forward, inputs, time, False, counts)
+            self._trials[key] = Trial(module, self._modules, reads, time, evaluate)
+        output = forward(*args)
+        if self._trials[key].watch(output, reads, self._call.steps):
+            self._hand_out(output, self._trials[key])
+        return output
+
+    def _evaluation(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        inputs: list[Any],
+        time: Time,
+        differentiable: bool,
+        counts: bool,
+    ) -> tuple[Callable[[], Tensor], BatchStatistics | None]:
+        """A function that evaluates ``module`` for one step; without a graph where the network wants none."""
+        statistics = BatchStatistics(module) if counts else None
+
+        def evaluate() -> Tensor:
+            before, self._evaluating = self._evaluating, True
+            try:
+                with torch.set_grad_enabled(differentiable), self._saving():
+                    gates = self._gates and differentiable
+                    given = [tensor.gated() if gates else tensor.leaf() for tensor in inputs]
+                    if statistics is not None:
+                        return statistics.normalise(given[0], time)
+                    output: Tensor = forward(*given)
+            finally:
+                self._evaluating = before
+            return output if differentiable else output.detach()
+
+        return evaluate, statistics
+
+    def _hand_out(self, tensor: Any, value: InvariantTensor | Trial) -> None:
+        if isinstance(tensor, Tensor):
+            self._handed_out[id(tensor)] = HandedOut(tensor, value)
+
+    def _judge_pass(self) -> None:
+        for trial in self._trials.values():
+            if trial.has_passed():
+                self._modules.prove(trial.module, self._differentiable)
+
+    def _finish(self) -> None:
+        """Back-propagate what leaves still hold, in reverse order of evaluation."""
+        self._gates = False
+        while waiting := [tensor for tensor in self._tensors.values() if tensor.is_waiting()]:
+            waiting[-1].back_propagate()
+
+    def _close(self) -> None:
+        """Free everything."""
+        for tensor in self._tensors.values():
+            tensor.end_of_call(last=True)
+        self._tensors, self._trials, self._static = {}, {}, None
+
+
+def _time_of(module: nn.Module, args: Sequence[Tensor], inputs: Sequence[Any]) -> Time | None:
+    """Where the output of ``module`` has its time; None where nobody can tell."""
+    times = {entry.time for entry in inputs}
+    if not times:
+        return Time.NONE
+    return time_after(module, args[0], times.pop()) if len(times) == 1 else None

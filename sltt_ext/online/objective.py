@@ -1,0 +1,112 @@
+"""The loss over time: targets of the steps, one scalar for a call, and its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt_ext.errors import InputError, LossError
+
+__all__ = ["Backward", "LossFn", "back_propagate", "reaches_every_leaf", "targets_of_steps", "total_loss"]
+
+LossFn = Callable[[Tensor, Any], Tensor]
+Backward = Callable[[Tensor], Any]
+
+
+def targets_of_steps(target: Any, time_steps: int, target_time_dim: int | None) -> Sequence[Any]:
+    """The target of each step.
+
+    Raises:
+        InputError: If the target does not have ``time_steps`` steps along ``target_time_dim``.
+    """
+    if target_time_dim is None:
+        return [target] * time_steps
+    dim = target_time_dim
+    if not isinstance(target, Tensor) or target.dim() <= dim or target.shape[dim] != time_steps:
+        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise InputError(
+            f"the target needs {time_steps} steps along target_time_dim={dim}, got {got}: give a tensor "
+            "with one target for each step, or leave target_time_dim out"
+        )
+    return target.unbind(dim)
+
+
+def total_loss(loss_fn: LossFn, output_seq: Tensor, targets: Sequence[Any]) -> Tensor:
+    """The sum of the losses of outputs ``[C, N, ...]``, one step after the other.
+
+    Raises:
+        LossError: If a loss is no scalar tensor, or needs no gradient.
+    """
+    with _says_what_caching_hides():
+        losses = [loss_fn(output, target) for output, target in zip(output_seq, targets, strict=True)]
+    for loss in losses:
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise LossError(f"loss_fn must return a scalar tensor, got {got}: reduce it, e.g. with .mean()")
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    if not total.requires_grad:
+        raise LossError(
+            "the loss needs no gradient: no parameter of the network requires one, or the network or the "
+            "loss detaches its output"
+        )
+    return total
+
+
+def back_propagate(loss: Tensor, backward: Backward | None) -> None:
+    """Accumulate the gradient of ``loss``, by ``backward`` if there is one.
+
+    Raises:
+        LossError: If the loss reaches back to an earlier step.
+    """
+    try:
+        if backward is None:
+            loss.backward()
+        else:
+            backward(loss)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise LossError(
+            "the loss reaches back to an earlier time step: a module carries a tensor from step to step that "
+            "the conversion does not see. Register it as state (SpikingJelly: register_memory), or detach it "
+            "before the module keeps it"
+        ) from error
+
+
+def reaches_every_leaf(loss: Tensor, backward: Backward) -> bool:
+    """Accumulate the gradient of ``loss`` by ``backward``, and tell whether every tensor that it follows from got its part.
+
+    A ``backward`` that names its inputs gives others none.
+    """
+    leaf = loss.new_zeros((), requires_grad=True)
+    back_propagate(_WithLeaf.apply(loss, leaf), backward)
+    return leaf.grad is not None
+
+
+class _WithLeaf(torch.autograd.Function):
+    """The loss, and one more leaf that it follows from."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, leaf: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return gradient, torch.zeros_like(gradient)
+
+
+@contextmanager
+def _says_what_caching_hides() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "appears to not have been used in the graph" not in str(error):
+            raise
+        raise LossError(
+            "loss_fn asks autograd for the gradient of a tensor that is not in this step's graph: where that is a weight "
+            "or the input in front of the first neuron, use cache_invariant=False"
+        ) from error

@@ -1,0 +1,175 @@
+"""The time loop: one pass through time, call by call, as the paper has it (Meng et al. 2023, Sec. 4).
+
+A *pass* shows the network T steps, from rest. A *call* of the network takes one of them, or several in a row. For each
+call the network runs, its loss is back-propagated if the call is selected, its output is added to the mean, and its
+state becomes a constant, so that nothing of the call is kept.
+
+Speed-ups stand around a pass and its calls. None of them is needed for the result, and none changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sltt_ext.neuron import StatefulModule
+from sltt_ext.online.frames import Frames
+from sltt_ext.online.outputs import MeanOutput
+from sltt_ext.online.schedule import runs
+from sltt_ext.online.states import reset
+
+__all__ = ["Call", "CallSizes", "Objective", "Pass", "SpeedUp", "through_time"]
+
+
+@dataclass(frozen=True)
+class CallSizes:
+    """How many steps share a call.
+
+    Attributes:
+        chunk: At most, of those that are back-propagated.
+        group: At most, of those that are not.
+        part: How many steps the user's own calls have: batch statistics are those of so many steps.
+    """
+
+    chunk: int
+    group: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the network: the time steps from ``start`` up to ``stop`` of a pass.
+
+    Attributes:
+        start: Its first step.
+        stop: The step after its last one.
+        parts: How many steps each of the user's own calls has that this one stands for.
+        selected: Whether it is back-propagated.
+        last: Whether it is the last one that is.
+        frame: What the network is shown.
+        batch: How many samples that has.
+    """
+
+    start: int
+    stop: int
+    parts: tuple[int, ...]
+    selected: bool
+    last: bool
+    frame: Any
+    batch: int
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run through time, from rest.
+
+    Attributes:
+        net: The network.
+        neurons: All of it that carries state.
+        multi_step: Whether it takes sequences ``[C, N, ...]`` rather than single steps ``[N, ...]``.
+        source: Its input over time.
+        stop: How many steps are run.
+        selected: The steps that are back-propagated, in order.
+        sizes: How many steps share a call.
+        output: Outputs ``[C, N, ...]`` of C steps, from what the network returns.
+    """
+
+    net: nn.Module
+    neurons: Sequence[StatefulModule]
+    multi_step: bool
+    source: Frames
+    stop: int
+    selected: tuple[int, ...]
+    sizes: CallSizes
+    output: Callable[[Any, int], Tensor]
+
+    def calls(self) -> Iterator[Call]:
+        """The calls, in order; each takes its frames when it is its turn."""
+        sizes = self.sizes
+        for start, stop, selected in runs(self.stop, self.selected, sizes.chunk, sizes.group):
+            whole, rest = divmod(stop - start, sizes.part)
+            parts = (*[sizes.part] * whole, *[rest] * bool(rest))
+            frame = self.source.take(start, stop)
+            last = selected and stop > self.selected[-1]
+            yield Call(start, stop, parts, selected, last, frame, _batch_size(frame, self.multi_step))
+
+
+class SpeedUp:
+    """Stands around a pass and around each of its calls; does nothing unless overridden."""
+
+    def around_pass(self, one: Pass) -> AbstractContextManager[Any]:
+        """Surround a pass."""
+        return nullcontext()
+
+    def around_call(self, call: Call) -> AbstractContextManager[Any]:
+        """Surround a call, with its loss and backward."""
+        return nullcontext()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned from a selected call.
+
+    Attributes:
+        loss: Its loss, of outputs ``[C, N, ...]``.
+        back_propagate: Computes the gradients of a loss.
+        after: Called when the call is over.
+    """
+
+    loss: Callable[[Tensor, Call], Tensor]
+    back_propagate: Callable[[Tensor], None]
+    after: Callable[[Call], None]
+
+
+def through_time(
+    one: Pass, objective: Objective | None, speed_ups: Sequence[SpeedUp]
+) -> tuple[Tensor | None, Tensor]:
+    """Run a pass.
+
+    Args:
+        one: The pass.
+        objective: None where nothing is learned.
+        speed_ups: From the outermost to the innermost.
+
+    Returns:
+        The sum of the losses, detached, and the mean output.
+    """
+    mean, total = MeanOutput(), None
+    reset(one.neurons)
+    with ExitStack() as around_pass:
+        for speed_up in speed_ups:
+            around_pass.enter_context(speed_up.around_pass(one))
+        for call in one.calls():
+            with ExitStack() as around_call:
+                for speed_up in speed_ups:
+                    around_call.enter_context(speed_up.around_call(call))
+                with torch.set_grad_enabled(call.selected):
+                    output_seq = one.output(one.net(call.frame), call.steps)
+                if call.selected and objective is not None:
+                    loss = objective.loss(output_seq, call)
+                    objective.back_propagate(loss)
+                    total = loss.detach() if total is None else total + loss.detach()
+                    del loss
+                mean.add(output_seq.detach())
+                del output_seq
+                for neuron in one.neurons:
+                    neuron.detach_state()
+            if call.selected and objective is not None:
+                objective.after(call)
+    return total, mean.value()
+
+
+def _batch_size(frame: Any, multi_step: bool) -> int:
+    tensor = next((leaf for leaf in tree_leaves(frame) if isinstance(leaf, Tensor)), None)
+    return 1 if tensor is None or tensor.dim() <= multi_step else tensor.shape[int(multi_step)]

@@ -1,0 +1,103 @@
+"""The speed-ups around a pass, in the one order that is right, each with what it depends on.
+
+From the outermost to the innermost; a speed-up may rely on those further out being in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from sltt_ext.online.distributed import Step
+from sltt_ext.online.grouping import Grouping, Measuring
+from sltt_ext.online.invariant_trials import InvariantModules
+from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.norms import NormsInParts
+from sltt_ext.online.packing import PackedSpikes
+from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
+from sltt_ext.online.states import carrying_charged
+from sltt_ext.online.watching import NeuronSteps, Watch
+
+__all__ = ["AutocastCache", "ChargedState", "Synchronisation", "speed_ups_of"]
+
+
+class Synchronisation(SpeedUp):
+    """Processes exchange their gradients in the last back-propagated call only.
+
+    Args:
+        step: What surrounds one call; see `sltt_ext.online.distributed`.
+    """
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+
+    def around_call(self, call: Call) -> AbstractContextManager[Any]:
+        """Keep the processes from exchanging gradients, or let them."""
+        return self._step(call.last)
+
+
+class AutocastCache(SpeedUp):
+    """Autocast keeps the weights that it has cast: those cast without gradients are constants (torch 2.6)."""
+
+    def __init__(self) -> None:
+        self._cast_without_gradients = True
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Have weights cast again in the first back-propagated call after one that is not."""
+        if call.selected and self._cast_without_gradients:
+            torch.clear_autocast_cache()
+        self._cast_without_gradients = not call.selected
+        yield
+
+
+class ChargedState(SpeedUp):
+    """Neurons carry, from step to step, the tensor that their backward reads, and no other."""
+
+    def around_pass(self, one: Pass) -> AbstractContextManager[Any]:
+        """Let them."""
+        return carrying_charged(one.neurons)
+
+
+def speed_ups_of(
+    sizes: CallSizes,
+    *,
+    step: Step,
+    grouping: Grouping,
+    measuring: bool,
+    modules: InvariantModules,
+    caches: bool,
+    keeps_graphs: bool,
+    packs: bool,
+) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
+    """The speed-ups of one pass, and the one among them that evaluates once.
+
+    Args:
+        sizes: How many steps share a call.
+        step: What surrounds a call where several processes train.
+        grouping: How many steps may share a call.
+        measuring: Whether calls are measured for that, and the network watched.
+        modules: What is known of time-invariant modules.
+        caches: Whether they are evaluated once.
+        keeps_graphs: See `EvaluatedOnce`.
+        packs: Whether spikes are saved as bits.
+    """
+    packed = PackedSpikes(packs)
+    once = EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
+    shared = max(sizes.chunk, sizes.group) > sizes.part
+    watching = [Watch(grouping.keep_apart)] if measuring else []
+    counting = [NeuronSteps(grouping.keep_apart)] if measuring or shared else []
+    return (
+        Synchronisation(step),
+        AutocastCache(),
+        *([Measuring(grouping)] if measuring else []),
+        ChargedState(),
+        once,
+        NormsInParts(grouping.rows, once.evaluates),
+        *watching,
+        *counting,
+        packed,
+    ), once

@@ -1,0 +1,214 @@
+"""Whether several steps in one call of a network are those steps one by one.
+
+They are not where a neuron runs more than once a step, where the network draws random numbers, keeps numbers of its own
+from call to call, or reads the running statistics of a norm. A network is watched for that in the iterations that are
+measured, in which each call is one of the user's own. What it does is a fact of every call, not a guess from its layers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from sltt_ext.errors import ConfigurationError
+from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.online.compiled import eager_modules
+from sltt_ext.online.passes import Call, Pass, SpeedUp
+from sltt_ext.time_invariant import is_batch_norm
+
+__all__ = ["NeuronSteps", "Watch", "layers_tell_calls_apart"]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_CONTAINERS = (list, dict, set, tuple)
+
+
+def layers_tell_calls_apart(net: nn.Module) -> bool:
+    """Whether ``net`` has layers for which one call of C steps is not C calls: dropout, and norms of an unknown kind."""
+    for module in net.modules():
+        if not module.training:
+            continue
+        if isinstance(module, (_DropoutNd, nn.RReLU)) and getattr(module, "p", 1) > 0:
+            return True
+        if isinstance(module, _NormBase) and not is_batch_norm(module):
+            return True
+    return False
+
+
+class Watch(SpeedUp):
+    """Watches the calls of one pass.
+
+    Args:
+        tell: Called with the reason, where one call of several steps is not those steps one by one.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._net = nn.Module()
+        self._running = 0  # norms
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Stand around the norms, to see who else reads their statistics."""
+        self._net = one.net
+        with Replacements() as replaced:
+            for norm in eager_modules(one.net):
+                if isinstance(norm, _NormBase):
+                    replaced.forward(norm, Layer.STEPS, self._norm)
+                    if norm.training:
+                        replaced.attribute(norm, "_buffers", _Seen(norm._buffers, self._read))
+            try:
+                yield
+            finally:
+                for norm in one.net.modules():
+                    if isinstance(norm._buffers, _Seen):
+                        norm._buffers.give_back()
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Compare what the network keeps, and the random numbers, before and after."""
+        kept, drawn = _kept(self._net), _random_states(self._net)
+        with _BatchNormCalls(lambda: self._running) as operators:
+            yield
+        if operators.outside_of_norms:
+            self._tell("it normalises a batch by an operator of its own")
+        if not _equal(drawn, _random_states(self._net)):
+            self._tell("it draws random numbers")
+        if kept != _kept(self._net):
+            self._tell("it keeps numbers of its own from call to call")
+
+    def _norm(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._running += 1
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._running -= 1
+
+    def _read(self, name: str) -> None:
+        if not self._running and name != "num_batches_tracked":
+            self._tell("it reads the running statistics of a batch norm")
+
+
+class NeuronSteps(SpeedUp):
+    """Counts the steps that each neuron runs in a call.
+
+    Args:
+        tell: As in `Watch`.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._steps: dict[nn.Module, int] = {}
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Stand around the neurons."""
+        with Replacements() as replaced:
+            for module in eager_modules(one.net):
+                if isinstance(module, SLTTNeuron):
+                    replaced.forward(module, Layer.STEPS, self._count)
+            yield
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Compare the neurons' steps with the call's.
+
+        Raises:
+            ConfigurationError: If they differ in a call that stands for several.
+        """
+        self._steps = {}
+        yield
+        for neuron, steps in self._steps.items():
+            if steps == call.steps:
+                continue
+            reason = f"a {type(neuron).__name__} runs {steps} steps in a call of {call.steps}"
+            if len(call.parts) > 1:
+                raise ConfigurationError(
+                    f"several steps share a call of the network, and {reason}: give chunk=1, and no k"
+                )
+            self._tell(reason)
+
+    def _count(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._steps[module] = self._steps.get(module, 0) + (module.steps_of(*args) if args else 1)
+        return forward(*args, **kwargs)
+
+
+class _Seen(dict[str, Any]):
+    """The buffers of a norm; tells who reads one."""
+
+    def __init__(self, buffers: dict[str, Any], read: Callable[[str], None]) -> None:
+        super().__init__(buffers)
+        self._own = buffers
+        self._read = read
+
+    def __getitem__(self, name: str) -> Any:
+        self._read(name)
+        return super().__getitem__(name)
+
+    def give_back(self) -> None:
+        """Put what was set meanwhile into the norm's own buffers."""
+        self._own.clear()
+        self._own.update(self.items())
+
+
+class _BatchNormCalls(TorchDispatchMode):
+    """Sees batch norms that are computed outside of a norm's forward."""
+
+    def __init__(self, running: Callable[[], int]) -> None:
+        super().__init__()
+        self._running = running
+        self.outside_of_norms = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "batch_norm" in str(func) and "backward" not in str(func) and not self._running():
+            self.outside_of_norms = True
+        return func(*args, **(kwargs or {}))
+
+
+def _kept(net: nn.Module) -> list[Any]:
+    """What tells whether a module has changed what it keeps: buffers and attributes, but for states and norms.
+
+    Attributes of torch's own modules (wrappers, too) are no numbers that a network computes with.
+    """
+    kept: list[Any] = []
+    for module in net.modules():
+        if isinstance(module, StatefulModule):
+            continue
+        own = vars(module)
+        values: list[Any] = []
+        if not type(module).__module__.startswith("torch."):
+            values += [own[name] for name in own if name not in _OF_EVERY_MODULE and name != "forward"]
+        if not is_batch_norm(module):
+            values += own["_buffers"].values()
+        kept += [_mark(value) for value in values]
+    return kept
+
+
+def _mark(value: Any) -> Any:
+    """What differs once a value is another, or another number of them."""
+    if isinstance(value, Tensor):
+        return id(value), 0 if value.is_inference() else value._version
+    if isinstance(value, _CONTAINERS):
+        return len(value), [_mark(leaf) for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, int, float))]
+    return value if isinstance(value, (int, float, str, bool)) else id(value)
+
+
+def _random_states(net: nn.Module) -> list[Any]:
+    devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
+    with _disable_current_modes():
+        cuda = [torch.cuda.get_rng_state(device) for device in sorted(devices, key=str)]
+        return [torch.get_rng_state(), *cuda, random.getstate()]
+
+
+def _equal(before: list[Any], after: list[Any]) -> bool:
+    with _disable_current_modes():
+        return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after))
