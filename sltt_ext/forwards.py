@@ -104,7 +104,9 @@ class _Stack:
         return self._composed(*args, **kwargs)
 
     def add(self, entry: tuple[Layer, Around]) -> None:
-        self._layers = sorted([*self._layers, entry], key=lambda entry: entry[0])  # stable: the later one outside
+        self._layers = sorted(
+            [*self._layers, entry], key=lambda entry: entry[0]
+        )  # stable: the later one outside
         self._compose()
         vars(self._module)["forward"] = self
 

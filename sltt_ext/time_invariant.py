@@ -3,7 +3,8 @@
 No number of an earlier call, no random number and no side effect enters their output. So where their input does not
 change over time, one evaluation does for all time steps. Torch's own layers are known, and a framework's room
 registers its layers. Any other module says it with the attribute ``sltt_time_invariant = True``, or False to be
-evaluated at every step. A module that folds the axis of time into the batch says ``sltt_folds_time = True``.
+evaluated at every step. A module that folds the axis of time into the batch says ``sltt_folds_time = True``, and so does
+a norm, or a network, that reads it folded.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from sltt_ext.forwards import has_own_forward
 
 __all__ = [
     "Time",
+    "folds_time",
     "is_average_pooling",
     "is_batch_norm",
     "is_counting_batch_norm",
     "is_time_invariant",
+    "register_folding",
     "register_time_invariant",
     "time_after",
 ]
-
 
 
 class Time(Enum):
@@ -61,6 +63,7 @@ _BY_DIMENSION = [
 _BY_DIMENSION += ["ConstantPad", "ReflectionPad", "ReplicationPad", "ZeroPad", "CircularPad"]
 _INVARIANT |= {getattr(nn, kind + dimension) for kind in _BY_DIMENSION for dimension in _DIMENSIONS}
 _CONTAINERS: set[type[nn.Module]] = {nn.Sequential}
+_FOLDING: set[type[nn.Module]] = set()
 _BATCH_NORMS: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 
@@ -73,6 +76,16 @@ def register_time_invariant(*classes: type[nn.Module]) -> None:
             _BATCH_NORMS.add(cls)
         else:
             _INVARIANT.add(cls)
+
+
+def register_folding(*classes: type[nn.Module]) -> None:
+    """Add containers of a framework whose modules read ``[T * N, ...]``, time folded into the batch."""
+    _FOLDING.update(classes)
+
+
+def folds_time(module: nn.Module) -> bool:
+    """Whether ``module``, and what is in it, reads time folded into the batch, the samples of the first step first."""
+    return type(module) in _FOLDING or bool(getattr(module, "sltt_folds_time", False))
 
 
 def is_time_invariant(module: nn.Module) -> bool:
@@ -117,14 +130,18 @@ def time_after(module: nn.Module, x: Tensor, time: Time) -> Time | None:
         return Time.BATCH if time is Time.AXIS else None
     if any(map(_moves_the_first_dimension, module.modules())):
         return None
-    if time is Time.BATCH or getattr(module, "step_mode", None) == "m":
+    if time is Time.BATCH or getattr(module, "step_mode", None) == "m" or _reads_batches(module, x):
         return time
-    if is_counting_batch_norm(module):  # torch's own would take its statistics over all steps
-        return None
+    return None
+
+
+def _reads_batches(module: nn.Module, x: Tensor) -> bool:
+    """Whether a layer that takes no sequences treats the first dimension of ``x`` as a batch."""
+    if is_counting_batch_norm(module):
+        return False  # it would take its statistics over all steps
     if type(module) is nn.Sequential:  # what its layers read is not known
-        return time if all(_dimensions(child) is None for child in module.modules()) else None
-    dimensions = _dimensions(module)
-    return time if dimensions is None or x.dim() == dimensions + 2 else None
+        return all(_dimensions(child) is None for child in module.modules())
+    return _dimensions(module) in (None, x.dim() - 2)
 
 
 def _moves_the_first_dimension(module: nn.Module) -> bool:

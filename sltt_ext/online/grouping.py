@@ -24,7 +24,7 @@ from torch import nn
 from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.online.compiled import is_compiled
 from sltt_ext.online.memory import ActivationMeter
-from sltt_ext.online.norms import NormRows
+from sltt_ext.online.norms import untold_norm
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
 from sltt_ext.online.watching import layers_tell_calls_apart
 
@@ -80,21 +80,22 @@ class Grouping:
         updates: Whether weights are updated after every call: how often must not depend on memory.
 
     Attributes:
-        rows: What batch norms were called with.
         kept_apart: Why the network keeps to the user's own calls; None where nothing speaks against more steps in one.
     """
 
     def __init__(self, chunk: int | str, memory_budget: int | str | None, updates: bool = False) -> None:
         self.chunk = chunk
         self.budget = "0.8" if memory_budget is None else memory_budget
-        self.rows = NormRows()
         self.kept_apart: str | None = None
         self._updates = updates
+        self._told = False
         self._bytes: int | None = None  # of the budget, as of the first call that was measured
         self._needs: dict[bool, _Need] = {}
         self._elements = 0
 
-    def sizes(self, net: nn.Module, time_steps: int, elements: int, longest: Mapping[bool, int]) -> tuple[CallSizes, bool]:
+    def sizes(
+        self, net: nn.Module, time_steps: int, elements: int, longest: Mapping[bool, int]
+    ) -> tuple[CallSizes, bool]:
         """How many steps share a call in the iteration that begins, and whether it has to be measured.
 
         Args:
@@ -111,7 +112,7 @@ class Grouping:
             raise ConfigurationError(
                 "chunk='auto' counts the memory of every operator, and torch.compile hides them: give chunk a number"
             )
-        if not useful or self.kept_apart or layers_tell_calls_apart(net) or is_compiled(net):
+        if not useful or is_compiled(net) or self._keeps_apart(net):
             return as_chosen, False
         if elements > self._elements:
             self._elements, self._needs, self._bytes = elements, {}, None
@@ -131,6 +132,24 @@ class Grouping:
             measuring |= measuring_group
         return CallSizes(min(chunk, time_steps), min(group, time_steps), chosen), measuring
 
+    def _keeps_apart(self, net: nn.Module) -> bool:
+        """Whether the network keeps to the user's own calls; who has asked for more is told why, once."""
+        reason = self.kept_apart or layers_tell_calls_apart(net)
+        if reason is None and (path := untold_norm(net)) is not None:
+            reason = (
+                f"nobody tells where the batch norm {path!r} has its time (if it reads [T * N, ...], the samples of the "
+                f"first step first, say so with net.{path}.sltt_folds_time = True)"
+            )
+        if reason is not None and self.chunk == "auto" and not self._told:
+            self._told = True
+            warnings.warn(
+                f"chunk='auto' keeps to one step a call, since several steps in one call would not be those steps one by "
+                f"one: {reason}",
+                SLTTWarning,
+                stacklevel=2,
+            )
+        return reason is not None
+
     def _size(self, back_propagated: bool, chosen: int, budget: int, longest: int) -> tuple[int, bool]:
         """How many steps fit, in whole calls of the user's own, and whether to measure: what two such calls need."""
         need = self._needs.get(back_propagated)
@@ -147,7 +166,7 @@ class Grouping:
         """Keep to the user's own calls from now on."""
         self.kept_apart = self.kept_apart or reason
 
-    def state_dict(self, net: nn.Module) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What was measured: a resumed run has to send the same calls."""
         needs = {str(kind): astuple(need) for kind, need in self._needs.items()}
         return {
@@ -155,10 +174,9 @@ class Grouping:
             "needs": needs,
             "budget": (self.budget, self._bytes),
             "kept apart": self.kept_apart,
-            "rows": self.rows.state_dict(net),
         }
 
-    def load_state_dict(self, net: nn.Module, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with what was measured."""
         self._elements = state["elements"]
         budget, bytes_ = state["budget"]
@@ -166,11 +184,10 @@ class Grouping:
         self._needs = {
             kind: _Need(*state["needs"][str(kind)]) for kind in (True, False) if str(kind) in state["needs"]
         }
-        if "rows" not in state:  # of an earlier version, which did not watch the network: measure again
+        if "kept apart" not in state:  # of an earlier version, which did not watch the network: measure again
             self._needs = {}
             return
         self.kept_apart = state["kept apart"]
-        self.rows.load_state_dict(net, state["rows"])
 
     def _allowed(self, net: nn.Module) -> int:
         """The budget in bytes. What else comes to use the device later changes no sizes: calls stay what they were."""

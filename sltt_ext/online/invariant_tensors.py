@@ -15,7 +15,15 @@ from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
 from sltt_ext.time_invariant import Time
 
-__all__ = ["BatchStatistics", "HandedOut", "InvariantTensor", "Reads", "StaticInput", "spread"]
+__all__ = [
+    "BatchStatistics",
+    "HandedOut",
+    "InvariantTensor",
+    "Reads",
+    "StaticInput",
+    "gradient_hooks",
+    "spread",
+]
 
 
 class InvariantTensor:
@@ -144,16 +152,33 @@ class StaticInput(InvariantTensor):
 
 
 class HandedOut:
-    """A tensor that the network was given, as modules are seen to be called with it."""
+    """A tensor that the network was given, as modules are seen to be called with it.
+
+    Attributes:
+        value: What it is, of all steps.
+        passed_on: Whether a module that is evaluated once has been called with it: its gradient goes past this tensor.
+    """
 
     def __init__(self, tensor: Tensor, value: Any) -> None:
         self.value = value
+        self.passed_on = False
         self._tensor = tensor
         self._version, self._grad_fn = tensor._version, tensor.grad_fn
+        self._hooks = gradient_hooks(tensor)
 
     def is_unchanged(self) -> bool:
         """Whether it still is what was handed out: the same numbers, and no other graph behind them."""
-        return self._tensor._version == self._version and self._tensor.grad_fn is self._grad_fn
+        tensor = self._tensor
+        return tensor._version == self._version and tensor.grad_fn is self._grad_fn and not self.is_hooked()
+
+    def is_hooked(self) -> bool:
+        """Whether someone waits for the gradient of this very tensor."""
+        return gradient_hooks(self._tensor) != self._hooks
+
+
+def gradient_hooks(tensor: Tensor) -> int:
+    """How many wait for the gradient of a tensor that is no leaf."""
+    return len(tensor._backward_hooks or ()) + (tensor.retains_grad and not tensor.is_leaf)
 
 
 class Reads:
@@ -197,7 +222,7 @@ def _tensors_of(module: nn.Module, counts: bool) -> list[Tensor]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage()._cdata
+    return 0 if is_traceable_wrapper_subclass(tensor) else int(tensor.untyped_storage()._cdata)
 
 
 def _version(tensor: Tensor) -> int:
@@ -244,7 +269,9 @@ def spread(tensor: Tensor, time: Time, steps: int) -> Tensor:
         return tensor.expand(steps, *tensor.shape[1:])
     if steps > 1 and time is Time.BATCH:
         return torch.cat([tensor] * steps)  # which keeps the layout
-    return tensor.expand_as(tensor)  # whose gradient is handed on as it is, unlike a view's, which shares its memory
+    return tensor.expand_as(
+        tensor
+    )  # whose gradient is handed on as it is, unlike a view's, which shares its memory
 
 
 class _Gate(torch.autograd.Function):

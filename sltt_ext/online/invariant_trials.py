@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from sltt_ext.online.invariant_tensors import Reads, spread
+from sltt_ext.online.invariant_tensors import Reads, gradient_hooks, spread
 from sltt_ext.time_invariant import Time
 
 __all__ = ["InvariantModules", "Trial"]
@@ -159,12 +159,14 @@ class _Output:
         self._version = output._version
         self._gradients = gradients = [0]
         self._hook = output.register_hook(lambda _: _count(gradients)) if output.requires_grad else None
+        self._hooks = gradient_hooks(output)
 
     def is_spoilt(self) -> bool:
+        hooked = gradient_hooks(self._output) != self._hooks
         if self._hook is not None:
             self._hook.remove()
         changed = self._output._version != self._version or not _equal(self._output.detach(), self._before)
-        return changed or self._gradients[0] > 1
+        return changed or hooked or self._gradients[0] > 1
 
 
 def _count(number: list[int]) -> None:

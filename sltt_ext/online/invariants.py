@@ -83,7 +83,7 @@ class EvaluatedOnce(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand in for the forward of every module that may be time-invariant."""
         static = one.source.static
-        if static is not None and not static.is_inference():  # which does not count its changes
+        if static is not None and not (static.is_inference() or static._backward_hooks):  # see Reads.usable
             self._static = StaticInput(static, one.multi_step)
         self._differentiable = bool(one.selected)
         with Replacements() as replaced:
@@ -108,6 +108,11 @@ class EvaluatedOnce(SpeedUp):
             yield
             for trial in self._trials.values():
                 trial.end_of_call()
+            if any(entry.passed_on and entry.is_hooked() for entry in self._handed_out.values()):
+                raise LossError(
+                    "a network waits for the gradient of a tensor that does not depend on time (register_hook, retain_grad), "
+                    "after it has passed that on to another layer: use cache_invariant=False"
+                )
             if call.last:
                 self._finish()
         finally:
@@ -145,7 +150,8 @@ class EvaluatedOnce(SpeedUp):
         reads = Reads(module, counts)
         if inputs is None or time is None or not reads.usable:
             return forward(*args)
-        key = (id(module), *map(id, inputs), torch.is_grad_enabled() or not self._call.selected)
+        wanted = torch.is_grad_enabled() or not self._call.selected
+        key = (id(module), *map(id, inputs), wanted)
         if not self._is_proven(module):
             return self._watched(module, forward, args, inputs, key, reads, time, counts)
         tensor = self._tensors.get(key)
@@ -158,9 +164,12 @@ class EvaluatedOnce(SpeedUp):
                     "back-propagated: use cache_invariant=False"
                 )
             tensor = None
+        for argument in args:
+            self._handed_out[id(argument)].passed_on = True
         if tensor is None:
-            differentiable = self._differentiable and key[-1]
-            evaluate, counted = self._evaluation(module, forward, inputs, time, differentiable, counts)
+            evaluate, counted = self._evaluation(
+                module, forward, inputs, time, self._differentiable and wanted, counts
+            )
             tensor = InvariantTensor(evaluate, self._keeps_graphs, reads, time, counted)
         return self._read(tensor, key, is_parametrisation and not self._evaluating)
 

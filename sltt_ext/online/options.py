@@ -12,7 +12,19 @@ from torch import nn
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.online.schedule import Schedule, random_steps
 
-__all__ = ["LossOn", "Scale", "TimeDim", "axis", "budget", "chunk_size", "count", "one_of", "reads", "selection", "trains_network_only"]
+__all__ = [
+    "LossOn",
+    "Scale",
+    "TimeDim",
+    "axis",
+    "budget",
+    "chunk_size",
+    "count",
+    "one_of",
+    "reads",
+    "selection",
+    "trains_network_only",
+]
 
 Scale = Literal["mean", "paper"]
 LossOn = Literal["step", "mean"]
@@ -34,7 +46,11 @@ def count(name: str, value: Any, at_most: int | None = None, otherwise: str = ""
 
 def chunk_size(value: Any) -> int | Literal["auto"]:
     """``chunk``: a number of steps, or ``"auto"``."""
-    return "auto" if isinstance(value, str) and value == "auto" else count("chunk", value, otherwise=" or 'auto'")
+    return (
+        "auto"
+        if isinstance(value, str) and value == "auto"
+        else count("chunk", value, otherwise=" or 'auto'")
+    )
 
 
 def budget(value: Any, chunk: Any) -> int | str | None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.frames import Frames
@@ -53,7 +52,6 @@ class Call:
         selected: Whether it is back-propagated.
         last: Whether it is the last one that is.
         frame: What the network is shown.
-        batch: How many samples that has.
     """
 
     start: int
@@ -62,7 +60,6 @@ class Call:
     selected: bool
     last: bool
     frame: Any
-    batch: int
 
     @property
     def steps(self) -> int:
@@ -101,8 +98,7 @@ class Pass:
             whole, rest = divmod(stop - start, sizes.part)
             parts = (*[sizes.part] * whole, *[rest] * bool(rest))
             frame = self.source.take(start, stop)
-            last = selected and stop > self.selected[-1]
-            yield Call(start, stop, parts, selected, last, frame, _batch_size(frame, self.multi_step))
+            yield Call(start, stop, parts, selected, selected and stop > self.selected[-1], frame)
 
 
 class SpeedUp:
@@ -168,8 +164,3 @@ def through_time(
             if call.selected and objective is not None:
                 objective.after(call)
     return total, mean.value()
-
-
-def _batch_size(frame: Any, multi_step: bool) -> int:
-    tensor = next((leaf for leaf in tree_leaves(frame) if isinstance(leaf, Tensor)), None)
-    return 1 if tensor is None or tensor.dim() <= multi_step else tensor.shape[int(multi_step)]

@@ -96,7 +96,7 @@ def speed_ups_of(
         *([Measuring(grouping)] if measuring else []),
         ChargedState(),
         once,
-        NormsInParts(grouping.rows, once.evaluates),
+        NormsInParts(once.evaluates),
         *watching,
         *counting,
         packed,

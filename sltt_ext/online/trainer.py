@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online import options
-from sltt_ext.online.distributed import Step, common_generator, is_distributed, no_synchronisation, synchronised_once
+from sltt_ext.online.distributed import (
+    Step,
+    common_generator,
+    is_distributed,
+    no_synchronisation,
+    synchronised_once,
+)
 from sltt_ext.online.frames import frames
 from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.invariant_trials import InvariantModules
@@ -28,7 +34,7 @@ from sltt_ext.online.objective import (
 )
 from sltt_ext.online.outputs import Output, output_sequence
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, through_time
-from sltt_ext.online.schedule import Schedule, longest_runs, random_steps, selected_steps
+from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
 from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.states import all_or_nothing, reset
@@ -218,7 +224,7 @@ class OnlineTrainer:
         generator = self._common or self.generator
         return {
             "generator": None if generator is None else generator.get_state(),
-            "calls": self._grouping.state_dict(self.net),
+            "calls": self._grouping.state_dict(),
             "time-invariant": self._modules.state_dict(self.net),
         }
 
@@ -236,7 +242,7 @@ class OnlineTrainer:
             raise ConfigurationError(
                 "the checkpoint is of a trainer without generator=: leave it out here, too"
             )
-        self._grouping.load_state_dict(self.net, state["calls"])
+        self._grouping.load_state_dict(state["calls"])
         if "time-invariant" in state:  # earlier versions found nothing out
             self._modules.load_state_dict(self.net, state["time-invariant"])
         if saved is None:

@@ -32,16 +32,16 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, tuple)
 
 
-def layers_tell_calls_apart(net: nn.Module) -> bool:
-    """Whether ``net`` has layers for which one call of C steps is not C calls: dropout, and norms of an unknown kind."""
-    for module in net.modules():
+def layers_tell_calls_apart(net: nn.Module) -> str | None:
+    """The layers of ``net`` for which one call of C steps is not C calls: dropout, and norms of an unknown kind."""
+    for path, module in net.named_modules():
         if not module.training:
             continue
         if isinstance(module, (_DropoutNd, nn.RReLU)) and getattr(module, "p", 1) > 0:
-            return True
+            return f"{path!r} draws random numbers"
         if isinstance(module, _NormBase) and not is_batch_norm(module):
-            return True
-    return False
+            return f"{path!r}, a {type(module).__name__}, reads a batch in a way of its own"
+    return None
 
 
 class Watch(SpeedUp):
@@ -55,6 +55,7 @@ class Watch(SpeedUp):
         self._tell = tell
         self._net = nn.Module()
         self._running = 0  # norms
+        self._norms: list[nn.Module] = []  # that have run in this call
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
@@ -76,9 +77,11 @@ class Watch(SpeedUp):
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Compare what the network keeps, and the random numbers, before and after."""
-        kept, drawn = _kept(self._net), _random_states(self._net)
+        kept, drawn, self._norms = _kept(self._net), _random_states(self._net), []
         with _BatchNormCalls(lambda: self._running) as operators:
             yield
+        if len(self._norms) > call.steps * len(set(self._norms)):
+            self._tell("it calls a batch norm more than once")
         if operators.outside_of_norms:
             self._tell("it normalises a batch by an operator of its own")
         if not _equal(drawn, _random_states(self._net)):
@@ -88,6 +91,7 @@ class Watch(SpeedUp):
 
     def _norm(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._running += 1
+        self._norms += [module] * module.training
         try:
             return forward(*args, **kwargs)
         finally:
@@ -198,7 +202,9 @@ def _mark(value: Any) -> Any:
     if isinstance(value, Tensor):
         return id(value), 0 if value.is_inference() else value._version
     if isinstance(value, _CONTAINERS):
-        return len(value), [_mark(leaf) for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, int, float))]
+        return len(value), [
+            _mark(leaf) for leaf in tree_leaves(value) if isinstance(leaf, (Tensor, int, float))
+        ]
     return value if isinstance(value, (int, float, str, bool)) else id(value)
 
 

@@ -190,4 +190,6 @@ def _is_list_of_batch_norms(module: nn.Module) -> bool:
 
 def _is_batch_norm_through_time(module: nn.Module) -> bool:
     """Whether a module is what snnTorch's BatchNormTT1d and BatchNormTT2d return: a list of norms without bias."""
-    return _is_list_of_batch_norms(module) and all(norm.affine and norm.bias is None for norm in module)
+    if not _is_list_of_batch_norms(module):
+        return False
+    return all(norm.weight is not None and norm.bias is None for norm in module.children())

@@ -47,6 +47,15 @@ class Sequence(SLTTNeuron, nn.Module):
         """It carries nothing."""
 
 
+class Container(Sequence):
+    """A container that calls what is in it step by step, or, without state in it, once for all steps."""
+
+    @property
+    def keeps_steps_apart(self) -> bool:  # type: ignore[override]
+        """Whether it calls step by step."""
+        return bool(getattr(self, "stateful", True))
+
+
 class WholeSequence(Sequence):
     """As `Sequence`, and all T steps have to come in one call."""
 
@@ -123,7 +132,7 @@ def _installed(*names: str) -> list[type[nn.Module]]:
 
 @register_adapter(*_installed("MultiStepContainer", "TLastMultiStepContainer", "StepModeContainer"))
 def _container(module: nn.Module) -> type[SLTTNeuron]:
-    return adapter_subclass(Sequence, type(module))
+    return adapter_subclass(Container, type(module))
 
 
 @register_adapter(

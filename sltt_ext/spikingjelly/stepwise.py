@@ -32,6 +32,7 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     """
 
     v_seq: Any
+    keeps_steps_apart = True
 
     @property
     def multi_step(self) -> bool:

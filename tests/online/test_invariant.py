@@ -72,17 +72,32 @@ def test_nothing_changes_but_the_work(stem, options):
     assert oracle.relative_error(cached, plain) < 1e-6
 
 
-def test_evaluated_once():
+def test_evaluated_once_from_the_second_iteration_on():
     module = Counting(invariant=True)
     online = sltt_ext.OnlineTrainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), F.cross_entropy, T)
     x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
-    for _ in range(3):
+    for evaluations in (T, 1, 1):
         module.calls = 0
         online.forward_backward(x, target)
-        assert module.calls == 1
+        assert module.calls == evaluations
     module.calls = 0
     online.predict(x)
     assert module.calls == 1
+
+
+def test_what_was_watched_in_predictions_only_is_watched_again_in_training():
+    module = Counting(invariant=True)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), F.cross_entropy, T)
+    x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
+    for run_once, evaluations in [
+        (lambda: online.predict(x), T),
+        (lambda: online.predict(x), 1),
+        (lambda: online.forward_backward(x, target), T),
+        (lambda: online.forward_backward(x, target), 1),
+    ]:
+        module.calls = 0
+        run_once()
+        assert module.calls == evaluations
 
 
 @pytest.mark.parametrize(
@@ -106,14 +121,23 @@ def test_evaluated_at_every_step(options):
     assert module.calls == T
 
 
-def test_a_first_iteration_is_like_any_other():
-    """So that a run goes on exactly after an interruption: what a trainer learns in it changes no bit."""
-    net = sltt_ext.convert(Net(layer.Conv2d(2, 4, 3, padding=1), layer.AvgPool2d(2)))
+def test_a_resumed_run_evaluates_the_same_modules_once():
+    """So that it goes on to the last bit as it would have without an interruption."""
+    net = sltt_ext.convert(
+        Net(layer.Conv2d(2, 4, 3, padding=1), Counting(invariant=True), layer.AvgPool2d(2), nn.Tanh())
+    )
+    x, target = torch.ones(3, 2, 6, 6).cumsum(-1).sin(), torch.tensor([0, 2, 1])
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+    online.forward_backward(x, target)
     found = []
-    for _ in range(2):
+    for saved in (online.state_dict(), None):
+        if saved is not None:
+            resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+            resumed.load_state_dict(saved)
         net.zero_grad()
-        online.forward_backward(torch.ones(3, 2, 6, 6).cumsum(-1).sin(), torch.tensor([0, 2, 1]))
+        net.stem[1].calls = 0
+        (online if saved is None else resumed).forward_backward(x, target)
+        assert net.stem[1].calls == 1
         found.append([gradient.clone() for gradient in oracle.gradients(net)])
     assert all(map(torch.equal, *found))
 
@@ -129,9 +153,10 @@ def test_parametrisations_of_any_layer_too():
     net = Net(layer.Conv2d(2, 4, 3, padding=1))
     parametrize.register_parametrization(net.classify, "weight", Watched())
     online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, time_dim=0)
-    calls.clear()
-    online.forward_backward(torch.randn(T, 3, 2, 6, 6), torch.tensor([0, 2, 1]))
-    assert len(calls) == 1
+    for evaluations in (T, 1):
+        calls.clear()
+        online.forward_backward(torch.randn(T, 3, 2, 6, 6), torch.tensor([0, 2, 1]))
+        assert len(calls) == evaluations
 
 
 REAL = {
@@ -170,18 +195,18 @@ def test_real_networks(make, shape, options, pack_spikes):
 
 
 @pytest.mark.parametrize(
-    ("multi_step", "options"),
+    ("multi_step", "options", "watched"),
     [
-        (False, {}),
-        (True, {}),
-        (True, {"chunk": 3}),
-        (True, {"chunk": T}),
-        (True, {"schedule": lambda T, generator: [2]}),
+        (False, {}, T),
+        (True, {}, T),
+        (True, {"chunk": 3}, 2 + 1),  # and once for a single step, to compare with
+        (True, {"chunk": T}, 1 + 1),
+        (True, {"schedule": lambda T, generator: [2]}, T),
     ],
     ids=["steps", "multi-step", "chunks", "sequence", "SLTT-1"],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_snntorch(multi_step, options, training):
+def test_snntorch(multi_step, options, watched, training):
     snntorch = pytest.importorskip("snntorch")
 
     def run_once(cache_invariant):
@@ -207,7 +232,7 @@ def test_snntorch(multi_step, options, training):
         return found, calls.calls
 
     (cached, few), (plain, many) = run_once(True), run_once(False)
-    assert few == 4  # three iterations and a prediction
+    assert few == watched + 3  # two iterations and a prediction
     assert many > few or options == {"chunk": T}
     assert oracle.relative_error(cached, plain) < 1e-6
 
@@ -313,13 +338,30 @@ class Clamping(Net):
         return super().forward(x)
 
 
-def test_weights_that_change_between_steps():
+@pytest.mark.parametrize("options", [{}, {"schedule": lambda T, generator: [2]}], ids=["SLTT", "SLTT-1"])
+def test_weights_that_change_between_steps(options):
     torch.manual_seed(0)
     net, x = Clamping(layer.Conv2d(2, 4, 3, padding=1)), torch.randn(3, 2, 6, 6)
-    cached, plain = both(net, x, "s", schedule=lambda T, generator: [2])
+    cached, plain = both(net, x, "s", **options)
     assert oracle.relative_error(cached, plain) < 1e-6
+
+
+class ClampingLater(Clamping):
+    """Does so when nobody watches any more."""
+
+    iteration = 0
+
+    def forward(self, x):
+        return super().forward(x) if self.iteration else Net.forward(self, x)
+
+
+def test_weights_that_begin_to_change_later():
+    net, x = ClampingLater(layer.Conv2d(2, 4, 3, padding=1)), torch.randn(3, 2, 6, 6)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T)
+    online.forward_backward(x, torch.tensor([0, 2, 1]))
+    net.iteration = 1
     with pytest.raises(LossError, match="the weights of ParametrizationList in place"):
-        run(net, x)
+        online.forward_backward(x, torch.tensor([0, 2, 1]))
 
 
 class Early(Net):
@@ -385,6 +427,7 @@ def test_kept_graphs_are_freed_layer_by_layer():
 
     def peak(cache_invariant):
         online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, k=1, cache_invariant=cache_invariant)
+        online.forward_backward(x, target)  # watched
         net.zero_grad()
         return peak_activation_bytes(lambda: online.forward_backward(x, target), net)
 

@@ -1,5 +1,7 @@
 """Spikes saved as bits: the same gradients, to the last bit, and the memory that is saved."""
 
+from types import SimpleNamespace
+
 import networks
 import oracle
 import pytest
@@ -12,7 +14,7 @@ from torch.nn import functional as F
 
 import sltt_ext
 from sltt_ext.analysis import ActivationMeter
-from sltt_ext.online.packing import pack_bits, packing, unpack_bits
+from sltt_ext.online.packing import PackedSpikes, pack_bits, unpack_bits
 
 T = 3
 
@@ -69,8 +71,9 @@ def test_what_a_layer_keeps_of_the_spikes_it_reads(consumer, floats, packed):
 
     def kept(enabled):
         spiking.reset()
-        with ActivationMeter() as meter, packing(net, enabled) as saved:
-            with saved.saving():
+        packed = PackedSpikes(enabled)
+        with ActivationMeter() as meter, packed.around_pass(SimpleNamespace(net=net)):
+            with packed.saving():
                 s = spiking(x)
                 before = meter.live_bytes - s.nbytes
                 y = consumer(s)

@@ -33,7 +33,7 @@ def weighted(output, t):
     return sum((part * torch.randn(part.shape, generator=generator)).sum() for part in tensors(output))
 
 
-def check(net, x_seq, step=None, tolerance=1e-6):
+def check(net, x_seq, step=None, tolerance=5e-6):  # how layers over T * N round depends on the threads, too
     """Outputs, states, buffers and gradients of one multi-step call are those of the stepping original."""
     stepped, outputs = tutorials.stepping(net, x_seq, weighted, step)
     converted = sltt_ext.convert(copy.deepcopy(net))

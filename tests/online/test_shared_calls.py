@@ -1,0 +1,298 @@
+"""Several steps in one call are those steps one by one: gradients, outputs, running statistics, random numbers."""
+
+import copy
+import random
+
+import oracle
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+from torch.nn import functional as F
+
+import sltt_ext
+from sltt_ext.errors import ConfigurationError, SLTTWarning
+
+T, N = 6, 4
+TARGET = torch.tensor([0, 1, 2, 0])
+
+
+class Net(nn.Module):
+    """Time is folded into the batch by hand, and the network says so."""
+
+    sltt_folds_time = True
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.norm, self.neuron = nn.Linear(8, 16), nn.BatchNorm1d(16), neuron.LIFNode(step_mode="m")
+        self.head = nn.Linear(16, 3)
+
+    def currents(self, x):
+        return self.norm(self.fc(x))
+
+    def forward(self, x_seq):
+        y = self.currents(x_seq.flatten(0, 1))
+        return self.head(self.neuron(2 * y.view(*x_seq.shape[:2], -1)))
+
+
+class ReadsStatistics(Net):
+    def currents(self, x):
+        return super().currents(x) - self.norm.running_mean
+
+
+class KeepsABuffer(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rate", torch.zeros(16))
+
+    def currents(self, x):
+        y = super().currents(x)
+        self.rate = 0.9 * self.rate + 0.1 * y.detach().mean(0)
+        return y - self.rate
+
+
+class KeepsAnAttribute(Net):
+    rate = 0.0
+
+    def currents(self, x):
+        y = super().currents(x)
+        self.rate = 0.9 * self.rate + 0.1 * y.detach().mean()
+        return y - self.rate
+
+
+class KeepsAList(Net):
+    def __init__(self):
+        super().__init__()
+        self.rates = []
+
+    def currents(self, x):
+        y = super().currents(x)
+        self.rates.append(float(y.detach().mean()))
+        return y - sum(self.rates) / len(self.rates)
+
+
+class Counts(Net):
+    calls = 0
+
+    def currents(self, x):
+        self.calls += 1
+        return super().currents(x) * (1 + self.calls % T)
+
+
+class NormsByHand(Net):
+    def currents(self, x):
+        return F.batch_norm(self.fc(x), None, None, training=True)
+
+
+class DropsByHand(Net):
+    def currents(self, x):
+        return F.dropout(super().currents(x), 0.3)
+
+
+class RollsDice(Net):
+    def currents(self, x):
+        return super().currents(x) * random.choice([1.0, 2.0])
+
+
+class NormOfEachStep(Net):
+    """A loop of the network's own around its norm."""
+
+    sltt_folds_time = False
+
+    def currents(self, x):
+        return torch.cat([self.norm(part) for part in self.fc(x).split(N)])
+
+
+class Untold(Net):
+    """Time is not even in front."""
+
+    sltt_folds_time = False
+
+    def currents(self, x):
+        y = self.fc(x)
+        return self.norm(torch.cat([y, 2 * y + 1]))[: len(y)]
+
+
+class NormOfPrototypes(Net):
+    """A norm of rows that have no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.randn(7, 16))
+        self.other = nn.BatchNorm1d(16)
+
+    def currents(self, x):
+        return super().currents(x) + self.other(self.prototypes).mean(0)
+
+
+class NormTwice(Net):
+    """Its running statistics count the steps in another order where all of them come at once."""
+
+    def currents(self, x):
+        return self.norm(super().currents(x))
+
+
+class NeuronTwice(Net):
+    def forward(self, x_seq):
+        return self.head(self.neuron(3 * self.neuron(self.fc(x_seq))))
+
+
+class NeuronStepByStep(Net):
+    def forward(self, x_seq):
+        y = self.currents(x_seq.flatten(0, 1)).view(*x_seq.shape[:2], -1)
+        return self.head(torch.cat([self.neuron(part) for part in y.split(1)]))
+
+
+def layers(*norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Linear(8, 16), *norm, neuron.LIFNode(v_threshold=0.3), layer.Linear(16, 3))
+    functional.set_step_mode(net, "m")
+    return net
+
+
+class InALoop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x_seq):
+        return torch.stack([self.norm(x) for x in x_seq])
+
+
+SHARED = {
+    "folded by hand": Net,
+    "neuron step by step": NeuronStepByStep,
+    "layers": lambda: layers(layer.BatchNorm1d(16)),
+    "container": lambda: layers(layer.MultiStepContainer(nn.BatchNorm1d(16))),
+    "container of a sequence": lambda: layers(layer.SeqToANNContainer(nn.BatchNorm1d(16), nn.Tanh())),
+    "norm through time": lambda: layers(layer.BatchNormThroughTime1d(T, 16)),
+    "norm without statistics, evaluated": lambda: layers(
+        layer.BatchNorm1d(16, track_running_stats=False)
+    ).eval(),
+    "cumulative norm": lambda: layers(layer.BatchNorm1d(16, momentum=None)),
+}
+KEPT_APART = {
+    "reads running statistics": ReadsStatistics,
+    "keeps a buffer": KeepsABuffer,
+    "keeps an attribute": KeepsAnAttribute,
+    "keeps a list": KeepsAList,
+    "counts": Counts,
+    "normalises by hand": NormsByHand,
+    "drops by hand": DropsByHand,
+    "rolls dice": RollsDice,
+    "neuron twice": NeuronTwice,
+    "norm of each step": NormOfEachStep,
+    "nobody tells where time is": Untold,
+    "norm twice": NormTwice,
+    "a loop around a norm": lambda: layers(InALoop()),
+}
+
+
+def iterations(net, sizes=(N,) * 4, kept_apart=None, **options):
+    """Gradients, outputs, buffers and random numbers of some iterations, and the calls of the last one."""
+    net, calls, found = sltt_ext.convert(copy.deepcopy(net)), [], []
+    net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0, **options)
+    online._grouping.kept_apart = kept_apart
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    torch.manual_seed(1)
+    random.seed(1)
+    generator = torch.Generator().manual_seed(2)
+    for size in sizes:
+        calls.clear()
+        optimizer.step()
+        optimizer.zero_grad()
+        x_seq = torch.rand(T, N, 8, generator=generator)[:, :size] * 3
+        found.append(online.forward_backward(x_seq, TARGET[:size]).output)
+    gradients = [gradient for gradient in oracle.gradients(net) if gradient is not None]
+    return [*found, *gradients, *(buffer.double() for buffer in net.buffers()), torch.rand(3)], calls
+
+
+CALLS = {
+    "auto": ({"chunk": "auto", "memory_budget": 2**30}, {}),
+    "SLTT-1": ({"schedule": lambda T, generator: [4]}, {"schedule": lambda T, generator: [4]}),
+    "auto, SLTT-2": (
+        {"chunk": "auto", "schedule": lambda T, generator: [2, 3]},
+        {"schedule": lambda T, generator: [2, 3]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "step_by_step"), CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("sizes", [(N,) * 4, (4, 4, 2, 3)], ids=["batches", "and smaller ones"])
+@pytest.mark.parametrize("name", [*SHARED, *KEPT_APART])
+@pytest.mark.filterwarnings("ignore:chunk='auto' keeps to one step a call")
+def test_nothing_changes(name, sizes, options, step_by_step):
+    if sizes[-1] != N and name == "norm of each step":
+        pytest.skip("it knows its batch size")
+    net = (SHARED | KEPT_APART)[name]()
+    single, separate = iterations(net, sizes, "to compare with", **step_by_step)
+    shared, calls = iterations(net, sizes, **options)
+    assert separate == [1] * T
+    assert (len(calls) < T) is (name in SHARED) or "chunk" not in options
+    assert oracle.relative_error(shared, single) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(Untold, r"net\.norm\.sltt_folds_time = True"), (NeuronTwice, "runs 2 steps in a call of 1"),
+     (ReadsStatistics, "reads the running statistics"), (lambda: layers(nn.Dropout(0.5)), "'1' draws random numbers")],
+    ids=["norm", "neuron", "statistics", "dropout"],
+)  # fmt: skip
+def test_who_asked_for_more_is_told_why(make, reason):
+    with pytest.warns(SLTTWarning, match=reason) as told:
+        iterations(make(), chunk="auto")
+    assert len(told) == 1
+
+
+def test_what_cannot_be_told_is_refused():
+    with pytest.raises(ConfigurationError, match=r"BatchNorm1d is called with shape \[7, 16\]"):
+        iterations(NormOfPrototypes(), chunk="auto")
+
+
+class NeuronTwiceLater(Net):
+    iteration = 0
+
+    def forward(self, x_seq):
+        y = self.neuron(self.fc(x_seq))
+        return self.head(self.neuron(y) if self.iteration else y)
+
+
+def test_a_neuron_that_begins_to_run_twice():
+    net = sltt_ext.convert(NeuronTwiceLater())
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto")
+    for _ in range(3):
+        online.forward_backward(torch.rand(N, 8), TARGET)
+    net.iteration = 1
+    with pytest.raises(ConfigurationError, match="SLTTLIFNode runs 12 steps in a call of 6"):
+        online.forward_backward(torch.rand(N, 8), TARGET)
+
+
+def test_shared_calls_are_whole_calls_of_the_users_own():
+    """Running statistics count the chunks: five steps without gradients are not one chunk of two and one of three."""
+    hidden = [[layer.BatchNorm1d(16), neuron.LIFNode(v_threshold=0.3)] for _ in range(16)]
+    net = layers(*sum(hidden, []), layer.BatchNorm1d(16))
+    last = {"schedule": lambda T, generator: [5]}
+    single, _ = iterations(net, kept_apart="to compare with", chunk=2, **last)
+    shared, calls = iterations(net, chunk=2, **last)
+    assert calls == [4, 1, 1]
+    assert oracle.relative_error(shared, single) < 1e-6
+
+
+def test_updates_at_every_step_do_not_depend_on_memory():
+    steps = []
+    iterations(Net(), chunk="auto", on_step=steps.append)
+    assert steps == [*range(T)] * 4
+
+
+@pytest.mark.filterwarnings("ignore:chunk='auto' keeps to one step a call")
+def test_a_resumed_run_keeps_them_apart_as_well():
+    net = sltt_ext.convert(ReadsStatistics())
+    online, calls = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto"), []
+    online.forward_backward(torch.rand(N, 8), TARGET)
+    resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto")
+    resumed.load_state_dict(online.state_dict())
+    net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    resumed.forward_backward(torch.rand(N, 8), TARGET)
+    assert calls == [1] * T
