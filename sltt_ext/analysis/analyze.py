@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import sltt_ext
 from sltt_ext.analysis.activity import FiringRates, firing_rates
 from sltt_ext.analysis.memory_profile import MemoryProfile, memory_profile
-from sltt_ext.analysis.methods import Sequences, check_time_steps, method_named, stepping
+from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.analysis.operations import OperationCounts, operation_counts
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
 from sltt_ext.analysis.timing import device_name
-from sltt_ext.analysis.untouched import untouched
 from sltt_ext.errors import InputError, SLTTError
+from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
 
@@ -102,7 +103,7 @@ def analyze(
         ConversionError: If it has no neuron, or some that SLTT cannot train.
     """
     check_time_steps(time_steps)
-    net = stepping(net)
+    net = without_multi_step(net)
     on_progress("one run")
     check_runs(net, x, time_steps, time_dim, output)
     batches = [(x, target), *more_batches]
@@ -150,9 +151,9 @@ def check_runs(
     Raises:
         InputError: If the network rejects ``x``.
     """
-    with untouched(net):
-        trainer = method_named("sltt").trainer(
-            net, lambda output, target: output.sum(), time_steps, Sequences(time_dim, output=output)
+    with restoring(net):
+        trainer = Method("sltt", cache_invariant=False).trainer(
+            net, lambda output, target: output.sum(), time_steps, time_dim=time_dim, output=output
         )
         try:
             return trainer.predict(x)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.memory import peak_activation_bytes
-from sltt_ext.analysis.methods import Method, Sequences, check_time_steps, method_named, stepping
-from sltt_ext.analysis.modules import running_module
-from sltt_ext.analysis.untouched import untouched
+from sltt_ext.analysis.modules import running_module, without_multi_step
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.methods import GradientTrainer, check_time_steps, method_named
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
@@ -86,11 +86,31 @@ class MemoryProfile:
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure``: peak over T, one line for each method."""
-        return plots.memory_over_time(self)
+        methods = dict.fromkeys(row.method for row in self.rows)
+        own = {method: [row for row in self.rows if row.method == method] for method in methods}
+        return plots.lines(
+            {method: [row.time_steps for row in rows] for method, rows in own.items()},
+            {method: [row.peak_bytes / 1e6 for row in rows] for method, rows in own.items()},
+            xlabel="time steps T",
+            ylabel="peak memory (MB)",
+            from_zero=True,
+        )
 
     def plot_layers(self) -> Any:
         """A ``matplotlib.figure.Figure``: what each layer keeps at the largest T, one bar for each method."""
-        return plots.memory_by_layer(self)
+        longest = max(row.time_steps for row in self.layers)
+        kept = {
+            (row.method, row.layer): row.saved_bytes / 1e6 for row in self.layers if row.time_steps == longest
+        }
+        layers = list(dict.fromkeys(layer for _, layer in kept))
+        return plots.bars(
+            [layer or "(network, loss)" for layer in layers],
+            {
+                method: [kept.get((method, layer), 0.0) for layer in layers]
+                for method in dict.fromkeys(method for method, _ in kept)
+            },
+            xlabel=f"kept for backward at T = {longest} (MB)",
+        )
 
 
 def memory_profile(
@@ -133,28 +153,26 @@ def memory_profile(
         raise ConfigurationError("memory_profile needs at least one method and one number of time steps")
     for steps in time_steps:
         check_time_steps(steps)
-    net = stepping(net)
+    net = without_multi_step(net)
     peaks, layers = [], []
     for steps in time_steps:
         x_steps = _cut(_shaped(x, fake, net), steps, time_dim)
         for chosen in methods:
-            peak, saved = _measure(net, x_steps, chosen, steps, Sequences(time_dim, output=output), fake)
+            with restoring(net), _fake_tensors(net, x_steps) if fake else nullcontext(x_steps) as shown:
+                trainer = chosen.for_at_most(steps).trainer(
+                    net, lambda output, _: output.mean(), steps, time_dim=time_dim, output=output
+                )
+                peak, saved = _measure(trainer, shown)
             peaks.append(PeakMemory(chosen.name, steps, peak))
             layers += [LayerMemory(chosen.name, steps, path, size) for path, size in saved.items()]
     return MemoryProfile(tuple(peaks), tuple(layers), fake)
 
 
-def _measure(
-    net: nn.Module, x: Tensor, method: Method, time_steps: int, sequences: Sequences, fake: bool
-) -> tuple[int, dict[str, int]]:
-    with untouched(net), _fake_tensors(net, x) if fake else nullcontext(x) as shown:
-        trainer = method.trainer(
-            net, lambda output, _: output.mean(), time_steps, sequences, cache_invariant=True
-        )
-
-        with _saved_by_layer(net, shown) as saved:
-            peak = peak_activation_bytes(lambda: trainer.forward_backward(shown, None))
-        return peak, saved.most
+def _measure(trainer: GradientTrainer, x: Tensor) -> tuple[int, dict[str, int]]:
+    """Peak of an iteration, and what is kept by layer when most is."""
+    with _saved_by_layer(trainer.net, x) as saved:
+        peak = peak_activation_bytes(lambda: trainer.forward_backward(x, None))
+    return peak, saved.most
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Which modules of a network are neurons, and which module is running."""
+"""The network that is measured, which of its modules are neurons, and which module is running."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,16 @@ from torch import nn
 
 from sltt_ext.neuron import SLTTNeuron
 
-__all__ = ["neurons_of", "running_module"]
+__all__ = ["neurons_of", "running_module", "without_multi_step"]
+
+
+def without_multi_step(net: nn.Module) -> nn.Module:
+    """The network inside a `sltt_ext.snntorch.MultiStep`, which BPTT cannot run, or ``net`` itself."""
+    room = sys.modules.get("sltt_ext.snntorch.multi_step")
+    if room is not None and isinstance(net, room.MultiStep):
+        inner: nn.Module = net.net
+        return inner
+    return net
 
 
 @contextmanager

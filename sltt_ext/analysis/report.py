@@ -11,7 +11,7 @@ from typing import Any
 
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.analyze import Analysis
-from sltt_ext.analysis.operations import OperationCounts
+from sltt_ext.analysis.operations import OperationCounts, plot_methods
 from sltt_ext.optional import require
 
 __all__ = ["headline", "html_report", "save_report"]
@@ -185,7 +185,7 @@ def _operations(analysis: Analysis) -> Section:
         "sums, batch norm, neurons. Temporal: from step to step. Not counted: pooling, the loss, the update."
     )
     figures = [
-        ("By method", plots.operations_by_method(analysis.operations)),
+        ("By method", plot_methods(analysis.operations)),
         ("By layer", bptt.plot()),
     ]
     return Section("Operations", text, figures, [("Totals", totals), ("BPTT, by layer", by_layer)])

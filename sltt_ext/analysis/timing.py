@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from sltt_ext.analysis.memory import peak_activation_bytes
-from sltt_ext.analysis.methods import Sequences, method_named, stepping
+from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.methods import COMPARED, GradientTrainer, method_named
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
@@ -72,7 +73,7 @@ def benchmark(
     loss_fn: LossFn,
     time_steps: int,
     *,
-    methods: Sequence[str] = ("bptt", "sltt", "sltt-2", "sltt-1"),
+    methods: Sequence[str] = COMPARED,
     repeats: int = 11,
     time_dim: int | None = None,
     output: Output = None,
@@ -101,11 +102,11 @@ def benchmark(
     runs, peaks = {}, {}
     for name in methods:
         method = method_named(name)
-        own = copy.deepcopy(stepping(net))
-        trainer = method.trainer(
-            own, loss_fn, time_steps, Sequences(time_dim, output=output), cache_invariant=True
+        own = copy.deepcopy(without_multi_step(net))
+        trainer = method.for_at_most(time_steps).trainer(
+            own, loss_fn, time_steps, time_dim=time_dim, output=output
         )
-        runs[method.name] = run = partial(_iteration, own, trainer, x, target)
+        runs[method.name] = run = partial(_iteration, trainer, x, target)
         peaks[method.name] = peak_activation_bytes(run)
         on_run()
     clock = time.perf_counter if device.type == "cpu" else _synchronised_clock
@@ -152,8 +153,8 @@ def device_name(device: str = "cpu") -> str:
     return f"{model or platform.machine()}, {threads} thread{'s' * (threads != 1)}"
 
 
-def _iteration(net: nn.Module, trainer: Any, x: Any, target: Any) -> None:
-    net.zero_grad()
+def _iteration(trainer: GradientTrainer, x: Any, target: Any) -> None:
+    trainer.net.zero_grad()
     trainer.forward_backward(x, target)
 
 
