@@ -25,15 +25,21 @@ COMPARED = ("bptt", "sltt", "sltt-2", "sltt-1")
 
 
 class GradientTrainer(Protocol):
-    """What computes gradients by some method, such as `OnlineTrainer` and `BPTTTrainer`.
+    """What computes gradients by some method: `OnlineTrainer` and `BPTTTrainer` do.
 
     Attributes:
         net: The network.
+        loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T.
+        backward: How a loss is back-propagated; None is ``loss.backward()``.
+        wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it.
     """
 
     net: nn.Module
+    loss_fn: LossFn
     time_steps: int
+    backward: Callable[[Tensor], Any] | None
+    wrapper: nn.Module | None
 
     def forward_backward(self, x: Any, target: Any, *, sync: bool = True) -> OnlineResult:
         """Accumulate the gradient of one batch into ``.grad``."""
