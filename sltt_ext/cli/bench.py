@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from sltt_ext.cli.arguments import Formatter, add_network_arguments, positive
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.methods import COMPARED, method_named
 from sltt_ext.optional import require
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "spiking_resnet18"]
 
-_METHODS = ("bptt", "sltt", "sltt-2", "sltt-1")
 _EXAMPLES = """examples:
   sltt bench
   sltt bench --input-shape 3,224,224 --batch 32 --device cuda
@@ -39,7 +39,7 @@ def register(commands: Any) -> None:
         formatter_class=Formatter,
     )
     add_network_arguments(parser, batch=4, shape=(3, 64, 64), factory="SpikingJelly's spiking_resnet18")
-    parser.add_argument("--methods", nargs="+", default=list(_METHODS), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=11, help="how often each method is timed")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table here")
     parser.set_defaults(run=_run)
@@ -59,7 +59,6 @@ def spiking_resnet18() -> nn.Module:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from sltt_ext.analysis.methods import method_named
     from sltt_ext.analysis.timing import benchmark
     from sltt_ext.cli.inputs import network, random_batches, reads
 

@@ -52,7 +52,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         f"{len(data.train_labels)} training and {len(data.test_labels)} test images of handwritten digits, "
         f"T = {settings.time_steps}, {settings.epochs} epochs, seed {settings.seed}, on {settings.device}"
     )
-    trainings = {method: Training(method, settings, data) for method in METHODS}
+    trainings = {name: Training(method, settings, data) for name, method in METHODS.items()}
     columns = (
         progress_bars.TextColumn("{task.description:8}"),
         progress_bars.BarColumn(),
@@ -70,7 +70,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
                 progress.update(tasks[method], note=f"test accuracy {training.result.accuracy[-1]:.1%}")
         lengths = sorted({*settings.memory_time_steps, settings.time_steps})
         for method, training in trainings.items():
-            training.result.peak_bytes = peak_bytes(method, settings, data, lengths)
+            training.result.peak_bytes = peak_bytes(METHODS[method], settings, data, lengths)
             progress.advance(memory)
     results = {method: training.result for method, training in trainings.items()}
     rows = summary(results, settings)
