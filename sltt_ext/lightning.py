@@ -173,7 +173,7 @@ class NetworkMonitor(Callback):
             self._since = (0, time.perf_counter())
         if batch_idx % self.every_n_batches == 0:
             for name, module in pl_module.net.named_modules():
-                if issubclass(type(module), SLTTNeuron):
+                if issubclass(type(module), SLTTNeuron) and module.fires:
                     self._hooks.append(module.register_forward_hook(self._count(name)))
 
     def on_train_batch_end(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from sltt_ext.analysis.modules import running_module, without_multi_step
 from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.methods import GradientTrainer, check_time_steps, method_named
+from sltt_ext.online.memory import LiveStorages
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
@@ -196,23 +196,15 @@ class _Saved:
     def __init__(self, owned: set[int]) -> None:
         self.most: dict[str, int] = {}
         self._owned = owned
-        self._living: dict[int, Any] = {}
-        self._bytes: dict[str, int] = {}
+        self._storages = LiveStorages()
 
     def add(self, layer: str, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._owned or key in self._living:
+        if id(storage) in self._owned or storage in self._storages:
             return
-
-        def freed(_: Any) -> None:
-            if self._living.pop(key, None) is not None:
-                self._bytes[layer] -= size
-
-        self._living[key] = weakref.ref(storage, freed)
-        self._bytes[layer] = self._bytes.get(layer, 0) + size
-        if sum(self._bytes.values()) > sum(self.most.values()):
-            self.most = {path: held for path, held in self._bytes.items() if held}
+        self._storages.add(storage, layer)
+        if self._storages.bytes() > sum(self.most.values()):
+            self.most = {path: held for path, held in self._storages.by_owner().items() if held}
 
 
 @contextmanager

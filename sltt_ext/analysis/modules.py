@@ -46,14 +46,14 @@ def running_module(net: nn.Module) -> Iterator[Callable[[], str | None]]:
 
 
 def neurons_of(net: nn.Module) -> dict[str, nn.Module]:
-    """The neurons of a converted network by path; containers of converted modules are none."""
-    converted = {path: module for path, module in net.named_modules() if _is_converted(module)}
+    """The neurons of a converted network by path; what has neurons in it is none."""
     return {
         path: module
-        for path, module in converted.items()
-        if not any(_is_converted(child) for child in module.modules() if child is not module)
+        for path, module in net.named_modules()
+        if _is_neuron(module)
+        and not any(_is_neuron(child) for child in module.modules() if child is not module)
     }
 
 
-def _is_converted(module: nn.Module) -> bool:
-    return isinstance(module, SLTTNeuron)
+def _is_neuron(module: nn.Module) -> bool:
+    return isinstance(module, SLTTNeuron) and module.fires
