@@ -64,6 +64,11 @@ class MissingDependencyError(SLTTError, ImportError):
     """An optional package is needed and not installed."""
 
 
+def one_line(error: BaseException, longest: int = 400) -> str:
+    """Kind and message of an error of someone else's, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:longest]}"
+
+
 def listed(message: str, reasons: Mapping[str, str]) -> str:
     """A message with one line for each module path and its reason."""
     lines = [f"  {path or '(the module itself)'}: {reason}" for path, reason in reasons.items()]

@@ -20,7 +20,7 @@ from sltt_ext.analysis.operations import OperationCounts, operation_counts
 from sltt_ext.analysis.restoring import restoring
 from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
 from sltt_ext.analysis.timing import device_name
-from sltt_ext.errors import InputError, SLTTError
+from sltt_ext.errors import InputError, SLTTError, one_line
 from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
@@ -160,11 +160,15 @@ def check_runs(
         except (SLTTError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the network's own code makes of the input
-            reason = " ".join(str(error).split())[:400]
             raise InputError(
-                f"the network rejects an input of shape {list(x.shape)} (the batch comes first): "
-                f"{type(error).__name__}: {reason}"
+                f"the network rejects an input of shape {list(x.shape)} ({_axes(time_dim)}): {one_line(error)}"
             ) from error
+
+
+def _axes(time_dim: int | None) -> str:
+    if time_dim is None:
+        return "the batch comes first; a sequence needs time_dim=, or --time-dim, for its axis of time"
+    return "time comes first, then the batch" if time_dim == 0 else "the batch comes first, then time"
 
 
 def available_bytes(device: torch.device) -> int:
@@ -191,8 +195,7 @@ def _samples_that_fit(
         except SLTTError:
             raise
         except Exception as error:  # fake tensors refuse what depends on data
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return samples, None, [f"BPTT's memory could not be counted beforehand ({reason})."]
+            return samples, None, [f"BPTT's memory could not be counted beforehand ({one_line(error, 200)})."]
         first = needed if first is None else first
         if needed <= limit or samples == 1:
             break

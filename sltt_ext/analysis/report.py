@@ -14,7 +14,9 @@ from sltt_ext.analysis.analyze import Analysis
 from sltt_ext.analysis.operations import OperationCounts, plot_methods
 from sltt_ext.optional import require
 
-__all__ = ["headline", "html_report", "save_report"]
+__all__ = ["FILES", "headline", "html_report", "save_report"]
+
+FILES = ("report.html", "report.json")
 
 Row = dict[str, str]
 
@@ -37,7 +39,7 @@ def save_report(analysis: Analysis, folder: Path) -> tuple[Path, Path]:
     """
     html = html_report(analysis)
     folder.mkdir(parents=True, exist_ok=True)
-    page, numbers = folder / "report.html", folder / "report.json"
+    page, numbers = (folder / name for name in FILES)
     page.write_text(html, encoding="utf-8")
     numbers.write_text(json.dumps(analysis.to_json(), indent=1, allow_nan=False), encoding="utf-8")
     return page, numbers

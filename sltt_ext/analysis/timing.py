@@ -23,7 +23,14 @@ from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
-__all__ = ["Benchmark", "IterationCost", "benchmark", "device_name", "interleaved_medians"]
+__all__ = [
+    "Benchmark",
+    "IterationCost",
+    "benchmark",
+    "device_name",
+    "interleaved_medians",
+    "interleaved_seconds",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,8 @@ class IterationCost:
         relative_seconds: Relative to the first method.
         peak_bytes: Peak memory, as `memory_profile` counts it.
         relative_bytes: Relative to the first method.
+        fastest_seconds: The shortest of the repetitions.
+        slowest_seconds: The longest of them.
     """
 
     method: str
@@ -43,6 +52,8 @@ class IterationCost:
     relative_seconds: float
     peak_bytes: int
     relative_bytes: float
+    fastest_seconds: float
+    slowest_seconds: float
 
 
 @dataclass(frozen=True)
@@ -110,22 +121,26 @@ def benchmark(
         peaks[method.name] = peak_activation_bytes(run)
         on_run()
     clock = time.perf_counter if device.type == "cpu" else _synchronised_clock
-    seconds = interleaved_medians(runs, repeats, clock, on_run)
+    seconds = interleaved_seconds(runs, repeats, clock, on_run)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(runs))
     rows = [
-        IterationCost(name, s, s / seconds[first], peaks[name], peaks[name] / peaks[first])
-        for name, s in seconds.items()
-    ]
+        IterationCost(
+            name, medians[name], medians[name] / medians[first], peaks[name], peaks[name] / peaks[first],
+            min(values), max(values),
+        )
+        for name, values in seconds.items()
+    ]  # fmt: skip
     return Benchmark(tuple(rows), time_steps, repeats, device_name(str(device)))
 
 
-def interleaved_medians(
+def interleaved_seconds(
     runs: Mapping[str, Callable[[], Any]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
     on_run: Callable[[], Any] = lambda: None,
-) -> dict[str, float]:
-    """Median seconds of each run after one to warm up; they take turns, so that a busy machine slows all alike."""
+) -> dict[str, list[float]]:
+    """Seconds of each run after one to warm up; they take turns, so that a busy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -136,6 +151,17 @@ def interleaved_medians(
             run()
             seconds[name].append(clock() - start)
             on_run()
+    return seconds
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    on_run: Callable[[], Any] = lambda: None,
+) -> dict[str, float]:
+    """The medians of `interleaved_seconds`."""
+    seconds = interleaved_seconds(runs, repeats, clock, on_run)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -18,8 +18,9 @@ from sltt_ext.demo.training import (
 )
 from sltt_ext.optional import require
 
-__all__ = ["run_demo"]
+__all__ = ["FILES", "run_demo"]
 
+FILES = ("results.csv", "epochs.csv", "memory.csv", "demo.png")
 MEGABYTE = 1e6
 COLORS = {"BPTT": "#000000", "SLTT": "#0072B2", "SLTT-2": "#E69F00", "SLTT-1": "#009E73"}
 MARKERS = {"BPTT": "s", "SLTT": "o", "SLTT-2": "^", "SLTT-1": "v"}
