@@ -28,7 +28,7 @@ from sltt_ext.online.trainer import LossFn
 __all__ = ["METHODS", "Analysis", "analyze", "available_bytes", "check_runs"]
 
 METHODS = ("bptt", "sltt", "sltt-1")
-_SHARE = 0.8  # of the memory that is free
+_SHARE_OF_FREE_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -174,12 +174,12 @@ def _axes(time_dim: int | None) -> str:
 def available_bytes(device: torch.device) -> int:
     """80 % of the memory that is free on a device."""
     if device.type == "cuda":
-        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+        return int(_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
     information = Path("/proc/meminfo")
     for line in information.read_text().splitlines() if information.exists() else []:
         if line.startswith("MemAvailable:"):
-            return int(_SHARE * 1024 * int(line.split()[1]))
-    return int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            return int(_SHARE_OF_FREE_MEMORY * 1024 * int(line.split()[1]))
+    return int(_SHARE_OF_FREE_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _samples_that_fit(

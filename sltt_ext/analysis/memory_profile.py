@@ -156,7 +156,7 @@ def memory_profile(
     net = without_multi_step(net)
     peaks, layers = [], []
     for steps in time_steps:
-        x_steps = _cut(_shaped(x, fake, net), steps, time_dim)
+        x_steps = _first_steps(_as_tensor(x, fake, net), steps, time_dim)
         for chosen in methods:
             with restoring(net), _fake_tensors(net, x_steps) if fake else nullcontext(x_steps) as shown:
                 trainer = chosen.for_at_most(steps).trainer(
@@ -190,7 +190,7 @@ def _fake_tensors(net: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield mode.from_tensor(x)
 
 
-class _Saved:
+class _SavedBytes:
     """Bytes saved for backward by layer: those that live, and what they were when they were most."""
 
     def __init__(self, owned: set[int]) -> None:
@@ -208,9 +208,9 @@ class _Saved:
 
 
 @contextmanager
-def _saved_by_layer(net: nn.Module, x: Tensor) -> Iterator[_Saved]:
+def _saved_by_layer(net: nn.Module, x: Tensor) -> Iterator[_SavedBytes]:
     storages = [tensor.untyped_storage() for tensor in [x, *net.parameters(), *net.buffers()]]
-    saved = _Saved({id(storage) for storage in storages})
+    saved = _SavedBytes({id(storage) for storage in storages})
 
     def pack(tensor: Tensor) -> Tensor:
         saved.add(running() or "", tensor)
@@ -220,7 +220,7 @@ def _saved_by_layer(net: nn.Module, x: Tensor) -> Iterator[_Saved]:
         yield saved
 
 
-def _shaped(x: Any, fake: bool, net: nn.Module) -> Tensor:
+def _as_tensor(x: Any, fake: bool, net: nn.Module) -> Tensor:
     if isinstance(x, Tensor):
         return x
     if fake and isinstance(x, (tuple, list)) and all(isinstance(size, int) for size in x):
@@ -231,7 +231,7 @@ def _shaped(x: Any, fake: bool, net: nn.Module) -> Tensor:
     )
 
 
-def _cut(x: Tensor, time_steps: int, time_dim: int | None) -> Tensor:
+def _first_steps(x: Tensor, time_steps: int, time_dim: int | None) -> Tensor:
     if time_dim is None:
         return x
     if time_dim not in (0, 1) or x.dim() <= time_dim or x.shape[time_dim] < time_steps:

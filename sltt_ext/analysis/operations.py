@@ -148,7 +148,7 @@ def operation_counts(
 
     with restoring(net):
         steps = _steps_to_run(net, time_steps)
-        x = _first(x, steps, time_dim)
+        x = _first_steps(x, steps, time_dim)
         counter, neurons = _count(trainer(Method("sltt", chunk="all", cache_invariant=False), steps), x)
     table: dict[tuple[str, str, str], Count] = {}
     backward = chosen.backpropagated(time_steps)
@@ -203,8 +203,8 @@ def _steps_to_run(net: nn.Module, time_steps: int) -> int:
     return time_steps if whole else min(2, time_steps)
 
 
-def _first(x: Any, steps: int, time_dim: int | None) -> Any:
-    """The first steps of ``x``."""
+def _first_steps(x: Any, steps: int, time_dim: int | None) -> Any:
+    """As many steps of ``x`` as ``steps`` says, from the first on."""
     if isinstance(x, Tensor):
         return x if time_dim not in (0, 1) else x.narrow(time_dim, 0, min(steps, x.shape[time_dim]))
     return list(islice(iter(x), steps))

@@ -51,7 +51,7 @@ def html_report(analysis: Analysis) -> str:
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     sections = [_similarity(analysis), _memory(analysis), _operations(analysis), _activity(analysis)]
-    inline = _Inline()
+    inline = _InlineSVG()
     rendered: str = environment.from_string(template).render(
         title=f"What SLTT does to {analysis.about['network'].partition(',')[0]}",
         numbers=[{"value": value, "text": text} for value, text in headline(analysis)],
@@ -210,7 +210,7 @@ def _activity(analysis: Analysis) -> Section:
     )
 
 
-class _Inline:
+class _InlineSVG:
     """Figures as SVG for one page: no identifier twice."""
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -274,10 +275,11 @@ def test_a_device_that_holds_no_numbers_is_told_before_the_work(command, capsys)
 def test_output_that_nobody_reads_on_is_no_error():
     """As `sltt env | head` has it."""
     command = [sys.executable, "-c", "from sltt_ext.cli import main; raise SystemExit(main(['env']))"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait() == 1
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_debug_gives_the_traceback():
