@@ -20,7 +20,7 @@ from sltt_ext.analysis.operations import OperationCounts, operation_counts
 from sltt_ext.analysis.restoring import restoring
 from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
 from sltt_ext.analysis.timing import device_name
-from sltt_ext.errors import InputError, SLTTError, one_line
+from sltt_ext.errors import InputError, SLTTError, is_out_of_memory, one_line
 from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
@@ -157,9 +157,9 @@ def check_runs(
         )
         try:
             return trainer.predict(x)
-        except (SLTTError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever the network's own code makes of the input
+            if isinstance(error, SLTTError) or is_out_of_memory(error):
+                raise
             raise InputError(
                 f"the network rejects an input of shape {list(x.shape)} ({_axes(time_dim)}): {one_line(error)}"
             ) from error

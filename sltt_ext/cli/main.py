@@ -7,11 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-import torch
-
 import sltt_ext
 from sltt_ext.cli import analyze, bench, demo, env
-from sltt_ext.errors import SLTTError, one_line
+from sltt_ext.errors import SLTTError, is_out_of_memory, one_line
 
 __all__ = ["main"]
 
@@ -54,16 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _message(error: Exception) -> str:
     if isinstance(error, SLTTError):
         return str(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory: use a smaller --batch or fewer --time-steps"
     return f"{one_line(error)}; --debug shows where it comes from"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """On a CUDA device, or on the CPU, where PyTorch has no class for it."""
-    said = str(error)
-    return (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "can't allocate memory" in said
-        or "size calculation overflowed" in said
-    )

@@ -38,6 +38,13 @@ class _Spoiled(nn.Module):  # changes in place what its backward needs, but runs
     def forward(self, x):
         return x.exp().mul_(2)
 
+class _Greedy(nn.Module):
+    def forward(self, x):
+        return x + torch.empty(10**15, len(x), 1).sum(0)
+
+def out_of_memory():
+    return nn.Sequential(layer.Flatten(), _Greedy(), neuron.LIFNode(), layer.Linear(64, 5))
+
 def spoiled_backward():
     return nn.Sequential(layer.Flatten(), layer.Linear(64, 5), _Spoiled(), neuron.LIFNode(), layer.Linear(5, 5))
 
@@ -202,6 +209,7 @@ def test_bptt_that_does_not_fit(limit, note, samples, capsys):
         (["user_models:build", "--time-dim", "0"], "give --data FILE.pt, or leave it out"),
         (["user_models:build", "--device", "meta"], "--device meta: sltt runs on cpu and cuda devices"),
         (["user_models:build", "--batch", "900000000", "--input-shape", "900000000,99,99"], "smaller --batch"),
+        (["user_models:out_of_memory"], "out of memory: use a smaller --batch"),
         (["user_models:spoiled_backward"], "RuntimeError: .*inplace operation.*; --debug shows where"),
         (["exiting_models:build"], "importing exiting_models raised SystemExit: usage: train; --debug"),
     ],
