@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from torchvision import datasets, transforms
 
 import sltt_ext
 from sltt_ext.analysis.timing import benchmark, device_name
-from sltt_ext.bptt import BPTTTrainer
+from sltt_ext.methods import method_named
 from sltt_ext.models import PreActResNet, paper_lif
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -122,21 +122,13 @@ INPUTS = {"digits": (1, 8, 8), "event_digits": (10, 2, 16, 16), "images": (3, 32
 COST_REPEATS = 15
 
 
-def trainer(method: str, scale: str, net: nn.Module, setting: Setting) -> sltt_ext.OnlineTrainer:
-    loss_fn = sltt_ext.CrossEntropyMSELoss()
-    if method == "BPTT":
-        return BPTTTrainer(net, loss_fn, setting.time_steps, time_dim=setting.time_dim)
-    _, _, k = method.partition("-")
-    return sltt_ext.OnlineTrainer(
-        net, loss_fn, setting.time_steps, k=int(k) if k else None, scale=scale, time_dim=setting.time_dim
-    )
-
-
 def run(setting: Setting, method: str, scale: str, seed: int, train_set: Dataset, test_set: Dataset) -> float:
     """Train, then the accuracy on the test set."""
     torch.manual_seed(seed)
     net = setting.network().to(memory_format=torch.channels_last)
-    online = trainer(method, scale, net, setting)
+    chosen = replace(method_named(method), scale=scale)
+    loss_fn = sltt_ext.CrossEntropyMSELoss()
+    online = chosen.trainer(net, loss_fn, setting.time_steps, time_dim=setting.time_dim)
     optimizer = torch.optim.SGD(
         net.parameters(), setting.learning_rate, momentum=0.9, weight_decay=setting.weight_decay
     )

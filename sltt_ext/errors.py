@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 
 class SLTTError(Exception):
     """Base class of every error raised on purpose by sltt_ext."""
@@ -62,6 +64,21 @@ class DataError(SLTTError, RuntimeError):
 
 class MissingDependencyError(SLTTError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def one_line(error: BaseException, longest: int = 400) -> str:
+    """Kind and message of an error of someone else's, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:longest]}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a CUDA device, or on the CPU, where PyTorch has no class for it."""
+    said = str(error)
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        or "can't allocate memory" in said
+        or "size calculation overflowed" in said
+    )
 
 
 def listed(message: str, reasons: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.methods import GradientTrainer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online import OnlineTrainer
 from sltt_ext.optional import require
@@ -34,7 +35,7 @@ class OnlineModule(LightningModule):
     as targets, ``val_accuracy`` of the output averaged over time.
 
     Args:
-        online: The trainer; its ``backward`` and ``wrapper`` are Lightning's to set.
+        online: An `OnlineTrainer` or a `BPTTTrainer`; its ``backward`` and ``wrapper`` are Lightning's to set.
         gradient_clip_val: Where to clip gradients; None does not. (The ``Trainer``'s own option is for
             automatic optimisation, and so is ``accumulate_grad_batches``.)
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
@@ -48,7 +49,7 @@ class OnlineModule(LightningModule):
 
     def __init__(
         self,
-        online: OnlineTrainer,
+        online: GradientTrainer,
         *,
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str = "norm",
@@ -56,7 +57,8 @@ class OnlineModule(LightningModule):
         lr_monitor: str | None = None,
     ) -> None:
         super().__init__()
-        if online.backward is not None or online.on_step is not None:
+        updates = isinstance(online, OnlineTrainer) and online.on_step is not None
+        if online.backward is not None or updates:
             raise ConfigurationError(
                 "Lightning does the back-propagation and the updates: make the OnlineTrainer without backward= "
                 "and on_step="
@@ -102,12 +104,14 @@ class OnlineModule(LightningModule):
         self._evaluate("test", batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the generator of the steps."""
-        checkpoint["sltt_ext"] = self.online.state_dict()
+        """Add the generator of the steps, where steps are drawn."""
+        if isinstance(self.online, OnlineTrainer):
+            checkpoint["sltt_ext"] = self.online.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on drawing steps where the checkpoint left off."""
-        self.online.load_state_dict(checkpoint["sltt_ext"])
+        if isinstance(self.online, OnlineTrainer):
+            self.online.load_state_dict(checkpoint["sltt_ext"])
 
     def _scaled_backward(self, loss: Tensor) -> None:
         self.manual_backward(loss / self.accumulate_grad_batches)
@@ -169,7 +173,7 @@ class NetworkMonitor(Callback):
             self._since = (0, time.perf_counter())
         if batch_idx % self.every_n_batches == 0:
             for name, module in pl_module.net.named_modules():
-                if issubclass(type(module), SLTTNeuron):
+                if issubclass(type(module), SLTTNeuron) and module.fires:
                     self._hooks.append(module.register_forward_hook(self._count(name)))
 
     def on_train_batch_end(

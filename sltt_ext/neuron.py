@@ -58,6 +58,11 @@ class SLTTNeuron(StatefulModule):
     _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
     _sltt_left: tuple[int, ...] = ()
 
+    @property
+    def fires(self) -> bool:
+        """Whether it is a neuron: dropout, synapse filters and containers carry state, or take sequences, and are none."""
+        return True
+
     def spikes(self, output: Any) -> tuple[Tensor, Tensor | None] | None:
         """Spikes in what the module returned, and what one spike counts (None: 1); None where it may hold other numbers."""
         return None

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sltt_ext.errors import CheckpointError, ConfigurationError, DataError
 from sltt_ext.experiment import Experiment, main, run
+from sltt_ext.experiment.settings import from_command_line
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/*.yaml"))
@@ -167,11 +168,8 @@ PAPER = {  # rows of the paper's settings: T, batch, lr, weight decay, epochs, l
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_configurations_are_the_papers_rows(config, monkeypatch):
-    seen = []
-    monkeypatch.setattr("sltt_ext.experiment.run", lambda experiment, build: seen.append(experiment))
-    main("", arguments=["--config", str(config)])
-    e = seen[0]
+def test_configurations_are_the_papers_rows(config):
+    e = from_command_line("", ["--config", str(config)])
     network, steps, batch, rate, decay, epochs, mse_weight, k, dropout = PAPER[config.stem]
     assert (e.network, e.time_steps, e.batch_size, e.learning_rate, e.weight_decay, e.epochs) == (
         network, steps, batch, rate, decay, epochs,

@@ -7,10 +7,9 @@ and on. To contend, add a row to `peers` or to `SPEED_UPS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +21,7 @@ from peers.networks import Network, Task
 from peers.rate_based import RateLIFNode, rate_gradients
 from sltt_ext.errors import BackendError
 from sltt_ext.kernels import check_backend
+from sltt_ext.methods import GradientTrainer, Method
 
 Steps = tuple[int, ...]
 Iterate = Callable[[nn.Module, Task, Steps], object]
@@ -30,36 +30,6 @@ Prepare = Callable[[Task], nn.Module]
 PLAIN = "plain"
 LEANEST, FASTEST = "cache_invariant, pack_spikes", "cache_invariant, chunk=T"
 TOGETHER = (LEANEST, FASTEST)
-
-
-@dataclass(frozen=True)
-class SpeedUps:
-    """What sltt_ext switches on.
-
-    Attributes:
-        cache_invariant: What does not depend on time is computed once.
-        pack_spikes: Spikes are kept for backward as bits.
-        inductor: The neurons are compiled.
-        chunk: All T steps may go through a multi-step network in one call.
-    """
-
-    cache_invariant: bool = False
-    pack_spikes: bool = False
-    inductor: bool = False
-    chunk: bool = False
-
-    def network(self, task: Task) -> nn.Module:
-        """The converted network."""
-        net = task.network.build(step_mode="m" if self.chunk else "s")
-        return sltt_ext.convert(net, backend="inductor" if self.inductor else "torch")
-
-    def options(self, task: Task) -> dict[str, Any]:
-        """Options of the trainer."""
-        return {
-            "chunk": task.time_steps if self.chunk else 1,
-            "cache_invariant": self.cache_invariant,
-            "pack_spikes": self.pack_spikes,
-        }
 
 
 def usable(backend: str) -> bool:
@@ -71,21 +41,22 @@ def usable(backend: str) -> bool:
     return True
 
 
+_PLAIN = Method("sltt", cache_invariant=False, backend="torch")
 ALL_SPEED_UPS = {
-    PLAIN: SpeedUps(),
-    "cache_invariant": SpeedUps(cache_invariant=True),
-    "pack_spikes": SpeedUps(pack_spikes=True),
-    "inductor": SpeedUps(inductor=True),
-    "chunk=T": SpeedUps(chunk=True),
-    "all": SpeedUps(cache_invariant=True, pack_spikes=True, inductor=True, chunk=True),
-    LEANEST: SpeedUps(cache_invariant=True, pack_spikes=True),
-    FASTEST: SpeedUps(cache_invariant=True, chunk=True),
+    PLAIN: _PLAIN,
+    "cache_invariant": replace(_PLAIN, cache_invariant=True),
+    "pack_spikes": replace(_PLAIN, pack_spikes=True),
+    "inductor": replace(_PLAIN, backend="inductor"),
+    "chunk=T": replace(_PLAIN, chunk="all"),
+    "all": replace(_PLAIN, cache_invariant=True, pack_spikes=True, backend="inductor", chunk="all"),
+    LEANEST: replace(_PLAIN, cache_invariant=True, pack_spikes=True),
+    FASTEST: replace(_PLAIN, cache_invariant=True, chunk="all"),
 }
-"""Each alone, then together."""
+"""SLTT with each speed-up alone, then with several."""
 SPEED_UPS = {
-    name: speed_ups
-    for name, speed_ups in ALL_SPEED_UPS.items()
-    if not speed_ups.inductor or usable("inductor")
+    name: method
+    for name, method in ALL_SPEED_UPS.items()
+    if method.backend != "inductor" or usable("inductor")
 }
 
 
@@ -158,13 +129,10 @@ def spikingjelly_sltt(
 class Online:
     """Iterations of sltt_ext's trainer, one for each network and batch, as a user has it."""
 
-    def __init__(self, speed_ups: SpeedUps, full_output: bool = True) -> None:
-        self.speed_ups = speed_ups
-        self.full_output = full_output
+    def __init__(self, method: Method) -> None:
+        self.method = method
         self._selected: Steps = ()
-        self._trainers: WeakKeyDictionary[nn.Module, tuple[Task, sltt_ext.OnlineTrainer]] = (
-            WeakKeyDictionary()
-        )
+        self._trainers: WeakKeyDictionary[nn.Module, tuple[Task, GradientTrainer]] = WeakKeyDictionary()
 
     def __call__(self, net: nn.Module, task: Task, selected: Steps) -> sltt_ext.OnlineResult:
         """One iteration."""
@@ -174,11 +142,17 @@ class Online:
             known = self._trainers[net] = task, self._trainer(net, task)
         return known[1].forward_backward(task.x, task.target)
 
-    def _trainer(self, net: nn.Module, task: Task) -> sltt_ext.OnlineTrainer:
-        return sltt_ext.OnlineTrainer(
-            net, lambda output, target: task.loss(output), task.time_steps, schedule=lambda *_: self._selected,
-            time_dim=task.time_dim, full_output=self.full_output, **self.speed_ups.options(task),
+    def _trainer(self, net: nn.Module, task: Task) -> GradientTrainer:
+        return self.method.trainer(
+            net, lambda output, target: task.loss(output), task.time_steps, time_dim=task.time_dim,
+            schedule=lambda *_: self._selected,
         )  # fmt: skip
+
+
+def converted(method: Method, task: Task) -> nn.Module:
+    """The network for a method of sltt_ext: multi-step where its steps may share a call."""
+    net = task.network.build(step_mode="s" if method.chunk == 1 else "m")
+    return sltt_ext.convert(net, backend=method.backend)
 
 
 def rate_based(net: nn.Module, task: Task, _: Steps, chunk: int | None = None) -> None:
@@ -237,15 +211,14 @@ def peers(network: Network) -> list[Contender]:
 
 def ours() -> list[Contender]:
     """SLTT, SLTT-2 and SLTT-1 of sltt_ext, with every set of speed-ups; SLTT-2 with the common ones."""
-    return [
-        Contender(
-            "SLTT" if k is None else f"SLTT-{k}", f"sltt_ext, {name}", f"sltt_ext {speed_ups}", speed_ups.network,
-            Online(speed_ups, full), k, full,
-        )
-        for name, speed_ups in SPEED_UPS.items()
-        for k, full in ((None, True), (2, True), (2, False), (1, True), (1, False))
-        if k != 2 or name in (PLAIN, *TOGETHER)
-    ]  # fmt: skip
+    found = []
+    for name, speed_ups in SPEED_UPS.items():
+        for k, full in ((None, True), (2, True), (2, False), (1, True), (1, False)):
+            if k == 2 and name not in (PLAIN, *TOGETHER):
+                continue
+            method, by = replace(speed_ups, k=k, full_output=full), f"sltt_ext, {name}"
+            found.append(Contender(method.name, by, by, partial(converted, method), Online(method), k, full))
+    return found
 
 
 def contenders(network: Network) -> list[Contender]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.analysis import plots
-from sltt_ext.analysis.methods import Sequences, check_time_steps, method_named, stepping
-from sltt_ext.analysis.modules import neurons_of
-from sltt_ext.analysis.untouched import untouched
+from sltt_ext.analysis.modules import neurons_of, without_multi_step
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import InputError
+from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
@@ -62,7 +62,10 @@ class FiringRates:
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure``: mean firing rate of each layer."""
-        return plots.firing_rates(self)
+        names = [row.layer or "(network)" for row in self.rows]
+        return plots.bars(
+            names, {"rate": [row.rate for row in self.rows]}, xlabel="spikes per neuron and time step"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,10 @@ class DeadNeurons:
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure``: share of dead neurons in each layer."""
-        return plots.dead_neurons(self)
+        shares = self.shares()
+        percent = {"dead": [100 * share for share in shares.values()]}
+        names = [layer or "(network)" for layer in shares]
+        return plots.bars(names, percent, xlabel="neurons that never fire (%)", limits=(0, 100))
 
 
 def firing_rates(
@@ -144,10 +150,10 @@ def _spikes(
 ) -> dict[str, tuple[Tensor, int]]:
     """Path -> how often each neuron fires over batch and time, and the size of the batch."""
     check_time_steps(time_steps)
-    net = stepping(net)
-    with untouched(net):
-        trainer = method_named("sltt").trainer(
-            net, lambda output, target: output.sum(), time_steps, Sequences(time_dim, output=output)
+    net = without_multi_step(net)
+    with restoring(net):
+        trainer = Method("sltt", cache_invariant=False).trainer(
+            net, lambda output, target: output.sum(), time_steps, time_dim=time_dim, output=output
         )
         with _counting(net) as spikes:
             trainer.predict(x)

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 import sltt_ext
 from sltt_ext.analysis.activity import FiringRates, firing_rates
 from sltt_ext.analysis.memory_profile import MemoryProfile, memory_profile
-from sltt_ext.analysis.methods import Sequences, check_time_steps, method_named, stepping
+from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.analysis.operations import OperationCounts, operation_counts
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
 from sltt_ext.analysis.timing import device_name
-from sltt_ext.analysis.untouched import untouched
-from sltt_ext.errors import InputError, SLTTError
+from sltt_ext.errors import InputError, SLTTError, is_out_of_memory, one_line
+from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
 
 __all__ = ["METHODS", "Analysis", "analyze", "available_bytes", "check_runs"]
 
 METHODS = ("bptt", "sltt", "sltt-1")
-_SHARE = 0.8  # of the memory that is free
+_SHARE_OF_FREE_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def analyze(
         ConversionError: If it has no neuron, or some that SLTT cannot train.
     """
     check_time_steps(time_steps)
-    net = stepping(net)
+    net = without_multi_step(net)
     on_progress("one run")
     check_runs(net, x, time_steps, time_dim, output)
     batches = [(x, target), *more_batches]
@@ -150,31 +151,35 @@ def check_runs(
     Raises:
         InputError: If the network rejects ``x``.
     """
-    with untouched(net):
-        trainer = method_named("sltt").trainer(
-            net, lambda output, target: output.sum(), time_steps, Sequences(time_dim, output=output)
+    with restoring(net):
+        trainer = Method("sltt", cache_invariant=False).trainer(
+            net, lambda output, target: output.sum(), time_steps, time_dim=time_dim, output=output
         )
         try:
             return trainer.predict(x)
-        except (SLTTError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # whatever the network's own code makes of the input
-            reason = " ".join(str(error).split())[:400]
+            if isinstance(error, SLTTError) or is_out_of_memory(error):
+                raise
             raise InputError(
-                f"the network rejects an input of shape {list(x.shape)} (the batch comes first): "
-                f"{type(error).__name__}: {reason}"
+                f"the network rejects an input of shape {list(x.shape)} ({_axes(time_dim)}): {one_line(error)}"
             ) from error
+
+
+def _axes(time_dim: int | None) -> str:
+    if time_dim is None:
+        return "the batch comes first; a sequence needs time_dim=, or --time-dim, for its axis of time"
+    return "time comes first, then the batch" if time_dim == 0 else "the batch comes first, then time"
 
 
 def available_bytes(device: torch.device) -> int:
     """80 % of the memory that is free on a device."""
     if device.type == "cuda":
-        return int(_SHARE * torch.cuda.mem_get_info(device)[0])
+        return int(_SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info(device)[0])
     information = Path("/proc/meminfo")
     for line in information.read_text().splitlines() if information.exists() else []:
         if line.startswith("MemAvailable:"):
-            return int(_SHARE * 1024 * int(line.split()[1]))
-    return int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+            return int(_SHARE_OF_FREE_MEMORY * 1024 * int(line.split()[1]))
+    return int(_SHARE_OF_FREE_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _samples_that_fit(
@@ -190,8 +195,7 @@ def _samples_that_fit(
         except SLTTError:
             raise
         except Exception as error:  # fake tensors refuse what depends on data
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            return samples, None, [f"BPTT's memory could not be counted beforehand ({reason})."]
+            return samples, None, [f"BPTT's memory could not be counted beforehand ({one_line(error, 200)})."]
         first = needed if first is None else first
         if needed <= limit or samples == 1:
             break

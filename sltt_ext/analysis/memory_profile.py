@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.memory import peak_activation_bytes
-from sltt_ext.analysis.methods import Method, Sequences, check_time_steps, method_named, stepping
-from sltt_ext.analysis.modules import running_module
-from sltt_ext.analysis.untouched import untouched
+from sltt_ext.analysis.modules import running_module, without_multi_step
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.methods import GradientTrainer, check_time_steps, method_named
+from sltt_ext.online.memory import LiveStorages
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
@@ -86,11 +86,31 @@ class MemoryProfile:
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure``: peak over T, one line for each method."""
-        return plots.memory_over_time(self)
+        methods = dict.fromkeys(row.method for row in self.rows)
+        own = {method: [row for row in self.rows if row.method == method] for method in methods}
+        return plots.lines(
+            {method: [row.time_steps for row in rows] for method, rows in own.items()},
+            {method: [row.peak_bytes / 1e6 for row in rows] for method, rows in own.items()},
+            xlabel="time steps T",
+            ylabel="peak memory (MB)",
+            from_zero=True,
+        )
 
     def plot_layers(self) -> Any:
         """A ``matplotlib.figure.Figure``: what each layer keeps at the largest T, one bar for each method."""
-        return plots.memory_by_layer(self)
+        longest = max(row.time_steps for row in self.layers)
+        kept = {
+            (row.method, row.layer): row.saved_bytes / 1e6 for row in self.layers if row.time_steps == longest
+        }
+        layers = list(dict.fromkeys(layer for _, layer in kept))
+        return plots.bars(
+            [layer or "(network, loss)" for layer in layers],
+            {
+                method: [kept.get((method, layer), 0.0) for layer in layers]
+                for method in dict.fromkeys(method for method, _ in kept)
+            },
+            xlabel=f"kept for backward at T = {longest} (MB)",
+        )
 
 
 def memory_profile(
@@ -133,28 +153,26 @@ def memory_profile(
         raise ConfigurationError("memory_profile needs at least one method and one number of time steps")
     for steps in time_steps:
         check_time_steps(steps)
-    net = stepping(net)
+    net = without_multi_step(net)
     peaks, layers = [], []
     for steps in time_steps:
-        x_steps = _cut(_shaped(x, fake, net), steps, time_dim)
+        x_steps = _first_steps(_as_tensor(x, fake, net), steps, time_dim)
         for chosen in methods:
-            peak, saved = _measure(net, x_steps, chosen, steps, Sequences(time_dim, output=output), fake)
+            with restoring(net), _fake_tensors(net, x_steps) if fake else nullcontext(x_steps) as shown:
+                trainer = chosen.for_at_most(steps).trainer(
+                    net, lambda output, _: output.mean(), steps, time_dim=time_dim, output=output
+                )
+                peak, saved = _measure(trainer, shown)
             peaks.append(PeakMemory(chosen.name, steps, peak))
             layers += [LayerMemory(chosen.name, steps, path, size) for path, size in saved.items()]
     return MemoryProfile(tuple(peaks), tuple(layers), fake)
 
 
-def _measure(
-    net: nn.Module, x: Tensor, method: Method, time_steps: int, sequences: Sequences, fake: bool
-) -> tuple[int, dict[str, int]]:
-    with untouched(net), _fake_tensors(net, x) if fake else nullcontext(x) as shown:
-        trainer = method.trainer(
-            net, lambda output, _: output.mean(), time_steps, sequences, cache_invariant=True
-        )
-
-        with _saved_by_layer(net, shown) as saved:
-            peak = peak_activation_bytes(lambda: trainer.forward_backward(shown, None))
-        return peak, saved.most
+def _measure(trainer: GradientTrainer, x: Tensor) -> tuple[int, dict[str, int]]:
+    """Peak of an iteration, and what is kept by layer when most is."""
+    with _saved_by_layer(trainer.net, x) as saved:
+        peak = peak_activation_bytes(lambda: trainer.forward_backward(x, None))
+    return peak, saved.most
 
 
 @contextmanager
@@ -172,35 +190,27 @@ def _fake_tensors(net: nn.Module, x: Tensor) -> Iterator[Tensor]:
         yield mode.from_tensor(x)
 
 
-class _Saved:
+class _SavedBytes:
     """Bytes saved for backward by layer: those that live, and what they were when they were most."""
 
     def __init__(self, owned: set[int]) -> None:
         self.most: dict[str, int] = {}
         self._owned = owned
-        self._living: dict[int, Any] = {}
-        self._bytes: dict[str, int] = {}
+        self._storages = LiveStorages()
 
     def add(self, layer: str, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key in self._owned or key in self._living:
+        if id(storage) in self._owned or storage in self._storages:
             return
-
-        def freed(_: Any) -> None:
-            if self._living.pop(key, None) is not None:
-                self._bytes[layer] -= size
-
-        self._living[key] = weakref.ref(storage, freed)
-        self._bytes[layer] = self._bytes.get(layer, 0) + size
-        if sum(self._bytes.values()) > sum(self.most.values()):
-            self.most = {path: held for path, held in self._bytes.items() if held}
+        self._storages.add(storage, layer)
+        if self._storages.bytes() > sum(self.most.values()):
+            self.most = {path: held for path, held in self._storages.by_owner().items() if held}
 
 
 @contextmanager
-def _saved_by_layer(net: nn.Module, x: Tensor) -> Iterator[_Saved]:
+def _saved_by_layer(net: nn.Module, x: Tensor) -> Iterator[_SavedBytes]:
     storages = [tensor.untyped_storage() for tensor in [x, *net.parameters(), *net.buffers()]]
-    saved = _Saved({id(storage) for storage in storages})
+    saved = _SavedBytes({id(storage) for storage in storages})
 
     def pack(tensor: Tensor) -> Tensor:
         saved.add(running() or "", tensor)
@@ -210,7 +220,7 @@ def _saved_by_layer(net: nn.Module, x: Tensor) -> Iterator[_Saved]:
         yield saved
 
 
-def _shaped(x: Any, fake: bool, net: nn.Module) -> Tensor:
+def _as_tensor(x: Any, fake: bool, net: nn.Module) -> Tensor:
     if isinstance(x, Tensor):
         return x
     if fake and isinstance(x, (tuple, list)) and all(isinstance(size, int) for size in x):
@@ -221,7 +231,7 @@ def _shaped(x: Any, fake: bool, net: nn.Module) -> Tensor:
     )
 
 
-def _cut(x: Tensor, time_steps: int, time_dim: int | None) -> Tensor:
+def _first_steps(x: Tensor, time_steps: int, time_dim: int | None) -> Tensor:
     if time_dim is None:
         return x
     if time_dim not in (0, 1) or x.dim() <= time_dim or x.shape[time_dim] < time_steps:

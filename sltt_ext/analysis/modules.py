@@ -1,7 +1,8 @@
-"""Which modules of a network are neurons, and which module is running."""
+"""The network that is measured, which of its modules are neurons, and which module is running."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,16 @@ from torch import nn
 
 from sltt_ext.neuron import SLTTNeuron
 
-__all__ = ["neurons_of", "running_module"]
+__all__ = ["neurons_of", "running_module", "without_multi_step"]
+
+
+def without_multi_step(net: nn.Module) -> nn.Module:
+    """The network inside a `sltt_ext.snntorch.MultiStep`, which BPTT cannot run, or ``net`` itself."""
+    room = sys.modules.get("sltt_ext.snntorch.multi_step")
+    if room is not None and isinstance(net, room.MultiStep):
+        inner: nn.Module = net.net
+        return inner
+    return net
 
 
 @contextmanager
@@ -36,14 +46,14 @@ def running_module(net: nn.Module) -> Iterator[Callable[[], str | None]]:
 
 
 def neurons_of(net: nn.Module) -> dict[str, nn.Module]:
-    """The neurons of a converted network by path; containers of converted modules are none."""
-    converted = {path: module for path, module in net.named_modules() if _is_converted(module)}
+    """The neurons of a converted network by path; what has neurons in it is none."""
     return {
         path: module
-        for path, module in converted.items()
-        if not any(_is_converted(child) for child in module.modules() if child is not module)
+        for path, module in net.named_modules()
+        if _is_neuron(module)
+        and not any(_is_neuron(child) for child in module.modules() if child is not module)
     }
 
 
-def _is_converted(module: nn.Module) -> bool:
-    return isinstance(module, SLTTNeuron)
+def _is_neuron(module: nn.Module) -> bool:
+    return isinstance(module, SLTTNeuron) and module.fires

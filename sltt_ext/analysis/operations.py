@@ -13,7 +13,7 @@ backward; what BPTT's backward needs more is temporal, and needed once for each 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -26,16 +26,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from sltt_ext.analysis import plots
-from sltt_ext.analysis.methods import Sequences, check_time_steps, method_named, stepping
-from sltt_ext.analysis.modules import neurons_of, running_module
+from sltt_ext.analysis.modules import neurons_of, running_module, without_multi_step
 from sltt_ext.analysis.neuron_operations import Count, NeuronOperations, neuron_operations
-from sltt_ext.analysis.untouched import untouched
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.conversion import convert
+from sltt_ext.methods import GradientTrainer, Method, check_time_steps, method_named
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
-__all__ = ["LayerOperations", "OperationCounts", "operation_counts"]
+__all__ = ["LayerOperations", "OperationCounts", "operation_counts", "plot_methods"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,27 @@ class OperationCounts:
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure``: multiplications by layer, by phase and domain."""
-        return plots.operations_by_layer(self)
+        layers: dict[str, list[LayerOperations]] = defaultdict(list)
+        for row in self.rows:
+            layers[row.layer or "(network)"].append(row)
+        return _stacked(layers, f"{self.method}, T = {self.time_steps}")
+
+
+def plot_methods(results: Sequence[OperationCounts]) -> Any:
+    """A ``matplotlib.figure.Figure``: multiplications of several methods, by phase and domain."""
+    return _stacked({result.method: result.rows for result in results})
+
+
+def _stacked(rows: Mapping[str, Sequence[LayerOperations]], title: str = "") -> Any:
+    parts = {
+        f"{phase}, {domain}": [
+            float(sum(row.multiplications for row in own if (row.phase, row.domain) == (phase, domain)))
+            for own in rows.values()
+        ]
+        for phase in ("forward", "backward")
+        for domain in ("spatial", "temporal")
+    }
+    return plots.stacked_bars(list(rows), parts, xlabel="scalar multiplications", title=title)
 
 
 def operation_counts(
@@ -121,12 +141,15 @@ def operation_counts(
     """
     check_time_steps(time_steps)
     chosen = method_named(method)
-    net = stepping(net)
-    sequences = Sequences(time_dim, output=output)
-    with untouched(net):
+    net = without_multi_step(net)
+
+    def trainer(run: Method, steps: int) -> GradientTrainer:
+        return run.trainer(net, lambda output, _: output.sum(), steps, time_dim=time_dim, output=output)
+
+    with restoring(net):
         steps = _steps_to_run(net, time_steps)
-        x = _first(x, steps, time_dim)
-        counter, neurons = _count(net, x, "sltt", steps, sequences)
+        x = _first_steps(x, steps, time_dim)
+        counter, neurons = _count(trainer(Method("sltt", chunk="all", cache_invariant=False), steps), x)
     table: dict[tuple[str, str, str], Count] = {}
     backward = chosen.backpropagated(time_steps)
     for (path, phase), count in counter.items():
@@ -135,8 +158,8 @@ def operation_counts(
     for path, (operations, elements) in neurons.items():
         _add_neuron(table, path, operations, elements, time_steps, backward, chosen.is_bptt)
     if chosen.is_bptt and steps > 1:
-        with untouched(net):
-            through_time, _ = _count(net, x, "bptt", steps, sequences)
+        with restoring(net):
+            through_time, _ = _count(trainer(Method("bptt"), steps), x)
         for (path, phase), count in through_time.items():
             more = count["matrix"] + counter[path, phase]["matrix"].times(-1)
             if phase == "backward" and any(more):
@@ -180,8 +203,8 @@ def _steps_to_run(net: nn.Module, time_steps: int) -> int:
     return time_steps if whole else min(2, time_steps)
 
 
-def _first(x: Any, steps: int, time_dim: int | None) -> Any:
-    """The first steps of ``x``."""
+def _first_steps(x: Any, steps: int, time_dim: int | None) -> Any:
+    """As many steps of ``x`` as ``steps`` says, from the first on."""
     if isinstance(x, Tensor):
         return x if time_dim not in (0, 1) else x.narrow(time_dim, 0, min(steps, x.shape[time_dim]))
     return list(islice(iter(x), steps))
@@ -195,14 +218,9 @@ def _scaled(count: Count, repeat: int, steps: int) -> Count:
 _Counts = dict[tuple[str, str], dict[str, Count]]
 
 
-def _count(
-    net: nn.Module, x: Any, method: str, steps: int, sequences: Sequences
-) -> tuple[_Counts, dict[str, tuple[NeuronOperations, int]]]:
+def _count(trainer: GradientTrainer, x: Any) -> tuple[_Counts, dict[str, tuple[NeuronOperations, int]]]:
     """Operations outside of neurons by module and phase; and each neuron's formula and elements per step."""
-    trainer = method_named(method).trainer(
-        net, lambda output, _: output.sum(), steps, sequences, one_call=True
-    )
-    neurons = neurons_of(net)
+    net, neurons = trainer.net, neurons_of(trainer.net)
     elements: dict[str, int] = defaultdict(int)
     with running_module(net) as running:
         counter = _Counter(running, set(neurons))
@@ -213,7 +231,7 @@ def _count(
         for handle in handles:
             handle.remove()
     return counter.counts, {
-        path: (neuron_operations(module), elements[path] // steps)
+        path: (neuron_operations(module), elements[path] // trainer.time_steps)
         for path, module in neurons.items()
         if elements[path]
     }

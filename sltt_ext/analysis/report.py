@@ -11,10 +11,12 @@ from typing import Any
 
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.analyze import Analysis
-from sltt_ext.analysis.operations import OperationCounts
+from sltt_ext.analysis.operations import OperationCounts, plot_methods
 from sltt_ext.optional import require
 
-__all__ = ["headline", "html_report", "save_report"]
+__all__ = ["FILES", "headline", "html_report", "save_report"]
+
+FILES = ("report.html", "report.json")
 
 Row = dict[str, str]
 
@@ -37,7 +39,7 @@ def save_report(analysis: Analysis, folder: Path) -> tuple[Path, Path]:
     """
     html = html_report(analysis)
     folder.mkdir(parents=True, exist_ok=True)
-    page, numbers = folder / "report.html", folder / "report.json"
+    page, numbers = (folder / name for name in FILES)
     page.write_text(html, encoding="utf-8")
     numbers.write_text(json.dumps(analysis.to_json(), indent=1, allow_nan=False), encoding="utf-8")
     return page, numbers
@@ -49,7 +51,7 @@ def html_report(analysis: Analysis) -> str:
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     sections = [_similarity(analysis), _memory(analysis), _operations(analysis), _activity(analysis)]
-    inline = _Inline()
+    inline = _InlineSVG()
     rendered: str = environment.from_string(template).render(
         title=f"What SLTT does to {analysis.about['network'].partition(',')[0]}",
         numbers=[{"value": value, "text": text} for value, text in headline(analysis)],
@@ -185,7 +187,7 @@ def _operations(analysis: Analysis) -> Section:
         "sums, batch norm, neurons. Temporal: from step to step. Not counted: pooling, the loss, the update."
     )
     figures = [
-        ("By method", plots.operations_by_method(analysis.operations)),
+        ("By method", plot_methods(analysis.operations)),
         ("By layer", bptt.plot()),
     ]
     return Section("Operations", text, figures, [("Totals", totals), ("BPTT, by layer", by_layer)])
@@ -208,7 +210,7 @@ def _activity(analysis: Analysis) -> Section:
     )
 
 
-class _Inline:
+class _InlineSVG:
     """Figures as SVG for one page: no identifier twice."""
 
     def __init__(self) -> None:

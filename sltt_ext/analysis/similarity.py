@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.analysis import plots
-from sltt_ext.analysis.methods import Sequences, check_time_steps, method_named, stepping
-from sltt_ext.analysis.untouched import untouched
+from sltt_ext.analysis.modules import without_multi_step
+from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
 __all__ = ["Alignment", "GradientSimilarity", "gradient_similarity"]
+
+_SLTT_TO_BPTT = "SLTT to BPTT (1 = the same)"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,21 @@ class GradientSimilarity:
 
     def plot(self) -> Any:
         """A ``matplotlib.figure.Figure``: cosine similarity and norm ratio of each layer."""
-        return plots.similarity(self)
+        rows = [row for row in self.select("layer") if not math.isnan(row.cosine)]
+        spreads = {
+            "cosine similarity": [row.cosine_std for row in rows],
+            "norm ratio": [row.norm_ratio_std for row in rows],
+        }
+        return plots.bars(
+            [row.name or "(network)" for row in rows],
+            {
+                "cosine similarity": [row.cosine for row in rows],
+                "norm ratio": [row.norm_ratio for row in rows],
+            },
+            xlabel=_SLTT_TO_BPTT,
+            spreads=spreads if self.batches > 1 else None,
+            reference=1,
+        )
 
     def plot_over_time(self) -> Any:
         """A ``matplotlib.figure.Figure``: cosine similarity and norm ratio for the loss of each step.
@@ -87,9 +104,15 @@ class GradientSimilarity:
         Raises:
             ConfigurationError: If that was not measured.
         """
-        if not self.select("network", per_step=True):
+        rows = self.select("network", per_step=True)
+        if not rows:
             raise ConfigurationError("the steps were not measured: gradient_similarity(..., per_step=True)")
-        return plots.similarity_over_time(self)
+        values = {
+            "cosine similarity": [row.cosine for row in rows],
+            "norm ratio": [row.norm_ratio for row in rows],
+        }
+        times = dict.fromkeys(values, range(self.time_steps))
+        return plots.lines(times, values, xlabel="time step t of the loss", ylabel=_SLTT_TO_BPTT)
 
 
 def gradient_similarity(
@@ -139,9 +162,8 @@ def gradient_similarity(
     True
     """
     check_time_steps(time_steps)
-    net = stepping(net)
+    net = without_multi_step(net)
     names = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    sequences = Sequences(time_dim, target_time_dim, output)
     measured: dict[tuple[str, str, int | None], list[tuple[float, float]]] = {}
     batches, difference = 0, 0.0
     for batch_x, batch_target in chain([(x, target)], more_batches):
@@ -150,12 +172,13 @@ def gradient_similarity(
                 "every batch goes through the network twice: give a tensor or a list, not an iterator"
             )
         runs = []
-        for method in ("sltt", "bptt"):
-            with untouched(net):  # also between the two: both start from the same buffers and random numbers
+        for method in (Method("sltt", chunk="all", cache_invariant=False), Method("bptt")):
+            with restoring(net):  # also between the two: both start from the same buffers and random numbers
                 gradients = _Gradients(list(names.values()), loss_fn, time_steps if per_step else None)
-                trainer = method_named(method).trainer(
-                    net, gradients.loss_fn, time_steps, sequences, one_call=True, backward=gradients.backward
-                )
+                trainer = method.trainer(
+                    net, gradients.loss_fn, time_steps, time_dim=time_dim, target_time_dim=target_time_dim,
+                    output=output, backward=gradients.backward,
+                )  # fmt: skip
                 result = trainer.forward_backward(batch_x, batch_target)
                 runs.append((gradients.parts, result.output))
         (sltt, sltt_output), (bptt, bptt_output) = runs

@@ -16,13 +16,21 @@ import torch
 from torch import nn
 
 from sltt_ext.analysis.memory import peak_activation_bytes
-from sltt_ext.analysis.methods import Sequences, method_named, stepping
+from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.methods import COMPARED, GradientTrainer, method_named
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
-__all__ = ["Benchmark", "IterationCost", "benchmark", "device_name", "interleaved_medians"]
+__all__ = [
+    "Benchmark",
+    "IterationCost",
+    "benchmark",
+    "device_name",
+    "interleaved_medians",
+    "interleaved_seconds",
+]
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class IterationCost:
         relative_seconds: Relative to the first method.
         peak_bytes: Peak memory, as `memory_profile` counts it.
         relative_bytes: Relative to the first method.
+        fastest_seconds: The shortest of the repetitions.
+        slowest_seconds: The longest of them.
     """
 
     method: str
@@ -42,6 +52,8 @@ class IterationCost:
     relative_seconds: float
     peak_bytes: int
     relative_bytes: float
+    fastest_seconds: float
+    slowest_seconds: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def benchmark(
     loss_fn: LossFn,
     time_steps: int,
     *,
-    methods: Sequence[str] = ("bptt", "sltt", "sltt-2", "sltt-1"),
+    methods: Sequence[str] = COMPARED,
     repeats: int = 11,
     time_dim: int | None = None,
     output: Output = None,
@@ -101,30 +113,34 @@ def benchmark(
     runs, peaks = {}, {}
     for name in methods:
         method = method_named(name)
-        own = copy.deepcopy(stepping(net))
-        trainer = method.trainer(
-            own, loss_fn, time_steps, Sequences(time_dim, output=output), cache_invariant=True
+        own = copy.deepcopy(without_multi_step(net))
+        trainer = method.for_at_most(time_steps).trainer(
+            own, loss_fn, time_steps, time_dim=time_dim, output=output
         )
-        runs[method.name] = run = partial(_iteration, own, trainer, x, target)
+        runs[method.name] = run = partial(_iteration, trainer, x, target)
         peaks[method.name] = peak_activation_bytes(run)
         on_run()
     clock = time.perf_counter if device.type == "cpu" else _synchronised_clock
-    seconds = interleaved_medians(runs, repeats, clock, on_run)
+    seconds = interleaved_seconds(runs, repeats, clock, on_run)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(runs))
     rows = [
-        IterationCost(name, s, s / seconds[first], peaks[name], peaks[name] / peaks[first])
-        for name, s in seconds.items()
-    ]
+        IterationCost(
+            name, medians[name], medians[name] / medians[first], peaks[name], peaks[name] / peaks[first],
+            min(values), max(values),
+        )
+        for name, values in seconds.items()
+    ]  # fmt: skip
     return Benchmark(tuple(rows), time_steps, repeats, device_name(str(device)))
 
 
-def interleaved_medians(
+def interleaved_seconds(
     runs: Mapping[str, Callable[[], Any]],
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
     on_run: Callable[[], Any] = lambda: None,
-) -> dict[str, float]:
-    """Median seconds of each run after one to warm up; they take turns, so that a busy machine slows all alike."""
+) -> dict[str, list[float]]:
+    """Seconds of each run after one to warm up; they take turns, so that a busy machine slows all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -135,6 +151,17 @@ def interleaved_medians(
             run()
             seconds[name].append(clock() - start)
             on_run()
+    return seconds
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    on_run: Callable[[], Any] = lambda: None,
+) -> dict[str, float]:
+    """The medians of `interleaved_seconds`."""
+    seconds = interleaved_seconds(runs, repeats, clock, on_run)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -152,8 +179,8 @@ def device_name(device: str = "cpu") -> str:
     return f"{model or platform.machine()}, {threads} thread{'s' * (threads != 1)}"
 
 
-def _iteration(net: nn.Module, trainer: Any, x: Any, target: Any) -> None:
-    net.zero_grad()
+def _iteration(trainer: GradientTrainer, x: Any, target: Any) -> None:
+    trainer.net.zero_grad()
     trainer.forward_backward(x, target)
 
 

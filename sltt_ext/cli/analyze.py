@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional as F
 
-from sltt_ext.cli.arguments import Formatter, add_network_arguments, positive, size
+from sltt_ext.cli.arguments import Formatter, add_network_arguments, check_writable, positive, size
+from sltt_ext.errors import ConfigurationError
 from sltt_ext.optional import require
 
 if TYPE_CHECKING:
@@ -54,9 +55,12 @@ def _run(options: argparse.Namespace) -> None:
     for module in ("matplotlib", "jinja2", "rich"):  # before the work, not after it
         require(module, extra="analysis")
     from sltt_ext.analysis.analyze import analyze
-    from sltt_ext.analysis.report import save_report
-    from sltt_ext.cli.inputs import network, random_batches, reads, saved_batches
+    from sltt_ext.analysis.report import FILES, save_report
+    from sltt_ext.cli.inputs import network, random_batches, read_output, saved_batches
 
+    check_writable("--output", *(options.output / name for name in FILES))
+    if options.time_dim is not None and options.data is None:
+        raise ConfigurationError("--time-dim is an axis of x in --data: give --data FILE.pt, or leave it out")
     console = require("rich.console", extra="analysis").Console(stderr=options.json)
     with require("rich.progress", extra="analysis").Progress(console=console, transient=True) as progress:
         task = progress.add_task("network", total=_PARTS + 1)
@@ -64,7 +68,7 @@ def _run(options: argparse.Namespace) -> None:
         if options.data is None:
             batches = random_batches(options, net, options.batches, options.classes)
         else:
-            batches = saved_batches(options.data, options, options.batches)
+            batches = saved_batches(options.data, options, net, options.batches)
         (x, target), *more = batches
         analysis = analyze(
             net,
@@ -75,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
             more_batches=more,
             max_memory=options.bptt_max_memory,
             time_dim=options.time_dim,
-            output=reads(options),
+            output=read_output(options),
             on_progress=lambda part: progress.update(task, description=part, advance=1),
             notes=[_RANDOM] * (options.data is None),
         )

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["Formatter", "add_network_arguments", "positive", "size"]
+from sltt_ext.errors import ConfigurationError
+
+__all__ = [
+    "Formatter",
+    "add_network_arguments",
+    "add_run_arguments",
+    "check_writable",
+    "checked_device",
+    "positive",
+    "size",
+]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -39,34 +51,87 @@ def add_network_arguments(
     parser.add_argument("--time-steps", type=positive, default=6, metavar="T", help="steps an input is shown")
     parser.add_argument("--batch", type=positive, default=batch, metavar="N", help="samples in a batch")
     parser.add_argument("--membrane", action="store_true", help="the loss reads the last of the network's outputs (snnTorch)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and random inputs")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to run"
-    )
+    add_run_arguments(parser, seed="seed of weights and random inputs")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, no tables")
-    parser.add_argument("--debug", action="store_true", help="the traceback of an error")
+
+
+def add_run_arguments(parser: Any, seed: str) -> None:
+    """Arguments of every command that runs networks: ``--seed`` with its help, and ``--device``."""
+    parser.add_argument("--seed", type=_seed, default=0, help=seed)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="where to run: cpu, cuda, or cuda:1, ...")
+
+
+def checked_device(name: str) -> torch.device:
+    """The device, if it is one that can be measured and numbers can be kept on it.
+
+    Raises:
+        ConfigurationError: If not.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+    except Exception as error:  # each device's own
+        raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"--device {name}: sltt runs on cpu and cuda devices; choose one of these")
+    return device
+
+
+def check_writable(option: str, *files: Path) -> None:
+    """Raise unless every file can be written, its folder made if missing. The check leaves nothing behind.
+
+    Raises:
+        ConfigurationError: If one cannot; it names ``option``.
+    """
+    for file in files:
+        made = [path for path in (file, *file.parents) if not os.path.lexists(path)]
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("ab").close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigurationError(
+                f"{option}: {file} cannot be written ({reason}): give another path"
+            ) from error
+        finally:
+            for path in made:
+                if os.path.isdir(path):
+                    path.rmdir()
+                elif os.path.lexists(path):
+                    path.unlink()
 
 
 def positive(text: str) -> int:
-    """A positive integer."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
+    """An integer from 1 to a billion."""
+    return _integer(text, 1, 10**9)
 
 
 def size(text: str) -> int:
     """Bytes, such as 8GB, 500MB or 2GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMG]I?)?B?", text.strip().upper())
     if match is None:
-        raise argparse.ArgumentTypeError(f"must be a size such as 8GB, 500MB or 2GiB, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GB, 500MB or 2GiB, got {text[:40]!r}")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _seed(text: str) -> int:
+    return _integer(text, -(2**63), 2**64 - 1)  # what torch.manual_seed takes
+
+
+def _integer(text: str, lowest: int, highest: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = lowest - 1
+    if not lowest <= value <= highest:
+        raise argparse.ArgumentTypeError(f"must be an integer from {lowest} to {highest}, got {text[:40]!r}")
+    return value
 
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
         return tuple(positive(part) for part in text.split(","))
-    except ValueError:
+    except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
             f"must be positive integers with commas, such as 3,64,64, got {text!r}"
         ) from None

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional as F
 
-from sltt_ext.cli.arguments import Formatter, add_network_arguments, positive
+from sltt_ext.cli.arguments import Formatter, add_network_arguments, check_writable, positive
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.methods import COMPARED, method_named
 from sltt_ext.optional import require
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "spiking_resnet18"]
 
-_METHODS = ("bptt", "sltt", "sltt-2", "sltt-1")
 _EXAMPLES = """examples:
   sltt bench
   sltt bench --input-shape 3,224,224 --batch 32 --device cuda
@@ -39,7 +39,7 @@ def register(commands: Any) -> None:
         formatter_class=Formatter,
     )
     add_network_arguments(parser, batch=4, shape=(3, 64, 64), factory="SpikingJelly's spiking_resnet18")
-    parser.add_argument("--methods", nargs="+", default=list(_METHODS), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=11, help="how often each method is timed")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table here")
     parser.set_defaults(run=_run)
@@ -59,12 +59,13 @@ def spiking_resnet18() -> nn.Module:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from sltt_ext.analysis.methods import method_named
     from sltt_ext.analysis.timing import benchmark
-    from sltt_ext.cli.inputs import network, random_batches, reads
+    from sltt_ext.cli.inputs import network, random_batches, read_output
 
     if len({method_named(name) for name in options.methods}) < len(options.methods):
         raise ConfigurationError(f"--methods has one twice: {' '.join(options.methods)}")
+    if options.csv is not None:
+        check_writable("--csv", options.csv)
     options.factory = options.factory or ("sltt_ext.cli.bench", "spiking_resnet18")
     console = require("rich.console", extra="analysis").Console(stderr=options.json)
     with require("rich.progress", extra="analysis").Progress(console=console, transient=True) as progress:
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
             options.time_steps,
             methods=options.methods,
             repeats=options.repeats,
-            output=reads(options),
+            output=read_output(options),
             on_run=lambda: progress.advance(task),
         )
     if options.csv is not None:
@@ -94,12 +95,16 @@ def _table(result: Benchmark, title: str) -> Any:
     caption = f"medians of {result.repeats} runs in turns, on {result.device}"
     table = require("rich.table", extra="analysis").Table(title=title, caption=caption)
     table.add_column("method")
-    for heading in ("seconds", "relative", "peak MB", "relative"):
+    for heading in ("seconds", "fastest - slowest", "relative", "peak MB", "relative"):
         table.add_column(heading, justify="right")
     for row in result.rows:
-        peak = f"{row.peak_bytes / 1e6:.1f}"
         table.add_row(
-            row.method, f"{row.seconds:.4f}", f"{row.relative_seconds:.2f}", peak, f"{row.relative_bytes:.2f}"
+            row.method,
+            f"{row.seconds:.4f}",
+            f"{row.fastest_seconds:.4f} - {row.slowest_seconds:.4f}",
+            f"{row.relative_seconds:.2f}",
+            f"{row.peak_bytes / 1e6:.1f}",
+            f"{row.relative_bytes:.2f}",
         )
     return table
 
@@ -107,6 +112,7 @@ def _table(result: Benchmark, title: str) -> Any:
 def _write(result: Benchmark, path: Path) -> None:
     common = {"time_steps": result.time_steps, "repeats": result.repeats, "device": result.device}
     rows = [{**asdict(row), **common} for row in result.rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()

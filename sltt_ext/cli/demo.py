@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sltt_ext.cli.arguments import Formatter, positive
+from sltt_ext.cli.arguments import Formatter, add_run_arguments, check_writable, checked_device, positive
 
 __all__ = ["register"]
 
@@ -24,19 +22,21 @@ def register(commands: Any) -> None:
         formatter_class=Formatter,
     )
     parser.add_argument("--epochs", type=positive, default=10, help="training epochs of each method")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and drawn steps")
+    add_run_arguments(parser, seed="seed of weights, batches and drawn steps")
     parser.add_argument("--time-steps", type=positive, default=6, metavar="T", help="steps an image is shown")
     parser.add_argument("--output", type=Path, default=Path("sltt-demo"), help="folder for table and plot")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to train on"
-    )
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> None:
     from sltt_ext.demo import DemoSettings, run_demo
+    from sltt_ext.demo.run import FILES
 
+    check_writable("--output", *(options.output / name for name in FILES))
     settings = DemoSettings(
-        epochs=options.epochs, seed=options.seed, time_steps=options.time_steps, device=options.device
+        epochs=options.epochs,
+        seed=options.seed,
+        time_steps=options.time_steps,
+        device=str(checked_device(options.device)),
     )
     run_demo(settings, options.output)

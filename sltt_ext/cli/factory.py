@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from sltt_ext.errors import FactoryError
+from sltt_ext.errors import FactoryError, one_line
 
 __all__ = ["build"]
 
@@ -34,8 +34,8 @@ def build(reference: tuple[str, str]) -> nn.Module:
     _check_arguments(factory, written)
     try:
         net = factory()
-    except Exception as error:  # whatever the user's code raises
-        raise FactoryError(f"{written} raised {_said(error)}; --debug shows where") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code raises; scripts like to exit
+        raise FactoryError(f"{written} raised {one_line(error)}; --debug shows where") from error
     if not isinstance(net, nn.Module):
         raise FactoryError(f"{written} returned a {type(net).__name__}, not a torch.nn.Module")
     return net
@@ -55,9 +55,9 @@ def _imported(name: str) -> Any:
         missing = error.name or name
         if name == missing or name.startswith(f"{missing}."):
             raise FactoryError(f"there is no module {missing!r} in {folder} or on Python's path") from error
-        raise FactoryError(f"importing {name} raised {_said(error)}; --debug shows where") from error
-    except Exception as error:  # whatever the user's module raises
-        raise FactoryError(f"importing {name} raised {_said(error)}; --debug shows where") from error
+        raise FactoryError(f"importing {name} raised {one_line(error)}; --debug shows where") from error
+    except (Exception, SystemExit) as error:  # whatever the user's module raises; scripts like to exit
+        raise FactoryError(f"importing {name} raised {one_line(error)}; --debug shows where") from error
 
 
 def _attribute(module: Any, module_name: str, name: str) -> Any:
@@ -84,7 +84,3 @@ def _check_arguments(factory: Any, written: str) -> None:
             f"{written} needs arguments: {', '.join(needed)}. Name a function that needs none, e.g. "
             f"def build(): return {written.partition(':')[2]}({needed[0]}=...)"
         )
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sltt_ext.analysis.analyze import check_runs
+from sltt_ext.cli.arguments import checked_device
 from sltt_ext.cli.factory import build
-from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.errors import InputError, one_line
 
-__all__ = ["Batch", "checked_device", "network", "random_batches", "saved_batches"]
+__all__ = ["Batch", "network", "random_batches", "read_output", "saved_batches"]
 
 Batch = tuple[Tensor, Tensor]
 
 
 def network(options: argparse.Namespace) -> nn.Module:
     """The network of ``MODULE:FACTORY``, made with the seed, on the device."""
+    device = checked_device(options.device)
     torch.manual_seed(options.seed)
-    return build(options.factory).to(checked_device(options.device))
-
-
-def checked_device(name: str) -> torch.device:
-    """The device, if tensors can be made on it.
-
-    Raises:
-        ConfigurationError: If not.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return build(options.factory).to(device)
 
 
 def random_batches(
@@ -50,29 +41,24 @@ def random_batches(
     shape = (options.batch, *options.input_shape)
     torch.manual_seed(options.seed)
     inputs = [torch.rand(shape, device=device) for _ in range(count)]
-    output = check_runs(net, inputs[0], options.time_steps, output=reads(options))
-    if output.dim() != 2:
-        raise InputError(
-            f"the network's output at one step has shape {list(output.shape)}, cross-entropy needs [N, classes]: name a "
-            "factory whose network ends so, or call sltt_ext.analysis with a loss of your own"
-        )
-    if classes is not None and classes > output.shape[1]:
-        raise InputError(f"--classes {classes}: the network has {output.shape[1]} outputs")
-    return [(x, torch.randint(classes or output.shape[1], (options.batch,), device=device)) for x in inputs]
+    outputs = _classes(net, inputs[0], options)
+    if classes is not None and classes > outputs:
+        raise InputError(f"--classes {classes}: the network has {outputs} outputs")
+    return [(x, torch.randint(classes or outputs, (options.batch,), device=device)) for x in inputs]
 
 
-def saved_batches(path: Path, options: argparse.Namespace, count: int) -> list[Batch]:
+def saved_batches(path: Path, options: argparse.Namespace, net: nn.Module, count: int) -> list[Batch]:
     """The first batches of ``(x, target)`` in a file written by ``torch.save``.
 
     Raises:
-        InputError: If the file has something else.
+        InputError: If the file has something else, or what the network or the loss cannot take.
     """
     try:
         loaded: Any = torch.load(path, map_location=checked_device(options.device), weights_only=True)
     except FileNotFoundError:
         raise InputError(f"--data: there is no file {path}") from None
     except Exception as error:  # pickle raises whatever it likes
-        raise InputError(f"--data {path} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise InputError(f"--data {path} cannot be loaded: {one_line(error)}") from error
     pair = isinstance(loaded, (tuple, list)) and len(loaded) == 2
     if not pair or not all(isinstance(part, Tensor) and part.dim() for part in loaded):
         raise InputError(f"--data {path} must have a pair of tensors, torch.save((x, target), {path.name!r})")
@@ -85,9 +71,32 @@ def saved_batches(path: Path, options: argparse.Namespace, count: int) -> list[B
         )
     size = min(options.batch, len(target))
     batches = list(zip(x.split(size, dim), target.split(size)))
+    outputs = _classes(net, batches[0][0], options)
+    try:  # on the CPU: a CUDA device that meets a wrong index is lost to the process
+        F.cross_entropy(torch.zeros(len(target), outputs), target.cpu())
+    except Exception as error:  # PyTorch's own, of several kinds
+        raise InputError(
+            f"--data {path}: cross-entropy cannot take the target ({one_line(error)}): it needs int64 "
+            f"classes from 0 to {outputs - 1}, one for each sample, or float32 probabilities [N, {outputs}]"
+        ) from error
     return [batch for batch in batches if len(batch[1]) == size][:count]
 
 
-def reads(options: argparse.Namespace) -> str | None:
-    """What the loss reads."""
+def _classes(net: nn.Module, x: Tensor, options: argparse.Namespace) -> int:
+    """How many classes the network's output ``[N, classes]`` has.
+
+    Raises:
+        InputError: If the network rejects ``x``, or its output has another shape.
+    """
+    output = check_runs(net, x, options.time_steps, getattr(options, "time_dim", None), read_output(options))
+    if output.dim() != 2:
+        raise InputError(
+            f"the network's output at one step has shape {list(output.shape)}, cross-entropy needs [N, classes]: name a "
+            "factory whose network ends so, or call sltt_ext.analysis with a loss of your own"
+        )
+    return output.shape[1]
+
+
+def read_output(options: argparse.Namespace) -> Literal["membrane"] | None:
+    """What the loss reads of the network's outputs, as `OnlineTrainer` takes it."""
     return "membrane" if options.membrane else None

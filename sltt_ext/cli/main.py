@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-import torch
-
 import sltt_ext
 from sltt_ext.cli import analyze, bench, demo, env
-from sltt_ext.errors import SLTTError
+from sltt_ext.errors import SLTTError, is_out_of_memory, one_line
 
 __all__ = ["main"]
 
@@ -30,25 +29,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for command in (demo, env, analyze, bench):
         command.register(commands)
+    for command_parser in commands.choices.values():
+        command_parser.add_argument("--debug", action="store_true", help="the traceback of an error")
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except SLTTError as error:
-        if getattr(options, "debug", False):
-            raise
-        print(f"sltt: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if getattr(options, "debug", False) or not _is_out_of_memory(error):
-            raise
-        print("sltt: out of memory: use a smaller --batch or fewer --time-steps", file=sys.stderr)
-        return 1
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("sltt: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has enough of it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"sltt: {_message(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a CUDA device, or on the CPU, where PyTorch has no class for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _message(error: Exception) -> str:
+    if isinstance(error, SLTTError):
+        return str(error)
+    if is_out_of_memory(error):
+        return "out of memory: use a smaller --batch or fewer --time-steps"
+    return f"{one_line(error)}; --debug shows where it comes from"

@@ -18,8 +18,9 @@ from sltt_ext.demo.training import (
 )
 from sltt_ext.optional import require
 
-__all__ = ["run_demo"]
+__all__ = ["FILES", "run_demo"]
 
+FILES = ("results.csv", "epochs.csv", "memory.csv", "demo.png")
 MEGABYTE = 1e6
 COLORS = {"BPTT": "#000000", "SLTT": "#0072B2", "SLTT-2": "#E69F00", "SLTT-1": "#009E73"}
 MARKERS = {"BPTT": "s", "SLTT": "o", "SLTT-2": "^", "SLTT-1": "v"}
@@ -52,7 +53,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         f"{len(data.train_labels)} training and {len(data.test_labels)} test images of handwritten digits, "
         f"T = {settings.time_steps}, {settings.epochs} epochs, seed {settings.seed}, on {settings.device}"
     )
-    trainings = {method: Training(method, settings, data) for method in METHODS}
+    trainings = {name: Training(method, settings, data) for name, method in METHODS.items()}
     columns = (
         progress_bars.TextColumn("{task.description:8}"),
         progress_bars.BarColumn(),
@@ -70,7 +71,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
                 progress.update(tasks[method], note=f"test accuracy {training.result.accuracy[-1]:.1%}")
         lengths = sorted({*settings.memory_time_steps, settings.time_steps})
         for method, training in trainings.items():
-            training.result.peak_bytes = peak_bytes(method, settings, data, lengths)
+            training.result.peak_bytes = peak_bytes(METHODS[method], settings, data, lengths)
             progress.advance(memory)
     results = {method: training.result for method, training in trainings.items()}
     rows = summary(results, settings)

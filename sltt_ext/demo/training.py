@@ -1,4 +1,4 @@
-"""What the demo trains, and how: a plain SpikingJelly network, with BPTT or with sltt_ext."""
+"""What the demo trains, and how: a plain SpikingJelly network, with every method that is compared."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-import sltt_ext
 from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.data import Digits
+from sltt_ext.methods import COMPARED, GradientTrainer, Method, method_named
 from sltt_ext.optional import require
 
 __all__ = ["METHODS", "DemoSettings", "MethodResult", "Training", "network", "peak_bytes"]
 
-METHODS: dict[str, int | None] = {"BPTT": None, "SLTT": None, "SLTT-2": 2, "SLTT-1": 1}
-"""Method -> the K of SLTT-K."""
-
-Step = Callable[[Tensor, Tensor], Tensor]
+METHODS: dict[str, Method] = {method.name: method for method in map(method_named, COMPARED)}
+"""Name -> method."""
 
 
 @dataclass(frozen=True)
@@ -86,44 +84,16 @@ def network(channels: int) -> nn.Module:
     )
 
 
-def bptt_step(net: nn.Module, time_steps: int) -> Step:
-    """Forward and backward of one batch with BPTT, the loop of SpikingJelly's tutorials."""
-    functional: Any = require("spikingjelly.activation_based.functional", extra="demo")
-
-    def step(x: Tensor, target: Tensor) -> Tensor:
-        losses = [F.cross_entropy(net(x), target) for _ in range(time_steps)]
-        loss = torch.stack(losses).mean()
-        loss.backward()
-        functional.reset_net(net)
-        return loss.detach()
-
-    return step
-
-
-def sltt_step(net: nn.Module, time_steps: int, k: int | None) -> Step:
-    """Forward and backward of one batch with SLTT, or SLTT-K."""
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, time_steps, k=k)
-    return lambda x, target: online.forward_backward(x, target).loss
-
-
-def method_step(method: str, net: nn.Module, time_steps: int) -> Step:
-    """Forward and backward of one batch with the named method."""
-    if method == "BPTT":
-        return bptt_step(net, time_steps)
-    k = METHODS[method]
-    return sltt_step(net, time_steps, None if k is None else min(k, time_steps))
-
-
 class Training:
     """One method's training, epoch by epoch. Seeds and settings are the same for all methods."""
 
-    def __init__(self, method: str, settings: DemoSettings, data: Digits) -> None:
+    def __init__(self, method: Method, settings: DemoSettings, data: Digits) -> None:
         self.settings = settings
         self.data = data
         self.result = MethodResult()
         torch.manual_seed(settings.seed)
         self.net = network(settings.channels).to(settings.device)
-        self.step = method_step(method, self.net, settings.time_steps)
+        self.trainer = _trainer(method, self.net, settings.time_steps)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=settings.learning_rate)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, settings.epochs * batches_per_epoch(settings, data)
@@ -137,7 +107,7 @@ class Training:
         start = time.perf_counter()
         for batch in indices.to(self.settings.device).split(self.settings.batch_size):
             self.optimizer.zero_grad()
-            self.step(self.data.train_images[batch], self.data.train_labels[batch])
+            self.trainer.forward_backward(self.data.train_images[batch], self.data.train_labels[batch])
             self.optimizer.step()
             self.scheduler.step()
             on_batch()
@@ -149,13 +119,13 @@ class Training:
     @torch.no_grad()
     def test(self) -> float:
         """Accuracy on the test images, by the output averaged over time."""
-        functional: Any = require("spikingjelly.activation_based.functional", extra="demo")
         self.net.eval()
-        functional.reset_net(self.net)
-        outputs = [self.net(self.data.test_images) for _ in range(self.settings.time_steps)]
-        functional.reset_net(self.net)
-        correct = torch.stack(outputs).mean(0).argmax(1) == self.data.test_labels
+        correct = self.trainer.predict(self.data.test_images).argmax(1) == self.data.test_labels
         return correct.float().mean().item()
+
+
+def _trainer(method: Method, net: nn.Module, time_steps: int) -> GradientTrainer:
+    return method.for_at_most(time_steps).trainer(net, F.cross_entropy, time_steps)
 
 
 def batches_per_epoch(settings: DemoSettings, data: Digits) -> int:
@@ -164,13 +134,13 @@ def batches_per_epoch(settings: DemoSettings, data: Digits) -> int:
 
 
 def peak_bytes(
-    method: str, settings: DemoSettings, data: Digits, time_steps: Sequence[int]
+    method: Method, settings: DemoSettings, data: Digits, time_steps: Sequence[int]
 ) -> dict[int, int]:
     """Peak activation bytes of one training iteration, for each number of time steps."""
     x, target = data.train_images[: settings.batch_size], data.train_labels[: settings.batch_size]
     peaks = {}
     for steps in time_steps:
         net = network(settings.channels).to(settings.device)
-        step = method_step(method, net, steps)
-        peaks[steps] = peak_activation_bytes(partial(step, x, target), net)
+        trainer = _trainer(method, net, steps)
+        peaks[steps] = peak_activation_bytes(partial(trainer.forward_backward, x, target), net)
     return peaks

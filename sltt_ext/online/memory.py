@@ -9,6 +9,7 @@ way, and temporaries between operators (not those inside one).
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 import torch
@@ -16,7 +17,64 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["ActivationMeter"]
+__all__ = ["ActivationMeter", "LiveStorages"]
+
+
+class LiveStorages:
+    """Which of the storages that were added still live, and their bytes by owner.
+
+    A storage that is freed calls back an ``append`` written in C, and what was appended is taken off when it is asked
+    for. Python code in its place could be where Ctrl-C strikes, and Python drops an exception in such a callback.
+    """
+
+    def __init__(self) -> None:
+        self._living: dict[int, _Reference] = {}
+        self._freed: deque[_Reference] = deque()
+        self._by_owner: dict[str, int] = {}
+
+    def __contains__(self, storage: torch.UntypedStorage) -> bool:
+        self._take_off_freed()
+        return id(storage) in self._living
+
+    def add(self, storage: torch.UntypedStorage, owner: str = "") -> None:
+        """Count ``storage`` from now on."""
+        self._take_off_freed()
+        reference = _Reference(storage, self._freed.append)
+        reference.key, reference.owner, reference.size = id(storage), owner, storage.nbytes()
+        self._living[reference.key] = reference
+        self._by_owner[owner] = self._by_owner.get(owner, 0) + reference.size
+
+    def remove(self, storage: torch.UntypedStorage) -> None:
+        """Stop counting ``storage``."""
+        if storage in self:
+            self._take_off(self._living[id(storage)])
+
+    def by_owner(self) -> dict[str, int]:
+        """Bytes that live now, by owner."""
+        self._take_off_freed()
+        return dict(self._by_owner)
+
+    def bytes(self) -> int:
+        """Bytes that live now."""
+        self._take_off_freed()
+        return sum(self._by_owner.values())
+
+    def _take_off_freed(self) -> None:
+        while self._freed:
+            self._take_off(self._freed.popleft())
+
+    def _take_off(self, reference: _Reference) -> None:
+        del self._living[reference.key]
+        self._by_owner[reference.owner] -= reference.size
+
+
+class _Reference(weakref.ref[torch.UntypedStorage]):
+    """A weak reference to a storage that knows what to take off."""
+
+    __slots__ = ("key", "owner", "size")
+    key: int
+    owner: str
+    size: int
 
 
 class ActivationMeter(TorchDispatchMode):
@@ -37,9 +95,13 @@ class ActivationMeter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live_bytes = 0
         self.peak_bytes = 0
-        self._living: dict[int, weakref.ref[Any]] = {}
+        self._storages = LiveStorages()
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that live now."""
+        return self._storages.bytes()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,26 +110,14 @@ class ActivationMeter(TorchDispatchMode):
         outputs = func(*args, **kwargs)
         given = {id(storage) for storage in _storages((args, kwargs))}
         for storage in _storages(outputs):
-            if id(storage) not in given and id(storage) not in self._living:
-                self._count(storage)
+            if id(storage) not in given and storage not in self._storages:
+                self._storages.add(storage)
+                self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         return outputs
 
     def exclude(self, tensor: Tensor) -> None:
         """Stop counting the memory of ``tensor``."""
-        storage = tensor.untyped_storage()
-        if self._living.pop(id(storage), None) is not None:
-            self.live_bytes -= storage.nbytes()
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-
-        def freed(_: Any) -> None:
-            if self._living.pop(key, None) is not None:
-                self.live_bytes -= size
-
-        self._living[key] = weakref.ref(storage, freed)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._storages.remove(tensor.untyped_storage())
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

@@ -40,6 +40,10 @@ class Sequence(SLTTNeuron, nn.Module):
     def multi_step(self) -> bool:
         return bool(getattr(self, "step_mode", "m") == "m")
 
+    @property
+    def fires(self) -> bool:
+        return False
+
     def reset_state(self) -> None:
         """It carries nothing."""
 

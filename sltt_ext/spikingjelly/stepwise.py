@@ -22,6 +22,13 @@ States = tuple[Any, ...]
 Tensors = tuple[Tensor, ...]
 
 FUNCTIONAL_FORM = hasattr(base.MemoryModule, "single_step_functional_forward")  # SpikingJelly 2.x
+_LAYERS = tuple(  # they carry state and fire no spikes
+    cls
+    for cls in vars(layer).values()
+    if isinstance(cls, type)
+    and cls.__module__.startswith(layer.__name__)
+    and issubclass(cls, base.MemoryModule)
+)
 
 
 class StepwiseNode(SLTTNeuron, base.MemoryModule):
@@ -37,6 +44,10 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     @property
     def multi_step(self) -> bool:
         return bool(self.step_mode == "m")
+
+    @property
+    def fires(self) -> bool:
+        return not isinstance(self, _LAYERS)
 
     def reset_state(self) -> None:
         self.reset()

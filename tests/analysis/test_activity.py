@@ -3,11 +3,11 @@ import pytest
 import snntorch
 import torch
 import tutorials
-from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 import sltt_ext
-from sltt_ext.analysis import dead_neurons, firing_rates
+from sltt_ext.analysis import dead_neurons, firing_rates, operation_counts
 from sltt_ext.errors import InputError
 from sltt_ext.snntorch import MultiStep
 
@@ -41,6 +41,18 @@ def test_counts_the_spikes_of_a_loop(step_mode):
     for path, count in counts.items():
         assert rates[path] == pytest.approx(count.double().mean().item() / (T * len(x)))
         assert torch.equal(masks[path], count == 0)
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize("module", [layer.Dropout(0.5), layer.Dropout2d(0.5), layer.SynapseFilter(tau=2.0)])
+def test_what_carries_state_and_does_not_fire_is_no_neuron(module, step_mode):
+    net = nn.Sequential(neuron.IFNode(), module, layer.Conv2d(1, 2, 1), neuron.LIFNode())
+    functional.set_step_mode(net, step_mode)
+    net[0].register_module("inside", layer.Dropout(0.5))  # a neuron with a dropout in it is still one
+    x = torch.rand(2, 1, 3, 3)
+    assert [row.layer for row in firing_rates(net, x, T).rows] == ["0", "3"]
+    assert list(dead_neurons(net, x, T).masks) == ["0", "3"]
+    assert operation_counts(net, x, "bptt", T).assumed == ()
 
 
 def test_snntorch_in_sequences_and_steps():

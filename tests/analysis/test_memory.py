@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import networks
@@ -36,6 +37,18 @@ def test_counts_by_hand():
     assert meter.peak_bytes == 3072
     del c, d
     assert meter.live_bytes == 0
+
+
+def test_a_storage_that_is_freed_runs_no_python():
+    """Python drops an exception in a weak reference's callback, so that an interrupt there would be lost."""
+    calls = []
+    with ActivationMeter() as meter:
+        y = torch.ones(256) + 1
+        sys.setprofile(lambda frame, event, argument: calls.append(event) if event == "call" else None)
+        del y
+        sys.setprofile(None)
+    assert meter.live_bytes == 0
+    assert calls == []
 
 
 def test_parameter_gradients_are_no_activations():

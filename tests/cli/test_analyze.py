@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from sltt_ext.cli import main
+from sltt_ext.cli.arguments import check_writable
 
 MODELS = """
 import torch
@@ -31,6 +33,20 @@ def raises():
 
 def returns_text():
     return "a network"
+
+class _Spoiled(nn.Module):  # changes in place what its backward needs, but runs without gradients
+    def forward(self, x):
+        return x.exp().mul_(2)
+
+class _Greedy(nn.Module):
+    def forward(self, x):
+        return x + torch.empty(10**15, len(x), 1).sum(0)
+
+def out_of_memory():
+    return nn.Sequential(layer.Flatten(), _Greedy(), neuron.LIFNode(), layer.Linear(64, 5))
+
+def spoiled_backward():
+    return nn.Sequential(layer.Flatten(), layer.Linear(64, 5), _Spoiled(), neuron.LIFNode(), layer.Linear(5, 5))
 
 def no_neurons():
     return nn.Linear(2, 2)
@@ -85,9 +101,10 @@ def _models(tmp_path, monkeypatch):
     (tmp_path / "user_models.py").write_text(MODELS)
     (tmp_path / "broken_models.py").write_text("import a_package_that_is_not_there\n")
     (tmp_path / "failing_models.py").write_text("raise ValueError('half written')\n")
+    (tmp_path / "exiting_models.py").write_text("import sys\nsys.exit('usage: train')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for name in ("user_models", "broken_models", "failing_models"):
+    for name in ("user_models", "broken_models", "failing_models", "exiting_models"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -185,16 +202,92 @@ def test_bptt_that_does_not_fit(limit, note, samples, capsys):
         (["user_models:build", "--data", "user_models.py"], "cannot be loaded"),
         (["user_models:build", "--data", "tensor.pt"], "must have a pair of tensors"),
         (["user_models:build", "--data", "uneven.pt"], "disagree on the number of samples"),
+        (["user_models:build", "--data", "wrong_label.pt"], r"Target 9 is out of bounds.*classes from 0 to 4"),
+        (["user_models:build", "--data", "float_label.pt"], "cross-entropy cannot take the target"),
+        (["user_models:build", "--data", "sequence.pt"], "a sequence needs time_dim=, or --time-dim"),
+        (["user_models:build", "--data", "half.pt"], r"rejects an input of shape \[6, 1, 8, 8\]"),
+        (["user_models:build", "--time-dim", "0"], "give --data FILE.pt, or leave it out"),
+        (["user_models:build", "--device", "meta"], "--device meta: sltt runs on cpu and cuda devices"),
+        (["user_models:build", "--batch", "900000000", "--input-shape", "900000000,99,99"], "smaller --batch"),
+        (["user_models:out_of_memory"], "out of memory: use a smaller --batch"),
+        (["user_models:spoiled_backward"], "RuntimeError: .*inplace operation.*; --debug shows where"),
+        (["exiting_models:build"], "importing exiting_models raised SystemExit: usage: train; --debug"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told_without_traceback(arguments, message, capsys):
     torch.save(torch.ones(3), "tensor.pt")
     torch.save((torch.ones(3, 1, 8, 8), torch.zeros(4)), "uneven.pt")
+    torch.save((torch.ones(6, 1, 8, 8), torch.tensor([0, 0, 0, 0, 0, 9])), "wrong_label.pt")
+    torch.save((torch.ones(6, 1, 8, 8), torch.zeros(6)), "float_label.pt")
+    torch.save((torch.ones(6, 3, 1, 8, 8), torch.zeros(6, dtype=torch.long)), "sequence.pt")
+    torch.save((torch.ones(6, 1, 8, 8).half(), torch.zeros(6, dtype=torch.long)), "half.pt")
     assert main(["analyze", *SMALL, *arguments, "--output", "out"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("sltt: ")
+    assert said.count("\n") == 1 or "nothing was converted" in said
     assert "Traceback" not in said
     assert re.search(message, said), said
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Fails where the work begins."""
+
+    def begins(*arguments, **options):
+        pytest.fail("the work began")
+
+    monkeypatch.setattr("sltt_ext.cli.inputs.build", begins)
+    monkeypatch.setattr("sltt_ext.demo.run.Training", begins)
+
+
+@pytest.mark.parametrize("path", ["file", "file/deeper", "proc", "x" * 300])
+@pytest.mark.parametrize(
+    "command",
+    [["analyze", "user_models:build", "--output"], ["demo", "--output"], ["bench", "--csv"]],
+    ids=str,
+)
+@pytest.mark.usefixtures("no_work")
+def test_what_cannot_be_written_is_told_before_the_work(command, path, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    where = {"file": "folder" if "--csv" in command else "file", "proc": "/proc/nothing/there"}.get(
+        path, path
+    )
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*command, where]) == 1
+    said = capsys.readouterr().err
+    assert re.match(rf"sltt: {command[-1]}: .* cannot be written \(.*\): give another path\n$", said), said
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_checking_what_can_be_written_leaves_nothing_behind(tmp_path):
+    old, linked = tmp_path / "old.csv", tmp_path / "link.csv"
+    old.write_text("rows")
+    linked.symlink_to(tmp_path / "target.csv")
+    before = sorted(tmp_path.rglob("*"))
+    check_writable("--csv", old, tmp_path / "new" / "deeper" / "new.csv")
+    assert sorted(tmp_path.rglob("*")) == before
+    check_writable("--csv", linked)
+    assert linked.is_symlink()
+    assert old.read_text() == "rows"
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench"], ["analyze", "user_models:build", *SMALL]], ids=str)
+@pytest.mark.usefixtures("no_work")
+def test_a_device_that_holds_no_numbers_is_told_before_the_work(command, capsys):
+    assert main([*command, "--device", "meta"]) == 1
+    assert "--device meta: sltt runs on cpu and cuda devices" in capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    """As `sltt env | head` has it."""
+    command = [sys.executable, "-c", "from sltt_ext.cli import main; raise SystemExit(main(['env']))"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_debug_gives_the_traceback():
@@ -211,7 +304,8 @@ def test_input_shape_or_data_is_needed(capsys):
 @pytest.mark.parametrize(
     "arguments",
     [["analyze"], ["analyze", "build"], ["analyze", "m:f", "--input-shape", "3;4"], ["analyze", "m:f", "--bptt-max-memory", "much"],
-     ["analyze", "m:f", "--time-steps", "0"], ["bench", "--repeats", "0"]],
+     ["analyze", "m:f", "--time-steps", "0"], ["bench", "--repeats", "0"], ["bench", "--repeats", "9" * 5000],
+     ["analyze", "m:f", "--seed", "9" * 30], ["demo", "--seed", "first"], ["analyze", "m:f", "--bptt-max-memory", "9" * 400]],
 )  # fmt: skip
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 
 import networks
@@ -17,6 +18,17 @@ def test_medians_of_runs_in_turns():
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
     assert interleaved_medians(runs, 3, clock=lambda: next(now)) == {"a": 2, "b": 20}
     assert "".join(calls) == "ab" * 4
+
+
+def test_the_spread_of_the_repetitions(monkeypatch):
+    """Every run takes as many seconds more than the one before: 1, 2, 3, ... of both methods in turns."""
+    ticks = (now for start in itertools.count(1) for now in (0, start))
+    monkeypatch.setattr("sltt_ext.analysis.timing.time.perf_counter", lambda: next(ticks))
+    net = networks.conv_net()
+    result = benchmark(net, *networks.images(), F.cross_entropy, 2, methods=("bptt", "sltt"), repeats=3)
+    spread = [(row.fastest_seconds, row.seconds, row.slowest_seconds) for row in result.rows]
+    assert spread == [(1, 3, 5), (2, 4, 6)]
+    assert result.rows[1].relative_seconds == 4 / 3
 
 
 def test_memory_and_time_relative_to_the_first():
@@ -38,7 +50,9 @@ def test_built_in_network_as_table_json_and_csv(tmp_path, capsys):
     with path.open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == methods
     assert main(["bench", *TINY, "--methods", "bptt", "sltt-1"]) == 0
-    assert "SLTT-1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "SLTT-1" in printed
+    assert "fastest" in printed
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from torch import nn
 
 from sltt_ext.online.snapshot import Snapshot
 
-__all__ = ["untouched"]
+__all__ = ["restoring"]
 
 _DEPTH = 3  # a module's attributes, a dict among them (hooks, SpikingJelly's states), a list in that
 
 
 @contextmanager
-def untouched(net: nn.Module) -> Iterator[None]:
+def restoring(net: nn.Module) -> Iterator[None]:
     """Whatever happens to ``net`` inside the block is undone at its end, also after an exception.
 
     Its classes (converted or not), attributes, hooks, carried state, gradients and buffers are what they

@@ -17,7 +17,7 @@ from sltt_ext.analysis import (
     memory_profile,
     operation_counts,
 )
-from sltt_ext.analysis.untouched import untouched
+from sltt_ext.analysis.restoring import restoring
 
 T = 3
 TOOLS = {
@@ -132,7 +132,7 @@ def spoil(net):
 def test_attributes_of_every_kind_are_put_back():
     net = networks.conv_net()
     net.log = {"losses": [1.0]}
-    with untouched(net), pytest.raises(KeyboardInterrupt):
+    with restoring(net), pytest.raises(KeyboardInterrupt):
         spoil(net)
     assert net.log == {"losses": [1.0]}
     assert not hasattr(net, "new")
