@@ -14,9 +14,10 @@ from sltt_ext.conversion import convert
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import OnlineResult, OnlineTrainer
+from sltt_ext.online.objective import LossFn
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.schedule import Schedule
-from sltt_ext.online.trainer import LossFn
 
 __all__ = ["COMPARED", "GradientTrainer", "Method", "check_time_steps", "method_named"]
 
@@ -106,8 +107,8 @@ class Method:
         loss_fn: LossFn,
         time_steps: int,
         *,
-        time_dim: int | None = None,
-        target_time_dim: int | None = None,
+        time_dim: TimeDim | None = None,
+        target_time_dim: TimeDim | None = None,
         output: Output = None,
         backward: Callable[[Tensor], Any] | None = None,
         schedule: Schedule | None = None,

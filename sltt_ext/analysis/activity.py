@@ -17,6 +17,7 @@ from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import InputError
 from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
@@ -100,7 +101,7 @@ class DeadNeurons:
 
 
 def firing_rates(
-    net: nn.Module, x: Any, time_steps: int, *, time_dim: int | None = None, output: Output = None
+    net: nn.Module, x: Any, time_steps: int, *, time_dim: TimeDim | None = None, output: Output = None
 ) -> FiringRates:
     """Mean firing rate of every layer of neurons over a batch, and how many neurons never or always fire.
 
@@ -131,7 +132,7 @@ def firing_rates(
 
 
 def dead_neurons(
-    net: nn.Module, x: Any, time_steps: int, *, time_dim: int | None = None, output: Output = None
+    net: nn.Module, x: Any, time_steps: int, *, time_dim: TimeDim | None = None, output: Output = None
 ) -> DeadNeurons:
     """Which neurons never fire, for no sample of a batch and at no step; arguments as `firing_rates`.
 
@@ -146,7 +147,7 @@ def dead_neurons(
 
 
 def _spikes(
-    net: nn.Module, x: Any, time_steps: int, time_dim: int | None, output: Output
+    net: nn.Module, x: Any, time_steps: int, time_dim: TimeDim | None, output: Output
 ) -> dict[str, tuple[Tensor, int]]:
     """Path -> how often each neuron fires over batch and time, and the size of the batch."""
     check_time_steps(time_steps)

@@ -22,8 +22,9 @@ from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
 from sltt_ext.analysis.timing import device_name
 from sltt_ext.errors import InputError, SLTTError, is_out_of_memory, one_line
 from sltt_ext.methods import Method, check_time_steps
+from sltt_ext.online.objective import LossFn
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
-from sltt_ext.online.trainer import LossFn
 
 __all__ = ["METHODS", "Analysis", "analyze", "available_bytes", "check_runs"]
 
@@ -73,7 +74,7 @@ def analyze(
     more_batches: Iterable[tuple[Any, Any]] = (),
     per_step: bool = True,
     max_memory: int | None = None,
-    time_dim: int | None = None,
+    time_dim: TimeDim | None = None,
     output: Output = None,
     notes: Iterable[str] = (),
     on_progress: Callable[[str], Any] = lambda name: None,
@@ -144,7 +145,7 @@ def analyze(
 
 
 def check_runs(
-    net: nn.Module, x: Tensor, time_steps: int, time_dim: int | None = None, output: Output = None
+    net: nn.Module, x: Tensor, time_steps: int, time_dim: TimeDim | None = None, output: Output = None
 ) -> Tensor:
     """The time-mean output of ``net`` for ``x``, without gradients.
 
@@ -165,7 +166,7 @@ def check_runs(
             ) from error
 
 
-def _axes(time_dim: int | None) -> str:
+def _axes(time_dim: TimeDim | None) -> str:
     if time_dim is None:
         return "the batch comes first; a sequence needs time_dim=, or --time-dim, for its axis of time"
     return "time comes first, then the batch" if time_dim == 0 else "the batch comes first, then time"
@@ -183,7 +184,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def _samples_that_fit(
-    net: nn.Module, x: Tensor, time_steps: int, time_dim: int | None, output: Output, limit: int
+    net: nn.Module, x: Tensor, time_steps: int, time_dim: TimeDim | None, output: Output, limit: int
 ) -> tuple[int, float | None, list[str]]:
     """How many samples BPTT can run with, the bytes it needs for them (None: unknown), and notes about it."""
     asked = samples = x.shape[_batch_dim(time_dim)]
@@ -209,7 +210,9 @@ def _samples_that_fit(
     return samples, needed, [f"{asks}: every batch was cut to {samples} samples."]
 
 
-def _bptt_bytes(net: nn.Module, x: Tensor, time_steps: int, time_dim: int | None, output: Output) -> float:
+def _bptt_bytes(
+    net: nn.Module, x: Tensor, time_steps: int, time_dim: TimeDim | None, output: Output
+) -> float:
     """BPTT's peak, from those of few steps, since it grows by the same amount with every step."""
     lengths = sorted({min(steps, time_steps) for steps in (1, 2, 3)})
     profile = memory_profile(net, x, "bptt", lengths, fake=True, time_dim=time_dim, output=output)
@@ -218,11 +221,11 @@ def _bptt_bytes(net: nn.Module, x: Tensor, time_steps: int, time_dim: int | None
     return peaks[-1] + (time_steps - lengths[-1]) * growth
 
 
-def _batch_dim(time_dim: int | None) -> int:
+def _batch_dim(time_dim: TimeDim | None) -> int:
     return 1 if time_dim == 0 else 0
 
 
-def _fewer(batch: tuple[Any, Any], samples: int, time_dim: int | None) -> tuple[Any, Any]:
+def _fewer(batch: tuple[Any, Any], samples: int, time_dim: TimeDim | None) -> tuple[Any, Any]:
     x, target = batch
     target = target[:samples] if isinstance(target, Tensor) and target.dim() else target
     return x.narrow(_batch_dim(time_dim), 0, samples), target

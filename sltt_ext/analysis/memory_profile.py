@@ -17,6 +17,7 @@ from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.methods import GradientTrainer, check_time_steps, method_named
 from sltt_ext.online.memory import LiveStorages
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
@@ -120,7 +121,7 @@ def memory_profile(
     time_steps: Sequence[int] = (1, 2, 4, 8),
     *,
     fake: bool = False,
-    time_dim: int | None = None,
+    time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> MemoryProfile:
     """Peak memory of one training iteration, over T, and what every layer keeps for backward.
@@ -231,7 +232,7 @@ def _as_tensor(x: Any, fake: bool, net: nn.Module) -> Tensor:
     )
 
 
-def _first_steps(x: Tensor, time_steps: int, time_dim: int | None) -> Tensor:
+def _first_steps(x: Tensor, time_steps: int, time_dim: TimeDim | None) -> Tensor:
     if time_dim is None:
         return x
     if time_dim not in (0, 1) or x.dim() <= time_dim or x.shape[time_dim] < time_steps:

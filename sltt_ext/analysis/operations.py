@@ -32,6 +32,7 @@ from sltt_ext.analysis.restoring import restoring
 from sltt_ext.conversion import convert
 from sltt_ext.methods import GradientTrainer, Method, check_time_steps, method_named
 from sltt_ext.neuron import StatefulModule
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
@@ -115,7 +116,7 @@ def operation_counts(
     method: str = "sltt",
     time_steps: int = 6,
     *,
-    time_dim: int | None = None,
+    time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> OperationCounts:
     """Scalar operations of one training iteration, by layer, phase and domain; see `sltt_ext.analysis.operations`.
@@ -203,7 +204,7 @@ def _steps_to_run(net: nn.Module, time_steps: int) -> int:
     return time_steps if whole else min(2, time_steps)
 
 
-def _first_steps(x: Any, steps: int, time_dim: int | None) -> Any:
+def _first_steps(x: Any, steps: int, time_dim: TimeDim | None) -> Any:
     """As many steps of ``x`` as ``steps`` says, from the first on."""
     if isinstance(x, Tensor):
         return x if time_dim not in (0, 1) else x.narrow(time_dim, 0, min(steps, x.shape[time_dim]))

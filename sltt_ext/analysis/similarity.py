@@ -17,8 +17,9 @@ from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.analysis.restoring import restoring
 from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.methods import Method, check_time_steps
+from sltt_ext.online.objective import LossFn
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
-from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
 __all__ = ["Alignment", "GradientSimilarity", "gradient_similarity"]
@@ -124,8 +125,8 @@ def gradient_similarity(
     *,
     more_batches: Iterable[tuple[Any, Any]] = (),
     per_step: bool = False,
-    time_dim: int | None = None,
-    target_time_dim: int | None = None,
+    time_dim: TimeDim | None = None,
+    target_time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> GradientSimilarity:
     """Cosine similarity and norm ratio of SLTT's gradient to BPTT's, of the same loss and spikes.

@@ -19,8 +19,9 @@ from sltt_ext.analysis.memory import peak_activation_bytes
 from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.methods import COMPARED, GradientTrainer, method_named
+from sltt_ext.online.objective import LossFn
+from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
-from sltt_ext.online.trainer import LossFn
 from sltt_ext.optional import require
 
 __all__ = [
@@ -86,7 +87,7 @@ def benchmark(
     *,
     methods: Sequence[str] = COMPARED,
     repeats: int = 11,
-    time_dim: int | None = None,
+    time_dim: TimeDim | None = None,
     output: Output = None,
     on_run: Callable[[], Any] = lambda: None,
 ) -> Benchmark:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -55,7 +55,7 @@ class DataModule(LightningDataModule):
     in_channels: ClassVar[int]
     drop_last: ClassVar[bool] = False
     time_steps: int | None = None
-    time_dim: int | None = None
+    time_dim: Literal[0, 1] | None = None
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ from sltt_ext.experiment.parts import Build, check_classes, data_module, load_we
 from sltt_ext.experiment.settings import Experiment, from_command_line
 from sltt_ext.lightning import NetworkMonitor, OnlineModule
 from sltt_ext.online import CrossEntropyMSELoss
+from sltt_ext.online.options import TimeDim
 from sltt_ext.optional import require
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class ExperimentModule(OnlineModule):
         time_dim: The axis of time in the input, as in `OnlineTrainer`.
     """
 
-    def __init__(self, experiment: Experiment, net: nn.Module, time_dim: int | None) -> None:
+    def __init__(self, experiment: Experiment, net: nn.Module, time_dim: TimeDim | None) -> None:
         loss_fn = CrossEntropyMSELoss(experiment.mse_weight, experiment.mse_target)
         method = experiment.chosen_method
         super().__init__(method.trainer(net, loss_fn, experiment.time_steps, time_dim=time_dim))

@@ -13,6 +13,7 @@ backward reads, and leaves that check to whoever saves something else.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -43,6 +44,7 @@ class PackedSpikes(SpeedUp):
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
         self._spikes: dict[int, _Spikes] = {}
+        self._freed: deque[_Storage] = deque()
         self._averaging = 0
 
     @contextmanager
@@ -80,11 +82,16 @@ class PackedSpikes(SpeedUp):
         output = forward(*args, **kwargs)
         fired = neuron.spikes(output)
         if fired is not None and fired[0].requires_grad:
+            while self._freed:
+                freed = self._freed.popleft()
+                if (known := self._spikes.get(freed.key)) is not None and known.storage is freed:
+                    del self._spikes[freed.key]
             tensor, factor = fired
-            storage = tensor.untyped_storage()
-            key = id(storage)
-            freed = weakref.ref(storage, lambda _: self._spikes.pop(key, None))
-            self._spikes[key] = _Spikes(tensor, factor, freed)
+            storage = _Storage(
+                tensor.untyped_storage(), self._freed.append
+            )  # no code that an interrupt could hit
+            storage.key = id(tensor.untyped_storage())
+            self._spikes[storage.key] = _Spikes(tensor, factor, storage)
         return output
 
     def _pack(self, tensor: Tensor) -> _Saved:
@@ -105,10 +112,17 @@ class _Saved:
         raise NotImplementedError
 
 
+class _Storage(weakref.ref[torch.UntypedStorage]):
+    """A weak reference to the memory of some spikes, and where it is found in the list of all of them."""
+
+    __slots__ = ("key",)
+    key: int
+
+
 class _Spikes:
     """The memory of a neuron's spikes: zeros and, for a spike, ones or ``factor``."""
 
-    def __init__(self, tensor: Tensor, factor: Tensor | None, storage: weakref.ref[Any]) -> None:
+    def __init__(self, tensor: Tensor, factor: Tensor | None, storage: _Storage) -> None:
         self.version = tensor._version
         self.dtype = tensor.dtype
         self.storage = storage

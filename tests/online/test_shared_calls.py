@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import sltt_ext
 from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.online.grouping import Grouping, _Need
 
 T, N = 6, 4
 TARGET = torch.tensor([0, 1, 2, 0])
@@ -269,15 +270,24 @@ def test_a_neuron_that_begins_to_run_twice():
         online.forward_backward(torch.rand(N, 8), TARGET)
 
 
-def test_shared_calls_are_whole_calls_of_the_users_own():
-    """Running statistics count the chunks: five steps without gradients are not one chunk of two and one of three."""
-    hidden = [[layer.BatchNorm1d(16), neuron.LIFNode(v_threshold=0.3)] for _ in range(16)]
-    net = layers(*sum(hidden, []), layer.BatchNorm1d(16))
-    last = {"schedule": lambda T, generator: [5]}
-    single, _ = iterations(net, kept_apart="to compare with", chunk=2, **last)
+def test_running_statistics_count_the_chunks():
+    """Five steps without gradients are two chunks of two steps and one of one, also in one call."""
+    hidden = [
+        module for _ in range(16) for module in (layer.BatchNorm1d(16), neuron.LIFNode(v_threshold=0.3))
+    ]
+    net, last = layers(*hidden, layer.BatchNorm1d(16)), {"schedule": lambda T, generator: [5]}
+    single, separate = iterations(net, kept_apart="to compare with", chunk=2, **last)
     shared, calls = iterations(net, chunk=2, **last)
-    assert calls == [4, 1, 1]
+    assert (separate, calls) == ([2, 2, 1, 1], [5, 1])
     assert oracle.relative_error(shared, single) < 1e-6
+
+
+@pytest.mark.parametrize(("fits", "group"), [(200, 2), (299, 2), (300, 4), (499, 6), (10**9, 12)])
+def test_shared_calls_are_whole_calls_of_the_users_own(fits, group):
+    grouping = Grouping(2, None)
+    grouping._needs = {True: _Need(2, fits, 100), False: _Need(4, 300, 200, (2, 200))}
+    sizes, _ = grouping.sizes(layers(), 12, 0, {True: 2, False: 12})
+    assert sizes.group == group
 
 
 def test_updates_at_every_step_do_not_depend_on_memory():
