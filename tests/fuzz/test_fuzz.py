@@ -1,0 +1,31 @@
+"""Random networks and options against an oracle that knows nothing of the library."""
+
+import pytest
+import torch
+from fuzz.check import shrunk, verdict
+from fuzz.generator import random_case
+from fuzz.run import script
+
+CASES, PARTS = 300, 10  # of each framework
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])
+def test_a_speed_up_changes_nothing(framework, part):
+    right = 0
+    for seed in range(part, CASES, PARTS):
+        case = random_case(framework, seed)
+        found = verdict(case)
+        right += found.kind == "right"
+        if found.kind == "speed-up fault":
+            small = shrunk(case, found.kind)
+            pytest.fail(f"seed {seed}: {verdict(small).reason}\n{script(small)}")
+    assert right > 0.7 * CASES / PARTS
