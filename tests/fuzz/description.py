@@ -52,7 +52,7 @@ class Options(_Short):
     """Options of the trainer, its input and its loss.
 
     Attributes:
-        frames: ``"static"``, ``"time 0"``, ``"time 1"`` or ``"list"``.
+        frames: ``"static"``, ``"time 0"``, ``"time 1"``, ``"list"`` or ``"iterator"``.
         select: None for every step, K for SLTT-K, or the steps themselves.
         loss: See `fuzz.training.losses`.
         backward: ``""``, ``"scaled"``, or ``"inputs"`` for a backward pass that names its inputs.
@@ -120,8 +120,8 @@ def simpler(case: Case) -> Iterator[Case]:
     yield from _defaults(case, ("returns", "training", "iterations", "image", "batch"))
     if case.iterations > 2:
         yield replace(case, iterations=2)
-    if case.form == "stateful":
-        yield replace(case, form="single")
+    if case.form != "single":
+        yield replace(case, form="single", options=replace(case.options, chunk=1, memory_budget=None))
     for options in _simpler_options(case.options):
         yield replace(case, options=options)
 

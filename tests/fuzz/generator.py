@@ -10,10 +10,10 @@ from fuzz.description import STATELESS_TIMES, Block, Case, Options
 from fuzz.hooks import HOOKS
 from fuzz.networks import ACTIVATIONS, FUNCTIONS, WEIGHTS
 
-NORMS = ("batch", "batch", "batch", "not affine", "not tracking", "cumulative", "group", "layer", "instance")
+NORMS = ("", "", "", "", "not affine", "not tracking", "cumulative", "frozen", "group", "layer", "instance")
 FUNCTION_NAMES = (*FUNCTIONS, "linear", "reads weight", "reads statistics")
 STEP_NAMES = ("function", "call", "attribute", "tensor", "data", "assigned", "noise")
-ONCE_IN_A_CALL = ("weight", "norm", "activation", "pool", "flatten")
+STATELESS = ("norm", "norm", "weight", "pool", "flatten")
 
 
 def random_case(framework: str, seed: int) -> Case:
@@ -42,6 +42,8 @@ def random_case(framework: str, seed: int) -> Case:
     )
     for _ in range(draw.choice([0, 1, 1, 2, 2, 3])):
         case = replace(case, blocks=draw.choice(ODDITIES)(draw, case))
+    if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
+        case = replace(case, blocks=_time(draw, case))
     return _allowed(draw, case)
 
 
@@ -78,7 +80,7 @@ def _neuron(draw: random.Random, framework: str) -> str:
 
 
 def _options(draw: random.Random, form: str) -> Options:
-    steps = draw.choice([1, 2, 2, 3, 3, 4, 4, 5, 6])
+    steps = draw.choice([1, 2, 2, 2, 3, 3, 4, 4, 5, 6])
     chunk: Any = 1
     budget = None
     if form == "multi" or draw.random() < 0.1:
@@ -86,13 +88,13 @@ def _options(draw: random.Random, form: str) -> Options:
         if form != "multi" and chunk != "auto":
             chunk = 1
         if chunk == "auto":
-            budget = draw.choice([None, None, 2**30, 30_000, 100_000])
+            budget = draw.choice([None, 2**30, 2**30, 30_000, 100_000])
     select: Any = None
     if draw.random() < 0.35:
         select = draw.randint(1, steps)
         if draw.random() < 0.5:
             select = tuple(sorted(draw.sample(range(steps), select)))
-    frames = draw.choice(["static"] * 4 + ["time 0", "time 0", "time 1", "list"])
+    frames = draw.choice(["static"] * 5 + ["time 0", "time 0", "time 1", "list", "iterator"])
     input_gradient = draw.random() < 0.15
     options = Options(
         time_steps=steps,
@@ -104,15 +106,16 @@ def _options(draw: random.Random, form: str) -> Options:
         full_output=draw.random() < 0.7,
         cache_invariant=draw.random() < 0.85,
         pack_spikes=draw.random() < 0.5,
-        loss=draw.choice(["cross entropy"] * 4 + ["squared", "penalty", "saliency of a weight"]),
-        backward=draw.choice(["", "", "", "", "scaled", "inputs"]),
+        loss=draw.choice(["cross entropy"] * 9 + ["squared", "squared", "penalty", "saliency of a weight"]),
+        backward=draw.choice([""] * 10 + ["scaled", "inputs"]),
         input_gradient=input_gradient,
     )
-    if input_gradient and draw.random() < 0.3:
+    if input_gradient and draw.random() < 0.2:
         options = replace(options, loss="saliency of the input")
     if draw.random() < 0.15:
         loss = options.loss if options.loss == "squared" else "cross entropy"
-        return replace(options, loss_on="mean", loss=loss)
+        frames = "list" if options.frames == "iterator" else options.frames
+        return replace(options, loss_on="mean", loss=loss, frames=frames)
     return replace(
         options, target_time_dim=draw.choice([None] * 4 + [0, 1]), on_step=draw.random() < 0.12
     )  # fmt: skip
@@ -145,7 +148,7 @@ def _weight(draw: random.Random, case: Case) -> tuple[Block, ...]:
 
 
 def _time(draw: random.Random, case: Case) -> tuple[Block, ...]:
-    return _changed(draw, case, ONCE_IN_A_CALL, time=STATELESS_TIMES)
+    return _changed(draw, case, (draw.choice(STATELESS),), time=STATELESS_TIMES)
 
 
 def _function(draw: random.Random, case: Case) -> tuple[Block, ...]:
@@ -172,7 +175,7 @@ def _dropout(draw: random.Random, case: Case) -> tuple[Block, ...]:
 
 def _norm(draw: random.Random, case: Case) -> tuple[Block, ...]:
     return _inserted(
-        draw, case, Block("norm", draw.choice(["through time", "list", "cumulative", "batch", "batch"]))
+        draw, case, Block("norm", draw.choice(["through time", "list", "cumulative", "frozen", "", ""]))
     )
 
 
@@ -189,42 +192,56 @@ def _nested(draw: random.Random, case: Case) -> tuple[Block, ...]:
 
 
 ODDITIES: list[Oddity] = [
-    _hook, _hook, _weight, _time, _function, _function, _step, _shared, _recurrent, _dropout, _norm, _nested, _nested,
+    _hook, _hook, _weight, _function, _function, _step, _shared, _recurrent, _dropout, _norm, _nested, _nested,
 ]  # fmt: skip
 
 
 def _allowed(draw: random.Random, case: Case) -> Case:
-    """The case without what has no meaning: what counts calls, where one call is several steps."""
-    options, several = case.options, case.form == "multi"
-    if several and case.framework == "snntorch" and _has(case, "norm", "through time"):
-        options = replace(options, chunk=options.time_steps, memory_budget=None, select=None)
-    elif several and _has(case, "shared", "neuron") and options.chunk != "auto":
-        options = replace(options, chunk=1)
-    elif several and case.framework == "snntorch" and _has(case, "function", "reads statistics"):
-        options = replace(options, chunk=options.chunk if options.chunk == "auto" else 1)
-    elif options.chunk == "auto" and options.memory_budget is None and draw.random() < 0.5:
-        options = replace(options, memory_budget=2**30)
+    """The case without what has no meaning."""
     if case.batch == 1 and case.training and not case.image and draw.random() < 0.9:
         case = replace(case, batch=2)  # batch norm of features refuses it
     counts_calls = _has(case, "step") or _has(case, "norm", "through time")
-    if counts_calls and options.loss_on == "mean":
-        options = replace(options, loss_on="step")
+    if counts_calls and case.options.loss_on == "mean":  # two passes
+        case = replace(case, options=replace(case.options, loss_on="step"))
+    if case.form != "multi":
+        return case
+    case = replace(case, blocks=_without(case.blocks, lambda block: block.kind == "step"))
+    if _has(case, "shared", "neuron"):  # its steps come in another order
+        case = _one_by_one(case)
+    return _of_multi_step(case) if case.framework == "snntorch" else case
 
-    def meaningless(block: Block) -> bool:
-        if block.kind == "step":
-            return several
-        return several and case.framework == "snntorch" and (block.kind, block.variant) == ("dropout", "some")
 
-    return replace(case, options=options, blocks=_without(case.blocks, meaningless))
+def _of_multi_step(case: Case) -> Case:
+    """What snnTorch's networks can do in ``MultiStep``, which has to equal a loop."""
+    if _has(case, "norm", "through time"):
+        options = replace(case.options, chunk=case.options.time_steps, memory_budget=None, select=None)
+        case = replace(case, options=options)
+    if _has(case, "function", "reads statistics") or _any(
+        case.blocks, lambda block: "spectral" in block.weight
+    ):
+        case = _one_by_one(case)
+    if (
+        _any(case.blocks, lambda block: "in place" in block.variant + block.hook)
+        and case.options.frames == "static"
+    ):
+        case = replace(case, options=replace(case.options, frames="time 0"))  # a static frame may be copied
+    return replace(
+        case,
+        blocks=_without(case.blocks, lambda block: (block.kind, block.variant) == ("dropout", "some")),
+    )
+
+
+def _one_by_one(case: Case) -> Case:
+    """The case with calls of one step, as far as the user says."""
+    return case if case.options.chunk == "auto" else replace(case, options=replace(case.options, chunk=1))
 
 
 def _has(case: Case, kind: str, variant: str | None = None) -> bool:
-    def has(blocks: tuple[Block, ...]) -> bool:
-        return any(
-            (block.kind == kind and variant in (None, block.variant)) or has(block.inner) for block in blocks
-        )
+    return _any(case.blocks, lambda block: block.kind == kind and variant in (None, block.variant))
 
-    return has(case.blocks)
+
+def _any(blocks: tuple[Block, ...], condition: Callable[[Block], bool]) -> bool:
+    return any(condition(block) or _any(block.inner, condition) for block in blocks)
 
 
 def _without(blocks: tuple[Block, ...], meaningless: Callable[[Block], bool]) -> tuple[Block, ...]:

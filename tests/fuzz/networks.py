@@ -105,6 +105,7 @@ class Builder:
         self.case, self.leaves = case, leaves
         self.latest: dict[str, tuple[nn.Module, Shape, Shape]] = {}
         self.record: list[Tensor] = []
+        self.frozen: list[nn.Module] = []
 
     def build(self) -> Net:
         torch.manual_seed(self.case.seed)
@@ -123,7 +124,10 @@ class Builder:
             for parameter in net.parameters():
                 if parameter.dim() > 1:
                     parameter.mul_(2.5)
-        return net.train(self.case.training)
+        net.train(self.case.training)
+        for module in self.frozen:
+            module.eval()
+        return net
 
     def blocks(self, described: tuple[Block, ...], shape: Shape) -> tuple[nn.Sequential, Shape]:
         modules = nn.Sequential()
@@ -153,7 +157,9 @@ class Builder:
         return module, after
 
     def _norm(self, block: Block, shape: Shape) -> Any:
-        return self.leaves.norm(block.variant or "batch", shape, block.time), shape
+        module = self.leaves.norm(block.variant, shape, block.time)
+        self.frozen += [module] if block.variant == "frozen" else []
+        return module, shape
 
     def _pool(self, block: Block, shape: Shape) -> Any:
         if len(shape) == 1 or shape[1] == 1:
@@ -267,7 +273,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "multiply in place": lambda x, scale: x.mul_(0.7),
     "subtract in place": lambda x, scale: x.sub_(0.2),
     "scale in place": lambda x, scale: x.mul_(scale),
-    "view in place": lambda x, scale: (x[:1].add_(0.3), x)[1],
+    "view in place": lambda x, scale: (x[..., :1].add_(0.3), x)[1],
     "detach": lambda x, scale: x.detach() * scale,
     "clone": lambda x, scale: x.clone(),
 }

@@ -125,7 +125,6 @@ class Pass:
         random = torch.get_rng_state()
         buffers = {name: buffer.clone() for name, buffer in self.network.net.named_buffers()}
         x = self.data.x.detach().clone()
-        selected, self.selected = self.selected, ()
         _, outputs = self._through_time(self.case.options.time_steps, None)
         output = torch.stack(outputs).mean(0).requires_grad_()
         loss = self.loss_fn(output, self.data.target)
@@ -136,7 +135,6 @@ class Pass:
                 if name in buffers and buffers[name].shape == buffer.shape:
                     buffer.data.copy_(buffers[name])
             self.data.x.data.copy_(x)
-        self.selected = selected
 
         def part(outputs: list[Tensor], start: int) -> Tensor:
             return sum((output * gradient).sum() for output in outputs) / self.divisor
@@ -150,10 +148,10 @@ class Pass:
         total, all_outputs = torch.zeros(()), []
         self.network.reset()
         for start, stop in self._calls(last):
-            selected = start in self.selected
+            selected = start in self.selected and loss_of_call is not None
             with torch.set_grad_enabled(selected):
                 outputs = self.network.outputs(self._frames(start, stop))
-            if selected and loss_of_call is not None:
+            if selected:
                 loss = loss_of_call(outputs, start)
                 self.backward(loss)
                 total = total + loss.detach()
@@ -181,7 +179,7 @@ class Pass:
             return (
                 x.unsqueeze(0).expand(stop - start, *x.shape) if self.network.whole else [x] * (stop - start)
             )
-        if frames == "list" and self.network.whole:
+        if frames in ("list", "iterator") and self.network.whole:
             return torch.stack(list(x[start:stop]))
         return (x.transpose(0, 1) if frames == "time 1" else x)[start:stop]
 

@@ -8,7 +8,7 @@ Ends with 1 where a speed-up is wrong.
 import argparse
 import sys
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,12 +39,17 @@ class Fault:
 
 
 def features(case: Case) -> set[str]:
-    """What a case has that the plainest one has not."""
-    parts = {f"form={case.form}", f"returns={case.returns}"} if case.form != "single" else set()
-    parts |= {
-        f"{f.name}={v!r}" for f in fields(case.options) if (v := getattr(case.options, f.name)) != f.default
+    """What a case has that may make a difference."""
+    options = case.options
+    parts = {
+        f"{name}={getattr(options, name)}" for name in ("loss", "backward", "loss_on", "on_step", "scale")
     }
-    return parts | _of_blocks(case.blocks)
+    parts |= {"selects"} if options.select is not None else set()
+    parts |= {f"chunk={'auto' if options.chunk == 'auto' else 'several'}"} if options.chunk != 1 else set()
+    parts |= {name for name in ("cache_invariant", "pack_spikes", "input_gradient") if getattr(options, name)}
+    parts |= {"several steps in a call"} if case.form == "multi" else set()
+    plainest = Case(case.framework, 0, ())
+    return (parts | _of_blocks(case.blocks)) - (set() if case == plainest else features(plainest))
 
 
 def _of_blocks(blocks: tuple[Block, ...]) -> set[str]:
@@ -88,7 +93,11 @@ def main() -> int:
             known.seeds.append(seed)
             continue
         small = shrunk(case, found.kind) if len(faults) < chosen.shrink else case
-        faults.append(Fault(small, verdict(small), [seed]))
+        same = next((fault for fault in faults if fault.like(small, found)), None)
+        if same is None:
+            faults.append(Fault(small, verdict(small), [seed]))
+        else:
+            same.seeds.append(seed)
     _report(console, counts, reasons, faults)
     return 1 if counts["speed-up fault"] else 0
 

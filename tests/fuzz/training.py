@@ -27,7 +27,10 @@ class Batch:
 
     def given(self, case: Case) -> Any:
         """What the trainer gets."""
-        return list(self.x) if case.options.frames == "list" else self.x
+        frames = case.options.frames
+        if frames == "iterator":
+            return iter(list(self.x))
+        return list(self.x) if frames == "list" else self.x
 
 
 def batch(case: Case, iteration: int) -> Batch:
@@ -121,7 +124,8 @@ def observed(case: Case, net: nn.Module, data: Batch, loss: Tensor, output: Tens
     values |= {f"state {name}": value.detach().clone() for name, value in _parts_of_state(net)}
     if case.options.input_gradient:
         values["gradient of x"] = data.x.grad
-    values["x"] = data.x.detach()
+    if case.form != "multi":
+        values["x"] = data.x.detach()
     if case.form != "multi" and case.options.loss_on == "step":
         for i, seen in enumerate(net.record):
             values[f"record {i}"] = (
