@@ -155,7 +155,7 @@ def _library(case: Case, fresh_trainers: bool) -> _Run:
             online: Any = None
             update = optimizer(net)
             for iteration in range(case.iterations):
-                torch.manual_seed(case.seed + iteration)
+                torch.default_generator.manual_seed(case.seed + iteration)
                 data = batch(case, iteration)
                 if online is None or fresh_trainers:
                     online = _trainer(case, network, net, generator, update)

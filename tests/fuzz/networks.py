@@ -108,7 +108,7 @@ class Builder:
         self.frozen: list[nn.Module] = []
 
     def build(self) -> Net:
-        torch.manual_seed(self.case.seed)
+        torch.default_generator.manual_seed(self.case.seed)
         shape: Shape = (CHANNELS, SIZE, SIZE) if self.case.image else (FEATURES,)
         blocks, shape = self.blocks(self.case.blocks, shape)
         if len(shape) > 1:

@@ -36,7 +36,7 @@ def run(case: Case, steps: Sequence[tuple[int, ...]], noise: float = 0.0) -> Ite
     network = Network(case, net)
     update = optimizer(net)
     for iteration, selected in enumerate(steps):
-        torch.manual_seed(case.seed + iteration)
+        torch.default_generator.manual_seed(case.seed + iteration)
         data = batch(case, iteration)
         update.zero_grad()
         loss, output = Pass(case, network, data, selected, update).run()

@@ -8,6 +8,7 @@ Ends with 1 where a speed-up is wrong.
 import argparse
 import sys
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,52 @@ def script(case: Case) -> str:
     )
 
 
+class Findings:
+    """What came out so far.
+
+    Args:
+        shrinks: How many faults to shrink at most.
+    """
+
+    def __init__(self, shrinks: int):
+        self.shrinks = shrinks
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.faults: list[Fault] = []
+
+    def add(self, seed: int, case: Case) -> None:
+        found = verdict(case)
+        self.counts[found.kind] += 1
+        if not found.is_fault:
+            self.reasons[f"{found.kind}: {found.reason}"] += bool(found.reason)
+            return
+        if self._is_known(seed, case, found):
+            return
+        if len(self.faults) < self.shrinks:
+            case = shrunk(case, found.kind)
+            if self._is_known(seed, case, found):
+                return
+        self.faults.append(Fault(case, verdict(case), [seed]))
+
+    def _is_known(self, seed: int, case: Case, found: Verdict) -> bool:
+        known = next((fault for fault in self.faults if fault.like(case, found)), None)
+        if known is not None:
+            known.seeds.append(seed)
+        return known is not None
+
+    def report(self, console: Console) -> None:
+        lines = [f"{self.counts[kind]:6d} {kind}" for kind in VERDICTS]
+        lines += [f"{number:6d} {reason}" for reason, number in self.reasons.most_common() if number]
+        for fault in sorted(self.faults, key=lambda fault: (fault.found.kind, -len(fault.seeds))):
+            seeds = ", ".join(map(str, fault.seeds[:5]))
+            lines.append(
+                f"\n# {fault.found.kind}, {len(fault.seeds)} cases, seeds {seeds}: {fault.found.reason}\n"
+                + script(fault.case)
+            )
+        for line in lines:
+            console.print(line, highlight=False, markup=False)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--framework", choices=["spikingjelly", "snntorch"], required=True)
@@ -77,44 +124,13 @@ def main() -> int:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     console = Console(width=110, soft_wrap=True)
-    counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    faults: list[Fault] = []
+    found = Findings(chosen.shrink)
     seeds = range(chosen.seed, chosen.seed + chosen.cases)
-    for seed in track(seeds, f"{chosen.framework}", console=console, transient=True):
-        case = random_case(chosen.framework, seed)
-        found = verdict(case)
-        counts[found.kind] += 1
-        if not found.is_fault:
-            reasons[f"{found.kind}: {found.reason}"] += bool(found.reason)
-            continue
-        known = next((fault for fault in faults if fault.like(case, found)), None)
-        if known is not None:
-            known.seeds.append(seed)
-            continue
-        small = shrunk(case, found.kind) if len(faults) < chosen.shrink else case
-        same = next((fault for fault in faults if fault.like(small, found)), None)
-        if same is None:
-            faults.append(Fault(small, verdict(small), [seed]))
-        else:
-            same.seeds.append(seed)
-    _report(console, counts, reasons, faults)
-    return 1 if counts["speed-up fault"] else 0
-
-
-def _report(console: Console, counts: Counter[str], reasons: Counter[str], faults: list[Fault]) -> None:
-    for kind in VERDICTS:
-        console.print(f"{counts[kind]:6d} {kind}", highlight=False)
-    for reason, number in reasons.most_common():
-        if number:
-            console.print(f"{number:6d} {reason}", highlight=False, markup=False)
-    for fault in sorted(faults, key=lambda fault: (fault.found.kind, -len(fault.seeds))):
-        console.print(
-            f"\n# {fault.found.kind}, {len(fault.seeds)} cases, seeds {fault.seeds[:5]}: {fault.found.reason}",
-            highlight=False,
-            markup=False,
-        )
-        console.print(script(fault.case), highlight=False, markup=False)
+    with suppress(KeyboardInterrupt):  # tells what there is
+        for seed in track(seeds, chosen.framework, console=console, transient=True):
+            found.add(seed, random_case(chosen.framework, seed))
+    found.report(console)
+    return 1 if found.counts["speed-up fault"] else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from fuzz.check import shrunk, verdict
 from fuzz.generator import random_case
 from fuzz.run import script
 
-CASES, PARTS = 300, 10  # of each framework
+CASES, PARTS = 240, 10  # of each framework
 
 
 @pytest.fixture(autouse=True)
