@@ -8,7 +8,7 @@ from typing import Any
 from fuzz import networks_snntorch, networks_spikingjelly
 from fuzz.description import STATELESS_TIMES, Block, Case, Options
 from fuzz.hooks import HOOKS
-from fuzz.networks import ACTIVATIONS, FUNCTIONS, WEIGHTS
+from fuzz.own_modules import ACTIVATIONS, FUNCTIONS, WEIGHTS
 
 NORMS = ("", "", "", "", "not affine", "not tracking", "cumulative", "frozen", "group", "layer", "instance")
 FUNCTION_NAMES = (*FUNCTIONS, "linear", "reads weight", "reads statistics")

@@ -26,6 +26,10 @@ NEURONS: dict[str, Callable[[], nn.Module]] = {
     "izhikevich": neuron.IzhikevichNode,
 }
 
+MULTI_STEP_LAYERS = [name for name in dir(nn) if hasattr(layer, name)]
+if not hasattr(base.MemoryModule, "single_step_functional_forward"):
+    MULTI_STEP_LAYERS.remove("BatchNorm1d")  # 0.0.0.0.14's wants another axis
+
 
 class Loop(nn.Module):
     """A network's own loop over the steps."""
@@ -72,17 +76,14 @@ class Leaves:
 
     def _over_time(self, time: str, name: str, *args: Any, **settings: Any) -> nn.Module:
         """A layer of torch's name, given its steps as ``time`` says."""
-        if self.mode == "s" or not hasattr(layer, name):
-            plain = getattr(nn, name)(*args, **settings)
-            return plain if self.mode == "s" else layer.SeqToANNContainer(plain)
-        if time == "layer":
+        if self.mode == "m" and time == "layer" and name in MULTI_STEP_LAYERS:
             return getattr(layer, name)(*args, **settings, step_mode="m")
         plain = getattr(nn, name)(*args, **settings)
+        if self.mode == "s":
+            return plain
         if time == "fold":
             return nn.Sequential(nn.Flatten(0, 1), plain, Unfold(self.case.batch))
-        return {"container": layer.SeqToANNContainer, "multi": layer.MultiStepContainer, "loop": Loop}[time](
-            plain
-        )
+        return {"multi": layer.MultiStepContainer, "loop": Loop}.get(time, layer.SeqToANNContainer)(plain)
 
     def linear(self, shape: Shape, width: int, time: str) -> nn.Module:
         return self._over_time(time, "Linear", shape[0], width)
@@ -96,7 +97,7 @@ class Leaves:
             return self._over_time(time, "GroupNorm", 3, shape[0])
         if variant == "layer":
             return nn.LayerNorm(shape)
-        if variant == "through time":
+        if variant == "through time" and hasattr(layer, f"BatchNormThroughTime{size}"):
             through_time = getattr(layer, f"BatchNormThroughTime{size}")
             return through_time(self.case.options.time_steps, shape[0], step_mode=self.mode)
         if variant == "instance" and len(shape) > 1:

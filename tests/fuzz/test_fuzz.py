@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fuzz import check, description
 from fuzz.check import shrunk, verdict
 from fuzz.generator import random_case
 from fuzz.run import script
@@ -29,3 +30,22 @@ def test_a_speed_up_changes_nothing(framework, part):
             small = shrunk(case, found.kind)
             pytest.fail(f"seed {seed}: {verdict(small).reason}\n{script(small)}")
     assert right > 0.7 * CASES / PARTS
+
+
+@pytest.mark.parametrize("framework", ["spikingjelly", "snntorch"])
+def test_a_case_prints_as_what_rebuilds_it(framework):
+    cases = [random_case(framework, seed) for seed in range(200)]
+    assert [eval(repr(case), vars(description)) for case in cases] == cases
+    assert len(set(cases)) == len(cases)
+
+
+def test_a_wrong_gradient_is_found_and_shrunk(monkeypatch):
+    monkeypatch.setattr(check, "backward", lambda case, net: lambda loss: (1.01 * loss).backward())
+    blocks = (
+        description.Block("weight", hook="observe"),
+        description.Block("norm"),
+        description.Block("neuron"),
+    )
+    case = description.Case("spikingjelly", 0, blocks, batch=4, iterations=2)
+    assert verdict(case).kind == "plain fault"
+    assert shrunk(case, "plain fault").blocks == (description.Block("neuron"),)

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from fuzz.description import Case
-from fuzz.networks import CHANNELS, CLASSES, FEATURES, SIZE
+from fuzz.networks import CHANNELS, CLASSES, SIZE
+from fuzz.own_modules import FEATURES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
