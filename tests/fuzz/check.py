@@ -3,7 +3,7 @@
 import gc
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from fuzz import networks_snntorch, reference
 from fuzz.description import Case, simpler
 from fuzz.networks import WithState
-from fuzz.training import Iteration, backward, batch, loss_fn, observed, optimizer, output_of
+from fuzz.training import KEPT_ALIVE, Iteration, backward, batch, loss_fn, observed, optimizer, output_of
 from torch import Tensor, nn
 
 import sltt_ext
@@ -31,14 +31,19 @@ class Verdict:
     Attributes:
         kind: One of `VERDICTS`. A fault is "plain" where it is there without any speed-up, too.
         reason: What differs and by how much, what was said, or why the case was discarded.
+        symptom: Whether wrong values, memory or an error show the fault, so that shrinking keeps to one fault.
     """
 
     kind: str
     reason: str = ""
+    symptom: str = ""
 
     @property
     def is_fault(self) -> bool:
         return self.kind.endswith("fault")
+
+    def like(self, other: "Verdict") -> bool:
+        return (self.kind, self.symptom) == (other.kind, other.symptom)
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def verdict(case: Case) -> Verdict:
     """Run the library and the oracle, and compare all that a user can see."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPES[case.framework])
-    gc.collect(0)
+    gc.disable()  # what lives on only until it comes shows
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -71,11 +76,12 @@ def verdict(case: Case) -> Verdict:
             plain = _compared(case.without_speed_ups(), fresh_trainers=True)
             return replace(found, kind="plain fault") if plain.is_fault else found
     finally:
+        gc.enable()
         torch.set_default_dtype(before)
 
 
-def shrunk(case: Case, kind: str, tries: int = 400) -> Case:
-    """The simplest case found, one thing after the other, that comes to the same kind of verdict."""
+def shrunk(case: Case, fault: Verdict, tries: int = 400) -> Case:
+    """The simplest case found, one thing after the other, that comes to a verdict like ``fault``."""
     found = True
     while found and tries > 0:
         found = False
@@ -84,7 +90,7 @@ def shrunk(case: Case, kind: str, tries: int = 400) -> Case:
             if tries <= 0:
                 break
             try:
-                same = verdict(candidate).kind == kind
+                same = verdict(candidate).like(fault)
             except (TypeError, IndexError, ValueError):  # options that do not fit each other any more
                 continue
             if same:
@@ -105,7 +111,9 @@ def _compared(case: Case, fresh_trainers: bool = False) -> Verdict:
     if run.error is not None:
         said = isinstance(run.error, SLTTError)
         reason = f"{type(run.error).__name__}: {str(run.error).splitlines()[0][:160]}"
-        return Verdict("said" if said else "speed-up fault", reason)
+        return Verdict("said" if said else "speed-up fault", reason, type(run.error).__name__)
+    if isinstance(case.options.select, int) and any(len(set(s)) != case.options.select for s in run.steps):
+        return Verdict("speed-up fault", f"{run.steps} are not {case.options.select} steps each")
     tolerance = _TOLERANCES[torch.get_default_dtype()]
     for iteration, (ours, theirs) in enumerate(zip(run.iterations, expected, strict=True)):
         wrong = differences(ours, theirs, tolerance)
@@ -121,7 +129,8 @@ def _judged(case: Case, run: _Run, theirs: Iteration, iteration: int, wrong: dic
     if run.warned:
         return Verdict("said", run.warned[0])
     named = ", ".join(f"{name} by {error:.1e}" for name, error in list(wrong.items())[:6])
-    return Verdict("speed-up fault", f"iteration {iteration}: {named}")
+    symptom = KEPT_ALIVE if [*wrong] == [KEPT_ALIVE] else "values"
+    return Verdict("speed-up fault", f"iteration {iteration}: {named}", symptom)
 
 
 def _without_reference(case: Case, run: _Run, error: Exception) -> Verdict:
@@ -133,7 +142,7 @@ def _without_reference(case: Case, run: _Run, error: Exception) -> Verdict:
     if hidden:
         unpacked = replace(case, options=replace(case.options, pack_spikes=False))
         if _library(unpacked, False).error is not None:
-            return Verdict("speed-up fault", f"hides what autograd says: {refused}")
+            return Verdict("speed-up fault", f"hides what autograd says: {refused}", "hidden")
     return Verdict("discarded", refused)
 
 
@@ -152,14 +161,15 @@ def _library(case: Case, fresh_trainers: bool) -> _Run:
         try:
             network = _converted(case, net)
             generator = torch.Generator().manual_seed(case.seed)
+            loss = _Loss()
             online: Any = None
             update = optimizer(net)
             for iteration in range(case.iterations):
                 torch.default_generator.manual_seed(case.seed + iteration)
                 data = batch(case, iteration)
                 if online is None or fresh_trainers:
-                    online = _trainer(case, network, net, generator, update)
-                online.loss_fn = loss_fn(case, net, data.x)
+                    online = _trainer(case, network, net, loss, generator, update)
+                loss.of_iteration = loss_fn(case, net, data.x)
                 update.zero_grad()
                 result = online.forward_backward(data.given(case), data.target)
                 steps.append(result.time_steps)
@@ -182,8 +192,22 @@ def _converted(case: Case, net: nn.Module) -> nn.Module:
     return MultiStep(net) if case.framework == "snntorch" and case.form == "multi" else net
 
 
+class _Loss:
+    """The loss of the iteration that runs."""
+
+    of_iteration: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.of_iteration(output, target)
+
+
 def _trainer(
-    case: Case, network: nn.Module, net: nn.Module, generator: torch.Generator, update: torch.optim.Optimizer
+    case: Case,
+    network: nn.Module,
+    net: nn.Module,
+    loss: _Loss,
+    generator: torch.Generator,
+    update: torch.optim.Optimizer,
 ) -> sltt_ext.OnlineTrainer:
     options = case.options
     output: Any = {"dict": output_of, "membrane": "membrane"}.get(case.returns)
@@ -195,7 +219,7 @@ def _trainer(
 
     return sltt_ext.OnlineTrainer(
         network,
-        nn.CrossEntropyLoss(),
+        loss,
         options.time_steps,
         k=select if isinstance(select, int) else None,
         schedule=(lambda time_steps, generator: list(select)) if isinstance(select, tuple) else None,

@@ -70,7 +70,7 @@ class Net(nn.Module):
         output = self.readout(self.head(features))
         if self.aside is None:
             return output
-        aside = self.aside(features)
+        aside = torch.tanh(self.aside(features))  # whose backward needs its own output
         self.unread.append(weakref.ref(aside))
         return (output, aside) if self.returns == "tuple" else {"classes": output, "aside": aside}
 

@@ -36,7 +36,7 @@ class Fault:
     seeds: list[int]
 
     def like(self, case: Case, found: Verdict) -> bool:
-        return found.kind == self.found.kind and features(self.case) <= features(case)
+        return found.like(self.found) and features(self.case) <= features(case)
 
 
 def features(case: Case) -> set[str]:
@@ -91,7 +91,7 @@ class Findings:
         if self._is_known(seed, case, found):
             return
         if len(self.faults) < self.shrinks:
-            case = shrunk(case, found.kind)
+            case = shrunk(case, found)
             if self._is_known(seed, case, found):
                 return
         self.faults.append(Fault(case, verdict(case), [seed]))

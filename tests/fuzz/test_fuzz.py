@@ -27,7 +27,7 @@ def test_a_speed_up_changes_nothing(framework, part):
         found = verdict(case)
         right += found.kind == "right"
         if found.kind == "speed-up fault":
-            small = shrunk(case, found.kind)
+            small = shrunk(case, found)
             pytest.fail(f"seed {seed}: {verdict(small).reason}\n{script(small)}")
     assert right > 0.7 * CASES / PARTS
 
@@ -47,5 +47,6 @@ def test_a_wrong_gradient_is_found_and_shrunk(monkeypatch):
         description.Block("neuron"),
     )
     case = description.Case("spikingjelly", 0, blocks, batch=4, iterations=2)
-    assert verdict(case).kind == "plain fault"
-    assert shrunk(case, "plain fault").blocks == (description.Block("neuron"),)
+    found = verdict(case)
+    assert found.kind == "plain fault"
+    assert shrunk(case, found).blocks == (description.Block("neuron"),)

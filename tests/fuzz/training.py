@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LEARNING_RATE = 0.02
+KEPT_ALIVE = "unread outputs kept alive"
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,7 @@ def observed(case: Case, net: nn.Module, data: Batch, loss: Tensor, output: Tens
                 seen.grad.clone() if seen.retains_grad and seen.grad is not None else seen.detach()
             )
     net.record.clear()
-    values["unread outputs kept alive"] = torch.tensor(
-        sum(reference() is not None for reference in net.unread)
-    )
+    values[KEPT_ALIVE] = torch.tensor(sum(reference() is not None for reference in net.unread))
     net.unread.clear()
     return Iteration(values)
 
