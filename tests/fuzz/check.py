@@ -80,23 +80,25 @@ def verdict(case: Case) -> Verdict:
         torch.set_default_dtype(before)
 
 
-def shrunk(case: Case, fault: Verdict, tries: int = 400) -> Case:
+def shrunk(case: Case, fault: Verdict, tries: int = 200) -> Case:
     """The simplest case found, one thing after the other, that comes to a verdict like ``fault``."""
     found = True
     while found and tries > 0:
-        found = False
-        for candidate in simpler(case):
+        found, i = False, 0
+        while tries > 0 and i < len(candidates := list(simpler(case))):
             tries -= 1
-            if tries <= 0:
-                break
-            try:
-                same = verdict(candidate).like(fault)
-            except (TypeError, IndexError, ValueError):  # options that do not fit each other any more
-                continue
-            if same:
-                case, found = candidate, True
-                break
+            if _is_like(candidates[i], fault):
+                case, found = candidates[i], True
+            else:
+                i += 1
     return case
+
+
+def _is_like(case: Case, fault: Verdict) -> bool:
+    try:
+        return verdict(case).like(fault)
+    except (TypeError, IndexError, ValueError):  # options that do not fit each other any more
+        return False
 
 
 def _compared(case: Case, fresh_trainers: bool = False) -> Verdict:

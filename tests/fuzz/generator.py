@@ -40,7 +40,7 @@ def random_case(framework: str, seed: int) -> Case:
         iterations=3 if form == "multi" and (options.chunk == "auto" or options.select is not None) else 2,
         options=options,
     )
-    for _ in range(draw.choice([0, 1, 1, 2, 2, 3])):
+    for _ in range(draw.choice([0, 1, 1, 2, 2, 3, 3])):
         case = replace(case, blocks=draw.choice(ODDITIES)(draw, case))
     if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
         case = replace(case, blocks=_time(draw, case))
@@ -135,7 +135,9 @@ def _changed(draw: random.Random, case: Case, kinds: Sequence[str], **changes: A
 
 
 def _inserted(draw: random.Random, case: Case, block: Block, first: int = 0) -> tuple[Block, ...]:
-    i = draw.randint(min(first, len(case.blocks)), len(case.blocks))
+    """The blocks with another one, half of the times among the first: there most can be told of what it reads."""
+    last = first + 1 if draw.random() < 0.5 else len(case.blocks)
+    i = min(draw.randint(first, max(first, last)), len(case.blocks))
     return (*case.blocks[:i], block, *case.blocks[i:])
 
 
