@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FUZZ := --cases 5000
 
-.PHONY: demo test test-slow lint docs bench cubins gpu-test gpu-sanitizer gpu-bench clean
+.PHONY: demo test test-slow fuzz lint docs bench cubins gpu-test gpu-sanitizer gpu-bench clean
 
 demo: $(READY)  ## train one network on real images with BPTT, SLTT and SLTT-K, side by side
 	$(BIN)/sltt demo
@@ -13,6 +14,10 @@ test: $(READY)  ## all the tests
 
 test-slow: $(READY)  ## the slow tests: every example and configuration, from end to end
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+
+fuzz: $(READY)  ## random networks and options against an oracle, thousands of them (FUZZ="--cases 5000 --seed 0")
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --framework spikingjelly $(FUZZ)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --framework snntorch $(FUZZ)
 
 lint: $(READY)  ## format, rules, types, and who may import whom
 	$(BIN)/ruff format --check .

@@ -1,0 +1,157 @@
+"""What a case is: a network of blocks and the options of a trainer, as plain data that prints as Python.
+
+Seeded generators of our own make the cases, not hypothesis: a case has to shrink by what it means (a block dropped, a
+hook taken off, an option back at its default), whatever the draws were that led to it, and a seed has to give the same
+case in a year's time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, replace
+
+STATELESS_TIMES = ("layer", "container", "multi", "loop", "fold")
+
+
+class _Short:
+    """Prints what is not the default."""
+
+    def __repr__(self) -> str:
+        parts = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.default is MISSING and entry.default_factory is MISSING:
+                parts.append(repr(value))
+            elif value != (entry.default if entry.default is not MISSING else entry.default_factory()):
+                parts.append(f"{entry.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Block(_Short):
+    """A part of a network.
+
+    Attributes:
+        kind: See `fuzz.networks`.
+        variant: Which of its kind; every kind has a default.
+        time: How a multi-step network of SpikingJelly gives a stateless layer its steps: the framework's own layer,
+            ``SeqToANNContainer``, ``MultiStepContainer``, a loop of the network's own, or folded into the batch.
+        hook: What hangs on the module.
+        weight: How its weight comes about.
+        inner: The blocks it is made of.
+    """
+
+    kind: str
+    variant: str = ""
+    time: str = "layer"
+    hook: str = ""
+    weight: str = ""
+    inner: tuple["Block", ...] = ()
+
+
+@dataclass(frozen=True, repr=False)
+class Options(_Short):
+    """Options of the trainer, its input and its loss.
+
+    Attributes:
+        frames: ``"static"``, ``"time 0"``, ``"time 1"``, ``"list"`` or ``"iterator"``.
+        select: None for every step, K for SLTT-K, or the steps themselves.
+        loss: See `fuzz.training.losses`.
+        backward: ``""``, ``"scaled"``, or ``"inputs"`` for a backward pass that names its inputs.
+        input_gradient: Whether the input requires a gradient.
+    """
+
+    time_steps: int = 2
+    frames: str = "static"
+    select: int | tuple[int, ...] | None = None
+    chunk: int | str = 1
+    memory_budget: int | str | None = None
+    scale: str = "mean"
+    full_output: bool = True
+    loss_on: str = "step"
+    target_time_dim: int | None = None
+    on_step: bool = False
+    cache_invariant: bool = False
+    pack_spikes: bool = False
+    loss: str = "cross entropy"
+    backward: str = ""
+    input_gradient: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class Case(_Short):
+    """A network, a trainer, and a few iterations with an optimizer's step after each.
+
+    Attributes:
+        framework: ``"spikingjelly"`` or ``"snntorch"``.
+        form: ``"single"``, ``"multi"``, or, in snnTorch, ``"stateful"``.
+        returns: What the network returns: ``"tensor"``, ``"tuple"`` or ``"dict"`` with an output that no loss reads,
+            or, in snnTorch, ``"membrane"``: spikes and membrane potential of a last neuron.
+        image: Whether the network starts with an image or with features.
+    """
+
+    framework: str
+    seed: int
+    blocks: tuple[Block, ...]
+    form: str = "single"
+    returns: str = "tensor"
+    image: bool = False
+    batch: int = 2
+    training: bool = True
+    iterations: int = 1
+    options: Options = field(default_factory=Options)
+
+    def without_speed_ups(self) -> "Case":
+        return replace(
+            self,
+            options=replace(
+                self.options, chunk=1, memory_budget=None, cache_invariant=False, pack_spikes=False
+            ),
+        )
+
+    @property
+    def reference_chunk(self) -> int:
+        """How many steps a call of the network has, as far as that shows; ``"auto"`` must not show."""
+        return 1 if self.form != "multi" or self.options.chunk == "auto" else self.options.chunk
+
+
+def simpler(case: Case) -> Iterator[Case]:
+    """All that is one thing simpler than ``case``, what simplifies most first."""
+    for blocks in _simpler_blocks(case.blocks):
+        yield replace(case, blocks=blocks)
+    yield from _defaults(case, ("returns", "training", "iterations", "image", "batch"))
+    if case.iterations > 2:
+        yield replace(case, iterations=2)
+    if case.form != "single":
+        yield replace(case, form="single", options=replace(case.options, chunk=1, memory_budget=None))
+    for options in _simpler_options(case.options):
+        yield replace(case, options=options)
+
+
+def _simpler_options(options: Options) -> Iterator[Options]:
+    for entry in fields(options):
+        yield from _defaults(options, (entry.name,))
+    if isinstance(options.select, int):
+        yield replace(options, select=(options.time_steps - 1,))
+    if isinstance(options.chunk, int) and options.chunk > 2:
+        yield replace(options, chunk=2)
+    if options.time_steps > 3 and not isinstance(options.select, tuple):
+        yield replace(options, time_steps=3, select=min(options.select, 3) if options.select else None)
+
+
+def _simpler_blocks(blocks: tuple[Block, ...]) -> Iterator[tuple[Block, ...]]:
+    for i, block in enumerate(blocks):
+        for instead in ((), block.inner, *((simple,) for simple in _simpler_block(block))):
+            if instead or not block.inner or instead == ():
+                yield (*blocks[:i], *instead, *blocks[i + 1 :])
+
+
+def _simpler_block(block: Block) -> Iterator[Block]:
+    yield from _defaults(block, ("hook", "weight", "time", "variant"))
+    for inner in _simpler_blocks(block.inner):
+        if inner:
+            yield replace(block, inner=inner)
+
+
+def _defaults(described: Block | Options | Case, names: tuple[str, ...]) -> Iterator:
+    for entry in fields(described):
+        if entry.name in names and getattr(described, entry.name) != entry.default:
+            yield replace(described, **{entry.name: entry.default})

@@ -1,0 +1,252 @@
+"""Random cases: a plain network with plain options, and on top of it a few of the odd things that users do."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fuzz import networks_snntorch, networks_spikingjelly
+from fuzz.description import STATELESS_TIMES, Block, Case, Options
+from fuzz.hooks import HOOKS
+from fuzz.own_modules import ACTIVATIONS, FUNCTIONS, WEIGHTS
+
+NORMS = ("", "", "", "", "not affine", "not tracking", "cumulative", "frozen", "group", "layer", "instance")
+FUNCTION_NAMES = (*FUNCTIONS, "linear", "reads weight", "reads statistics")
+STEP_NAMES = ("function", "call", "attribute", "tensor", "data", "assigned", "noise")
+STATELESS = ("norm", "norm", "weight", "pool", "flatten")
+
+
+def random_case(framework: str, seed: int) -> Case:
+    """The case of a seed, the same at any time."""
+    draw = random.Random(f"{framework} {seed}")
+    if framework == "spikingjelly":
+        form = draw.choice(["single", "multi"])
+    else:
+        form = draw.choice(["single"] * 4 + ["multi"] * 5 + ["stateful"])
+    image = draw.random() < 0.4
+    returns = draw.choice(["tensor"] * 6 + ["tuple", "dict"] + ["membrane"] * 2 * (framework == "snntorch"))
+    if form == "stateful" and returns == "membrane":
+        returns = "tuple"
+    options = _options(draw, form)
+    case = Case(
+        framework,
+        seed,
+        _blocks(draw, framework, image),
+        form=form,
+        returns=returns,
+        image=image,
+        batch=draw.choice([1, 2, 2, 3, 4, 4, 6]),
+        training=draw.random() < 0.9,
+        iterations=3 if form == "multi" and (options.chunk == "auto" or options.select is not None) else 2,
+        options=options,
+    )
+    for _ in range(draw.choice([0, 1, 1, 2, 2, 3, 3])):
+        case = replace(case, blocks=draw.choice(ODDITIES)(draw, case))
+    if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
+        case = replace(case, blocks=_time(draw, case))
+    return _allowed(draw, case)
+
+
+def _blocks(draw: random.Random, framework: str, image: bool) -> tuple[Block, ...]:
+    """A stem, a neuron, a body."""
+    stem = [Block("weight")] if draw.random() < 0.85 else []
+    stem += [_stateless(draw) for _ in range(draw.choice([0, 0, 1, 1, 2]))]
+    body: list[Block] = []
+    for _ in range(draw.choice([0, 1, 1, 2])):
+        body += [_stateless(draw) for _ in range(draw.choice([0, 1]))]
+        body += [Block("weight")] + [Block("norm", draw.choice(NORMS))] * (draw.random() < 0.4)
+        body += [Block("neuron", _neuron(draw, framework))] * (draw.random() < 0.7)
+    return (*stem, Block("neuron", _neuron(draw, framework)), *body)
+
+
+def _stateless(draw: random.Random) -> Block:
+    kind = draw.choice(["weight", "norm", "norm", "pool", "activation", "function", "dropout", "flatten"])
+    variant = {
+        "norm": lambda: draw.choice(NORMS),
+        "pool": lambda: draw.choice(["average", "max", "adaptive"]),
+        "activation": lambda: draw.choice([*ACTIVATIONS]),
+        "function": lambda: draw.choice(["relu", "tanh", "scale", "shift", "linear"]),
+    }.get(kind, lambda: "")()
+    return Block(kind, variant)
+
+
+def _neuron(draw: random.Random, framework: str) -> str:
+    if draw.random() < 0.4:
+        return ""
+    if framework == "spikingjelly":
+        return draw.choice([*networks_spikingjelly.NEURONS])
+    known = {**networks_snntorch.NEURONS, **networks_snntorch.ONLY_DENSE, **networks_snntorch.ONLY_HIDDEN}
+    return draw.choice([*known])
+
+
+def _options(draw: random.Random, form: str) -> Options:
+    steps = draw.choice([1, 2, 2, 2, 3, 3, 4, 4, 5, 6])
+    chunk: Any = 1
+    budget = None
+    if form == "multi" or draw.random() < 0.1:
+        chunk = draw.choice([1, 1, 2, 3, steps, "auto", "auto", "auto"])
+        if form != "multi" and chunk != "auto":
+            chunk = 1
+        if chunk == "auto":
+            budget = draw.choice([None, 2**30, 2**30, 30_000, 100_000])
+    select: Any = None
+    if draw.random() < 0.35:
+        select = draw.randint(1, steps)
+        if draw.random() < 0.5:
+            select = tuple(sorted(draw.sample(range(steps), select)))
+    frames = draw.choice(["static"] * 5 + ["time 0", "time 0", "time 1", "list", "iterator"])
+    input_gradient = draw.random() < 0.15
+    options = Options(
+        time_steps=steps,
+        frames=frames,
+        select=select,
+        chunk=chunk,
+        memory_budget=budget,
+        scale=draw.choice(["mean", "mean", "paper"]),
+        full_output=draw.random() < 0.7,
+        cache_invariant=draw.random() < 0.85,
+        pack_spikes=draw.random() < 0.5,
+        loss=draw.choice(["cross entropy"] * 9 + ["squared", "squared", "penalty", "saliency of a weight"]),
+        backward=draw.choice([""] * 10 + ["scaled", "inputs"]),
+        input_gradient=input_gradient,
+    )
+    if input_gradient and draw.random() < 0.2:
+        options = replace(options, loss="saliency of the input")
+    if draw.random() < 0.15:
+        loss = options.loss if options.loss == "squared" else "cross entropy"
+        frames = "list" if options.frames == "iterator" else options.frames
+        return replace(options, loss_on="mean", loss=loss, frames=frames)
+    return replace(
+        options, target_time_dim=draw.choice([None] * 4 + [0, 1]), on_step=draw.random() < 0.12
+    )  # fmt: skip
+
+
+Oddity = Callable[[random.Random, Case], tuple[Block, ...]]
+
+
+def _changed(draw: random.Random, case: Case, kinds: Sequence[str], **changes: Any) -> tuple[Block, ...]:
+    """The blocks with one of ``kinds`` changed; an entry of ``changes`` is what to draw from."""
+    at = [i for i, block in enumerate(case.blocks) if block.kind in kinds]
+    if not at:
+        return case.blocks
+    i = draw.choice(at)
+    block = replace(case.blocks[i], **{name: draw.choice(values) for name, values in changes.items()})
+    return (*case.blocks[:i], block, *case.blocks[i + 1 :])
+
+
+def _inserted(draw: random.Random, case: Case, block: Block, first: int = 0) -> tuple[Block, ...]:
+    """The blocks with another one, half of the times among the first: there most can be told of what it reads."""
+    last = first + 1 if draw.random() < 0.5 else len(case.blocks)
+    i = min(draw.randint(first, max(first, last)), len(case.blocks))
+    return (*case.blocks[:i], block, *case.blocks[i:])
+
+
+def _hook(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _changed(draw, case, ("weight", "norm", "neuron", "activation", "pool", "function"), hook=[*HOOKS])
+
+
+def _weight(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _changed(draw, case, ("weight",), weight=[*WEIGHTS])
+
+
+def _time(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _changed(draw, case, (draw.choice(STATELESS),), time=STATELESS_TIMES)
+
+
+def _function(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _inserted(draw, case, Block("function", draw.choice(FUNCTION_NAMES)))
+
+
+def _step(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _inserted(draw, case, Block("step", draw.choice(STEP_NAMES)))
+
+
+def _shared(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _inserted(draw, case, Block("shared", draw.choice(["weight", "norm", "neuron", "activation"])), 1)
+
+
+def _recurrent(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    variants = ["", "feedback"] if case.framework == "spikingjelly" else [*networks_snntorch.RECURRENT]
+    return _inserted(draw, case, Block("recurrent", draw.choice(variants)))
+
+
+def _dropout(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    variants = ["some", "kept mask"] if case.framework == "spikingjelly" else ["some"]
+    return _inserted(draw, case, Block("dropout", draw.choice(variants)))
+
+
+def _norm(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _inserted(
+        draw, case, Block("norm", draw.choice(["through time", "list", "cumulative", "frozen", "", ""]))
+    )
+
+
+def _nested(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    """Some blocks in a row, as a residual branch, in a container, or in one that says it does not depend on time."""
+    start = draw.randrange(len(case.blocks))
+    stop = draw.randint(start + 1, len(case.blocks))
+    inner = case.blocks[start:stop]
+    choices = [("residual", ""), ("residual", "in place"), ("group", "")]
+    if all(block.kind in ("weight", "activation", "pool", "flatten") and not block.hook for block in inner):
+        choices.append(("group", "marked"))
+    kind, variant = draw.choice(choices)
+    return (*case.blocks[:start], Block(kind, variant, inner=inner), *case.blocks[stop:])
+
+
+ODDITIES: list[Oddity] = [
+    _hook, _hook, _weight, _function, _function, _step, _shared, _recurrent, _dropout, _norm, _nested, _nested,
+]  # fmt: skip
+
+
+def _allowed(draw: random.Random, case: Case) -> Case:
+    """The case without what has no meaning."""
+    if case.batch == 1 and case.training and not case.image and draw.random() < 0.9:
+        case = replace(case, batch=2)  # batch norm of features refuses it
+    counts_calls = _has(case, "step") or _has(case, "norm", "through time")
+    if counts_calls and case.options.loss_on == "mean":  # two passes
+        case = replace(case, options=replace(case.options, loss_on="step"))
+    if case.form != "multi":
+        return case
+    case = replace(case, blocks=_without(case.blocks, lambda block: block.kind == "step"))
+    if _has(case, "shared", "neuron"):  # its steps come in another order
+        case = _one_by_one(case)
+    return _of_multi_step(case) if case.framework == "snntorch" else case
+
+
+def _of_multi_step(case: Case) -> Case:
+    """What snnTorch's networks can do in ``MultiStep``, which has to equal a loop."""
+    if _has(case, "norm", "through time"):
+        options = replace(case.options, chunk=case.options.time_steps, memory_budget=None, select=None)
+        case = replace(case, options=options)
+    if _has(case, "function", "reads statistics") or _any(
+        case.blocks, lambda block: "spectral" in block.weight
+    ):
+        case = _one_by_one(case)
+    if (
+        _any(case.blocks, lambda block: "in place" in block.variant + block.hook)
+        and case.options.frames == "static"
+    ):
+        case = replace(case, options=replace(case.options, frames="time 0"))  # a static frame may be copied
+    return replace(
+        case,
+        blocks=_without(case.blocks, lambda block: (block.kind, block.variant) == ("dropout", "some")),
+    )
+
+
+def _one_by_one(case: Case) -> Case:
+    """The case with calls of one step, as far as the user says."""
+    return case if case.options.chunk == "auto" else replace(case, options=replace(case.options, chunk=1))
+
+
+def _has(case: Case, kind: str, variant: str | None = None) -> bool:
+    return _any(case.blocks, lambda block: block.kind == kind and variant in (None, block.variant))
+
+
+def _any(blocks: tuple[Block, ...], condition: Callable[[Block], bool]) -> bool:
+    return any(condition(block) or _any(block.inner, condition) for block in blocks)
+
+
+def _without(blocks: tuple[Block, ...], meaningless: Callable[[Block], bool]) -> tuple[Block, ...]:
+    return tuple(
+        replace(block, inner=_without(block.inner, meaningless)) for block in blocks if not meaningless(block)
+    )
