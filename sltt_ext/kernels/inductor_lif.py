@@ -8,6 +8,7 @@ all tensors.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,12 @@ from sltt_ext.surrogate import derivative
 
 
 class _Constants(NamedTuple):
-    """What becomes constants of the compiled forward; ``start`` is the number to start from, if it is one."""
+    """What becomes constants of the compiled forward; ``from_number``: all neurons start from the same one."""
 
     neuron: LIFSettings
     save: bool
     save_slope: bool
-    start: float
+    from_number: bool
 
 
 def forward(
@@ -43,21 +44,20 @@ def forward(
     step = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
     if step.numel() < 2:
         return torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
-    constants = _Constants(settings, save, save_slope, 0.0 if isinstance(v, Tensor) else float(v))
-    # a tensor: Inductor of torch 2.6 divides by constants with another rounding
-    tau = settings.tau
-    divisor = None if tau is None else torch.full((), tau, dtype=step.dtype, device=step.device)
-    flat_v = rows(step, v.unsqueeze(0))[0] if isinstance(v, Tensor) else None
+    number = partial(torch.full, (), dtype=step.dtype, device=step.device)
+    # tensors: Inductor of torch 2.6 divides by constants with another rounding, and any returns x itself for x + 0
+    divisor = None if settings.tau is None else number(settings.tau)
+    flat_v = rows(step, v.unsqueeze(0))[0] if isinstance(v, Tensor) else number(v)
+    constants = _Constants(settings, save, save_slope, from_number=not isinstance(v, Tensor))
     s_seq, final, derivatives, h, slopes = run_compiled(
         _forward, constants, rows(step, x_seq), flat_v, decay, divisor
     )
     nothing = x_seq.new_empty(0)
+    no_step = torch.empty_like(x_seq[1:]) if save else nothing
     return (
         restored(s_seq, step, x_seq),
         final.as_strided_(step.shape, step.stride()),
-        (torch.empty_like(x_seq[1:]) if save else nothing)
-        if derivatives is None
-        else restored(derivatives, step, x_seq[1:]),
+        no_step if derivatives is None else restored(derivatives, step, x_seq[1:]),
         step.new_empty(0) if h is None else h.as_strided_(step.shape, step.stride()),
         nothing if slopes is None else restored(slopes, step, x_seq),
     )
@@ -85,12 +85,12 @@ def backward(
 
 
 def _forward(
-    constants: _Constants, x_seq: Tensor, v: Tensor | None, decay: Tensor | None, tau: Tensor | None
+    constants: _Constants, x_seq: Tensor, v: Tensor, decay: Tensor | None, tau: Tensor | None
 ) -> Any:
     """All steps of ``x_seq`` ``[T, elements]``; what is not needed is None."""
     neuron, dtype = constants.neuron, state_dtype(x_seq.dtype)
-    if v is None:
-        v = torch.full_like(x_seq[0], constants.start, dtype=dtype)
+    if constants.from_number:
+        v = torch.ones_like(x_seq[0], dtype=dtype) * v
     elif neuron.charged:
         v = _reset(neuron, v)
     s_seq, derivatives, slopes = [], [], []
