@@ -14,7 +14,7 @@ from typing import TypeVar, cast
 
 from torch import nn
 
-from sltt_ext.errors import ConversionError, SLTTWarning, UnsupportedModuleError, listed
+from sltt_ext.errors import BackendError, ConversionError, SLTTWarning, UnsupportedModuleError, listed
 from sltt_ext.kernels import check_backend
 from sltt_ext.neuron import SLTTNeuron
 
@@ -77,7 +77,8 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     Raises:
         ConversionError: If ``net`` has no spiking neuron, or (``strict``) has modules that SLTT cannot
             train; the error lists each with the reason. ``net`` is then as it was.
-        BackendError: If ``backend`` cannot be used.
+        BackendError: If ``backend`` cannot be used here, or does not run a neuron of ``net``; the error lists each.
+            ``net`` is then as it was.
 
     Warns:
         SLTTWarning: Once, with every module that was left as it is, or that SLTT's gradient does not pass.
@@ -112,6 +113,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
             "subclass of SpikingJelly's BaseNode or snnTorch's SpikingNeuron, or needs a rule given with "
             f"sltt_ext.conversion.register_adapter.{retired}"
         )
+    _check_backend(net, adapters, backend)
     for module, adapter in adapters:
         module.__class__ = adapter  # type: ignore[assignment]
         cast(SLTTNeuron, module).sltt_backend = backend
@@ -130,8 +132,8 @@ def revert(net: Module) -> Module:
     for module in net.modules():
         if isinstance(module, SLTTNeuron):
             module.carry_charged(False)
-            for name in ("sltt_backend", "_sltt_left"):
-                vars(module).pop(name, None)
+            for name in [name for name in vars(module) if name.startswith(("sltt_backend", "_sltt_"))]:
+                del vars(module)[name]
             module.__class__ = module.original  # type: ignore[assignment]
     return net
 
@@ -139,6 +141,19 @@ def revert(net: Module) -> Module:
 def is_converted(net: nn.Module) -> bool:
     """Whether ``net`` has SLTT neurons."""
     return any(isinstance(module, SLTTNeuron) for module in net.modules())
+
+
+def _check_backend(net: nn.Module, adapters: list[tuple[nn.Module, type[SLTTNeuron]]], backend: str) -> None:
+    """Raise a BackendError that lists the neurons that ``backend`` does not run."""
+    paths = {module: path for path, module in net.named_modules()}
+    refused: dict[str, str] = {}
+    for module, adapter in adapters:
+        try:
+            adapter.check_backend(module, backend)
+        except BackendError as refusal:
+            refused[paths[module]] = f"{type(module).__name__}: {refusal}"
+    if refused:
+        raise BackendError(listed("a neuron does not run on the backend, nothing was converted:", refused))
 
 
 def _load_adapters() -> None:

@@ -63,6 +63,14 @@ class SLTTNeuron(StatefulModule):
         """Whether it is a neuron: dropout, synapse filters and containers carry state, or take sequences, and are none."""
         return True
 
+    @classmethod
+    def check_backend(cls, module: nn.Module, backend: str) -> None:
+        """Nothing if ``backend`` runs ``module``, once it is converted; what runs by the generic rule needs none.
+
+        Raises:
+            BackendError: If a fused operator would run it, and the backend does not.
+        """
+
     def spikes(self, output: Any) -> tuple[Tensor, Tensor | None] | None:
         """Spikes in what the module returned, and what one spike counts (None: 1); None where it may hold other numbers."""
         return None

@@ -37,7 +37,7 @@ from sltt_ext.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A surrogate gradient of the table above, with its parameters in the table's order.
+    """A surrogate gradient of the table above, with its parameters in the table's order, as floats.
 
     Raises:
         ConfigurationError: If the name or the number of parameters is not in the table.
@@ -57,6 +57,8 @@ class Surrogate:
             raise ConfigurationError(
                 f"surrogate {self.name!r} takes ({', '.join(expected)}), got {self.parameters}"
             )
+        # a CUDA kernel is given its numbers by their type: an integer would be read as the bits of a float
+        object.__setattr__(self, "parameters", tuple(map(float, self.parameters)))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Runs the CUDA kernels on the CPU: the same source, built by g++ with `kernels/host.h`.
 
 `launch` takes the place of `sltt_ext.kernels.launch.launch_on_device`, so that allocation, layouts, geometry
-and arguments are those of the real thing.
+and arguments are those of the real thing. `HostBackend` takes the place of ``backend="cupy"``.
 """
 
 import ctypes
@@ -12,13 +12,19 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import variants
 
+from sltt_ext.errors import InputError
+from sltt_ext.kernels import cuda_leaky, cuda_lif, selection
+from sltt_ext.kernels.cuda_backend import CudaBackend
 from sltt_ext.kernels.geometry import THREADS
-from sltt_ext.kernels.source import Kernel, translation_unit
+from sltt_ext.kernels.leaky import LEAKY
+from sltt_ext.kernels.lif import LIF
+from sltt_ext.kernels.source import SCALARS, Kernel, translation_unit
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -41,6 +47,37 @@ def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], devi
     )
     synchronises = dict(kernel.choices).get("REDUCE", 0)
     getattr(_BUILT[kernel], f"launch_{kernel.name}")(blocks, THREADS, bool(synchronises), pointers)
+
+
+def _on_host(module):
+    return SimpleNamespace(
+        forward=functools.partial(module.forward, launch=launch),
+        backward=functools.partial(module.backward, launch=launch),
+    )
+
+
+LIF_ON_HOST, LEAKY_ON_HOST = map(_on_host, (cuda_lif, cuda_leaky))
+
+
+class HostBackend(CudaBackend):
+    """The CUDA kernels, for tensors on the CPU."""
+
+    kernels = {LIF: LIF_ON_HOST, LEAKY: LEAKY_ON_HOST}  # noqa: RUF012
+
+    def problem(self, device=None):
+        return None
+
+    def is_default_for(self, x):
+        return x.dtype in SCALARS
+
+    def check_input(self, x):
+        if x.dtype not in SCALARS:
+            raise InputError(f"backend='cupy' does not compute in {x.dtype}")
+
+
+def register(monkeypatch) -> None:
+    """Make ``backend="cupy"`` run on the CPU."""
+    monkeypatch.setitem(selection._REGISTERED, "cupy", HostBackend())
 
 
 def build(kernels: list[Kernel]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.neuron import state_dtype
 
-__all__ = ["check_device", "check_number", "initial_state", "step_shape"]
+__all__ = ["broadcasts", "check_device", "check_number", "initial_state", "step_shape"]
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -51,6 +51,11 @@ def check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
     """Raise an InputError unless ``tensor`` is on the device of ``x_seq``."""
     if tensor.device != x_seq.device:
         raise InputError(f"{name} is on {tensor.device}, x_seq on {x_seq.device}: move one with .to(device)")
+
+
+def broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether a tensor of ``shape`` broadcasts to ``whole``."""
+    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole)))
 
 
 def check_number(name: str, value: float) -> float:

@@ -22,14 +22,9 @@ read the membrane potential.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.functional.inputs import check_device, check_number, initial_state, step_shape
-from sltt_ext.functional.lif_operator import eager_lif, lif, reset
-from sltt_ext.kernels.settings import LIFSettings
-from sltt_ext.neuron import state_dtype
+from sltt_ext.functional.lif_operator import decay_of, lif_settings, reset, run_lif
 from sltt_ext.surrogate import Surrogate
 
 __all__ = ["after_reset", "multi_step_if", "multi_step_lif", "multi_step_plif"]
@@ -79,10 +74,10 @@ def multi_step_if(
     >>> spikes.flatten().tolist(), round(v.item(), 2)
     ([0.0, 1.0, 0.0], 0.6)
     """
-    return _run(
-        x_seq, v, None, None, False, v_threshold, v_reset, detach_reset, surrogate, backend, single_step,
-        charged=charged,
+    settings = lif_settings(
+        v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, charged=charged, surrogate=surrogate
     )  # fmt: skip
+    return run_lif(x_seq, v, None, settings, backend=backend, single_step=single_step)
 
 
 def multi_step_lif(
@@ -134,12 +129,11 @@ def multi_step_lif(
     >>> x_seq.grad.shape
     torch.Size([4, 1])
     """
-    if not tau > 0:
-        raise ConfigurationError(f"tau must be positive, got {tau}")
-    return _run(
-        x_seq, v, None, float(tau), decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, backend, single_step, factored_leak, charged,
+    settings = lif_settings(
+        tau=tau, decay_input=decay_input, factored_leak=factored_leak, v_threshold=v_threshold, v_reset=v_reset,
+        detach_reset=detach_reset, charged=charged, surrogate=surrogate,
     )  # fmt: skip
+    return run_lif(x_seq, v, None, settings, backend=backend, single_step=single_step)
 
 
 def multi_step_plif(
@@ -191,16 +185,11 @@ def multi_step_plif(
     >>> bool(w.grad > 0)
     True
     """
-    if w.dim() != 0:
-        raise InputError(
-            f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}"
-        )
-    check_device("w", w, x_seq)
-    decay = w.to(state_dtype(x_seq.dtype)).sigmoid()
-    return _run(
-        x_seq, v, decay, None, decay_input, v_threshold, v_reset, detach_reset,
-        surrogate, backend, single_step, factored_leak, charged,
+    settings = lif_settings(
+        decay_input=decay_input, factored_leak=factored_leak, v_threshold=v_threshold, v_reset=v_reset,
+        detach_reset=detach_reset, charged=charged, surrogate=surrogate,
     )  # fmt: skip
+    return run_lif(x_seq, v, decay_of(w, x_seq), settings, backend=backend, single_step=single_step)
 
 
 def after_reset(
@@ -228,49 +217,7 @@ def after_reset(
     >>> h.tolist(), after_reset(h).tolist()
     ([0.4000000059604645, 1.2999999523162842], [0.4000000059604645, 0.0])
     """
-    return reset(h, check_number("v_threshold", v_threshold), v_reset, detach_reset, surrogate)
-
-
-def _run(
-    x_seq: Tensor,
-    v: Tensor | float | None,
-    decay: Tensor | None,
-    tau: float | None,
-    decay_input: bool,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: Surrogate,
-    backend: str,
-    single_step: bool,
-    factored_leak: bool = False,
-    charged: bool = False,
-) -> tuple[Tensor, Tensor]:
-    if factored_leak and (decay_input or v_reset):
-        raise ConfigurationError("factored_leak needs decay_input=False and a resting potential of 0")
-    v_threshold = check_number("v_threshold", v_threshold)
-    v_reset = None if v_reset is None else check_number("v_reset", v_reset)
-    v = (v_reset or 0.0) if v is None else v
-    compiling = torch.compiler.is_compiling()
-    charged_in = charged and isinstance(v, Tensor)
-    # what a graph has made that still lives is needed as it is
-    overwrite = charged and isinstance(v, Tensor) and not v.requires_grad
-    if compiling or isinstance(v, Tensor):
-        v = initial_state("v", v, x_seq, single_step)
-    else:
-        step_shape(x_seq, single_step)
-    learn_decay = decay is not None and decay.requires_grad
-    save = torch.is_grad_enabled() and (x_seq.requires_grad or learn_decay)
-    settings = LIFSettings(
-        tau, decay_input, v_threshold, v_reset, detach_reset, surrogate.name, tuple(surrogate.parameters),
-        factored_leak, charged_in, charged,
-    )  # fmt: skip
-    save_slope = save and learn_decay
-    if not compiling:
-        return eager_lif(backend, single_step, x_seq, v, decay, settings, save, save_slope, overwrite)
-    steps = x_seq.unsqueeze(0) if single_step else x_seq
-    *neuron, _, _, _ = settings
-    s_seq, v_next, *_ = lif(
-        steps, v, decay, *neuron, save, save_slope, factored_leak, charged_in, charged, backend
+    settings = lif_settings(
+        v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, surrogate=surrogate
     )
-    return s_seq.squeeze(0) if single_step else s_seq, v_next
+    return reset(h, settings)

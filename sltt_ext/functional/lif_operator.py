@@ -1,6 +1,7 @@
-"""The fused neuron as operators: registered ones for networks that are compiled, and a leaner one for all others.
+"""The fused LIF neurons as operators: registered ones for networks that are compiled, and a leaner one for all others.
 
-``sltt_ext::lif`` and ``sltt_ext::lif_backward`` run under ``torch.compile`` and with fake tensors.
+`run_lif` is what the public functions and the adapters call. ``sltt_ext::lif`` and ``sltt_ext::lif_backward`` run under
+``torch.compile`` and with fake tensors.
 """
 
 from __future__ import annotations
@@ -10,88 +11,156 @@ from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from sltt_ext.kernels import cuda_lif, inductor_lif, select_backend, torch_lif
-from sltt_ext.kernels.settings import LIFSettings
+from sltt_ext.errors import ConfigurationError, InputError
+from sltt_ext.functional.inputs import check_device, check_number, initial_state, step_shape
+from sltt_ext.functional.once import differentiable_once
+from sltt_ext.functional.schema import flat, packed
+from sltt_ext.kernels import select_kernels, torch_lif
+from sltt_ext.kernels.lif import LIF, LIFKernels, LIFSettings
+from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import Surrogate, derivative
 
-__all__ = ["eager_lif", "lif", "lif_backward", "reset"]
-
-_KERNELS: dict[str, Any] = {"torch": torch_lif, "cupy": cuda_lif, "inductor": inductor_lif}
+__all__ = ["decay_of", "lif", "lif_backward", "lif_settings", "reset", "run_lif"]
 
 
-def eager_lif(backend: str, single_step: bool, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """Spikes and final state, outside of compilation: the kernels of `lif`, at a fraction of the cost per call.
-
-    Args:
-        backend: See `sltt_ext.functional.multi_step_lif`.
-        single_step: Whether ``x`` is one step ``[N, ...]``, and not ``[T, N, ...]``.
-        x: Input currents.
-        arguments: The other ones of `sltt_ext.kernels.torch_lif.forward`.
+def lif_settings(
+    *,
+    tau: float | None = None,
+    decay_input: bool = False,
+    factored_leak: bool = False,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    charged: bool = False,
+    surrogate: Surrogate,
+) -> LIFSettings:
+    """The settings, checked; see `sltt_ext.kernels.lif.LIFSettings`.
 
     Raises:
+        ConfigurationError: If ``tau`` is not positive, a number is NaN, or ``factored_leak`` is asked for where the leak
+            has no factor.
+    """
+    if tau is not None and not tau > 0:
+        raise ConfigurationError(f"tau must be positive, got {tau}")
+    if factored_leak and (decay_input or v_reset):
+        raise ConfigurationError("factored_leak needs decay_input=False and a resting potential of 0")
+    return LIFSettings(
+        None if tau is None else float(tau),
+        decay_input,
+        factored_leak,
+        check_number("v_threshold", v_threshold),
+        None if v_reset is None else check_number("v_reset", v_reset),
+        detach_reset,
+        charged,
+        surrogate,
+    )
+
+
+def decay_of(w: Tensor, x_seq: Tensor) -> Tensor:
+    """The decay ``1 / tau = sigmoid(w)`` of parametric LIF neurons.
+
+    Raises:
+        InputError: If ``w`` has a dimension or is on another device than ``x_seq``.
+    """
+    if w.dim() != 0:
+        raise InputError(
+            f"w must have no dimension (one decay for the whole layer), got shape {list(w.shape)}"
+        )
+    check_device("w", w, x_seq)
+    return w.to(state_dtype(x_seq.dtype)).sigmoid()
+
+
+def run_lif(
+    x_seq: Tensor,
+    v: Tensor | float | None,
+    decay: Tensor | None,
+    settings: LIFSettings,
+    *,
+    backend: str,
+    single_step: bool,
+) -> tuple[Tensor, Tensor]:
+    """Spikes and final state of a layer; see `sltt_ext.functional.multi_step_lif`.
+
+    Args:
+        x_seq: Input currents ``[T, N, ...]``, or one step ``[N, ...]``.
+        v: Initial state ``[N, ...]``, one number for all, or None for the resting potential.
+        decay: The learnable decay, or None.
+        settings: The layer's.
+        backend: What to run on.
+        single_step: Whether ``x_seq`` is one step.
+
+    Raises:
+        InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
         BackendError: If ``backend`` cannot be used.
     """
-    kernels = _KERNELS[select_backend(backend, x)]
-    outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(kernels, single_step, x, *arguments)
-    return outputs
+    overwrite = False
+    if isinstance(v, Tensor):
+        # what a graph has made that still lives is needed as it is
+        overwrite = settings.charged and not v.requires_grad
+        v = initial_state("v", v, x_seq, single_step)
+    else:
+        step_shape(x_seq, single_step)
+        v = float(settings.v_reset or 0.0) if v is None else float(v)
+    save_slope = decay is not None and decay.requires_grad and torch.is_grad_enabled()
+    save = save_slope or (x_seq.requires_grad and torch.is_grad_enabled())
+    if not torch.compiler.is_compiling():
+        kernels = select_kernels(backend, LIF, x_seq)
+        outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(
+            kernels, single_step, x_seq, v, decay, settings, save, save_slope, overwrite
+        )
+        return outputs
+    v, v_start = (v, 0.0) if isinstance(v, Tensor) else (None, v)
+    steps = x_seq.unsqueeze(0) if single_step else x_seq
+    s_seq, v_next, *_ = lif(steps, v, v_start, decay, *flat(settings), save, save_slope, backend)
+    return s_seq.squeeze(0) if single_step else s_seq, v_next
 
 
-def reset(h: Tensor, *settings: Any) -> Tensor:
+def reset(h: Tensor, settings: LIFSettings) -> Tensor:
     """The potential after the reset, with the gradient of the final state; see `sltt_ext.functional.after_reset`."""
-    v: Tensor = _AfterReset.apply(h, *settings)
+    v: Tensor = _AfterReset.apply(h, settings)
     return v
-
-
-def _kernels_of_operator(backend: str, x: Tensor) -> Any:
-    """What runs a registered operator: nothing is compiled inside of a network that is compiled itself."""
-    selected = select_backend(backend, x)
-    return _KERNELS["torch" if selected == "inductor" else selected]
 
 
 @torch.library.custom_op("sltt_ext::lif", mutates_args=())
 def lif(
     x_seq: Tensor,
-    v: Tensor,
+    v: Optional[Tensor],
+    v_start: float,
     decay: Optional[Tensor],
     tau: Optional[float],
     decay_input: bool,
+    factored_leak: bool,
     v_threshold: float,
     v_reset: Optional[float],
     detach_reset: bool,
+    charged: bool,
     surrogate: str,
     parameters: Sequence[float],
     save: bool,
     save_slope: bool,
-    factored_leak: bool = False,
-    charged_in: bool = False,
-    charged_out: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward operator; see `sltt_ext.kernels.torch_lif.forward`."""
-    settings = LIFSettings(
-        tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, tuple(parameters), factored_leak,
-        charged_in, charged_out,
+    """The forward operator; see `sltt_ext.kernels.lif.LIFKernels`. Neurons start from ``v``, or without from ``v_start``."""
+    settings = packed(
+        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, surrogate, parameters
     )  # fmt: skip
-    kernels = _kernels_of_operator(backend, x_seq)
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = kernels.forward(
-        x_seq, v, decay, settings, save, save_slope
-    )
-    return outputs
+    kernels = select_kernels(backend, LIF, x_seq, registered=True)
+    return kernels.forward(x_seq, v_start if v is None else v, decay, settings, save, save_slope)
 
 
 @lif.register_fake
 def _(
-    x_seq: Tensor, v: Tensor, decay: Any, tau: Any, decay_input: Any, v_threshold: Any, v_reset: Any,
-    detach_reset: Any, surrogate: Any, parameters: Any, save: bool, save_slope: bool,
-    factored_leak: bool = False, charged_in: bool = False, charged_out: bool = False, backend: str = "auto",
+    x_seq: Tensor, v: Any, v_start: Any, decay: Any, tau: Any, decay_input: Any, factored_leak: Any, v_threshold: Any,
+    v_reset: Any, detach_reset: Any, charged: bool, surrogate: Any, parameters: Any, save: bool, save_slope: bool,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    state = torch.empty_like(x_seq[0] if v is None else v, dtype=state_dtype(x_seq.dtype))
     return (
         torch.empty_like(x_seq),
-        torch.empty_like(v),
+        state,
         torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0),
-        torch.empty_like(v) if save and not charged_out else v.new_empty(0),
+        torch.empty_like(state) if save and not charged else state.new_empty(0),
         torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0),
     )
 
@@ -106,23 +175,21 @@ def lif_backward(
     decay: Optional[Tensor],
     tau: Optional[float],
     decay_input: bool,
+    factored_leak: bool,
     v_threshold: float,
     v_reset: Optional[float],
     detach_reset: bool,
+    charged: bool,
     surrogate: str,
     parameters: Sequence[float],
-    charged_out: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The backward operator; see `sltt_ext.kernels.torch_lif.backward`."""
-    settings = LIFSettings(
-        tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, tuple(parameters),
-        charged_out=charged_out,
+    """The backward operator; see `sltt_ext.kernels.lif.LIFKernels`."""
+    settings = packed(
+        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, surrogate, parameters
     )  # fmt: skip
-    gradients: tuple[Tensor, Tensor] = _kernels_of_operator(backend, h).backward(
-        grad_s_seq, grad_v, derivatives, h, slopes, decay, settings
-    )
-    return gradients
+    kernels = select_kernels(backend, LIF, h, registered=True)
+    return kernels.backward(grad_s_seq, grad_v, derivatives, h, slopes, decay, settings)
 
 
 @lif_backward.register_fake
@@ -137,41 +204,48 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, decay, *neuron, _, _, _, _, charged_out, backend = inputs
-    _save(ctx, decay, charged_out, output)
-    ctx.settings = (*neuron, charged_out, backend)
+    _, _, _, decay, *fields, _, _, ctx.backend = inputs
+    _save(ctx, decay, packed(LIFSettings, *fields), output)
 
 
 def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    grad_x, grad_decay = _gradients(ctx, lif_backward, *grads[:2], *ctx.settings)
-    return (grad_x, None, grad_decay, *[None] * 13)
+    def run(*given: Any) -> Any:
+        *tensors, settings = given
+        return lif_backward(*tensors, *flat(settings), ctx.backend)
+
+    grad_x, grad_decay = _gradients(ctx, run, *grads[:2])
+    return (grad_x, None, None, grad_decay, *[None] * 12)
 
 
 lif.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _save(ctx: Any, decay: Tensor | None, charged_out: bool, output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, decay: Tensor | None, settings: LIFSettings, output: tuple[Tensor, ...]) -> None:
     _, final, derivatives, h, slopes = output
-    ctx.save_for_backward(derivatives, final if charged_out else h, slopes, decay)
+    ctx.settings = settings
+    ctx.save_for_backward(derivatives, final if settings.charged else h, slopes, decay)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, run: Any, grad_s_seq: Any, grad_v: Any, *settings: Any) -> tuple[Any, Any]:
+def _gradients(ctx: Any, run: Any, grad_s_seq: Any, grad_v: Any) -> tuple[Any, Any]:
     """Gradients of the input and of the decay, None where there is none."""
     if grad_s_seq is None and grad_v is None:
         return None, None
     derivatives, h, slopes, decay = ctx.saved_tensors
-    grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, *settings)
+    grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, ctx.settings)
     return grad_x, grad_decay if slopes.numel() else None
 
 
 class _EagerLIF(torch.autograd.Function):
-    """A single step is reshaped in here, where no view costs an autograd node."""
+    """The operator as it runs outside of compilation: same kernels, a fraction of the cost per call.
+
+    A single step is reshaped in here, where no view costs an autograd node.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        kernels: Any,
+        kernels: LIFKernels,
         single_step: bool,
         x: Tensor,
         v: Tensor | float,
@@ -181,22 +255,22 @@ class _EagerLIF(torch.autograd.Function):
         save_slope: bool,
         overwrite: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.kernels, ctx.single_step, ctx.settings = kernels, single_step, settings
+        ctx.kernels, ctx.single_step = kernels, single_step
         output = kernels.forward(
             x.unsqueeze(0) if single_step else x, v, decay, settings, save, save_slope, overwrite
         )
         s_seq, v_next, *_ = output
         if v_next is v:
             ctx.mark_dirty(v)
-        _save(ctx, decay, settings.charged_out, output)
+        _save(ctx, decay, settings, output)
         return s_seq.squeeze_(0) if single_step else s_seq, v_next
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> Any:
         if ctx.single_step and grad_s is not None:
             grad_s = grad_s.unsqueeze(0)
-        grad_x, grad_decay = _gradients(ctx, ctx.kernels.backward, grad_s, grad_v, ctx.settings)
+        grad_x, grad_decay = _gradients(ctx, ctx.kernels.backward, grad_s, grad_v)
         if ctx.single_step and grad_x is not None:
             grad_x.squeeze_(0)
         return None, None, grad_x, None, grad_decay, None, None, None, None
@@ -204,23 +278,15 @@ class _EagerLIF(torch.autograd.Function):
 
 class _AfterReset(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h: Tensor,
-        v_threshold: float,
-        v_reset: float | None,
-        detach_reset: bool,
-        surrogate: Surrogate,
-    ) -> Tensor:
+    def forward(ctx: Any, h: Tensor, settings: LIFSettings) -> Tensor:
         ctx.save_for_backward(h)
-        ctx.settings = v_threshold, v_reset, detach_reset, surrogate
-        return torch_lif.after_reset(h, v_threshold, v_reset, torch.empty_like(h))
+        ctx.settings = settings
+        return torch_lif.after_reset(h, settings, torch.empty_like(h))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_v: Tensor) -> Any:
         (h,) = ctx.saved_tensors
-        v_threshold, v_reset, detach_reset, surrogate = ctx.settings
-        local = derivative(h - v_threshold, surrogate.name, surrogate.parameters)
-        by_h = torch_lif.state_derivative(h, local, 1.0, v_threshold, v_reset, detach_reset)
-        return by_h.mul_(grad_v), None, None, None, None
+        settings = ctx.settings
+        local = derivative(h - settings.v_threshold, settings.surrogate.name, settings.surrogate.parameters)
+        return torch_lif.state_derivative(h, local, 1.0, settings).mul_(grad_v), None

@@ -16,8 +16,8 @@ from torch import Tensor
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
+from sltt_ext.kernels.leaky import LeakySettings
 from sltt_ext.kernels.source import Kernel, make_kernel
-from sltt_ext.kernels.torch_leaky import resets_in_step
 from sltt_ext.surrogate import constants
 
 _RESETS = {"subtract": 0, "zero": 1, "none": 2}  # as in leaky.cu
@@ -29,16 +29,14 @@ def forward(
     mem: Tensor,
     beta: Tensor,
     threshold: Tensor,
-    reset_mechanism: str,
-    reset_delay: bool,
+    settings: LeakySettings,
     return_mem_seq: bool,
     save: bool,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run all steps; see `sltt_ext.kernels.torch_leaky.forward`."""
-    same_step = resets_in_step(reset_mechanism, reset_delay)
+    """Run all steps; see `sltt_ext.kernels.leaky.LeakyKernels`."""
     returned = torch.empty_like(x_seq if return_mem_seq else x_seq[0], dtype=mem.dtype)
-    has_h = save and (same_step or not return_mem_seq)
+    has_h = save and (settings.resets_in_step or not return_mem_seq)
     h_seq = torch.empty_like(x_seq, dtype=mem.dtype) if has_h else mem.new_empty(0)
     outputs = torch.empty_like(x_seq), returned, h_seq
     if not x_seq.numel():
@@ -46,9 +44,8 @@ def forward(
     sequences = [x_seq, outputs[0], h_seq, returned if return_mem_seq else returned.unsqueeze(0)]
     if not _can_walk(mem, [tensor for tensor in sequences if tensor.numel()], beta, threshold):
         computed = forward(
-            x_seq.contiguous(), mem.contiguous(), beta, threshold, reset_mechanism, reset_delay, return_mem_seq,
-            save, launch,
-        )  # fmt: skip
+            x_seq.contiguous(), mem.contiguous(), beta, threshold, settings, return_mem_seq, save, launch
+        )
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
@@ -61,12 +58,8 @@ def forward(
         *((returned_at, 0) if return_mem_seq else (0, returned_at)), h_at,
         mem.numel(), x_seq.shape[0], *beta_period, *threshold_period,
     )  # fmt: skip
-    launch(
-        forward_kernel(x_seq.dtype, geometry.width, reset_mechanism, same_step),
-        geometry.blocks,
-        arguments,
-        x_seq.device,
-    )
+    kernel = forward_kernel(x_seq.dtype, geometry.width, settings.reset_mechanism, settings.resets_in_step)
+    launch(kernel, geometry.blocks, arguments, x_seq.device)
     return outputs
 
 
@@ -76,16 +69,13 @@ def backward(
     h_seq: Tensor,
     mem: Tensor | None,
     threshold: Tensor,
-    reset_mechanism: str,
-    reset_delay: bool,
-    surrogate: str,
-    parameters: Sequence[float],
+    settings: LeakySettings,
     beta_shape: Sequence[int] | None,
     learn_threshold: bool,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x_seq``, beta and threshold; see `sltt_ext.kernels.torch_leaky.backward`."""
-    same_step = resets_in_step(reset_mechanism, reset_delay)
+    """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
+    surrogate, same_step = settings.surrogate, settings.resets_in_step
     threshold_shape = threshold.shape if learn_threshold else None
     grad_x = torch.empty_like(h_seq)
     step, time_steps = h_seq[0], h_seq.shape[0]
@@ -99,8 +89,8 @@ def backward(
         computed, grad_beta, grad_threshold = backward(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_mem is None else grad_mem.contiguous(),
-            h_seq.contiguous(), None if mem is None else mem.contiguous(), threshold, reset_mechanism, reset_delay,
-            surrogate, parameters, beta_shape, learn_threshold, launch,
+            h_seq.contiguous(), None if mem is None else mem.contiguous(), threshold, settings, beta_shape,
+            learn_threshold, launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_beta, grad_threshold
     threshold, *threshold_period = _periodic(threshold, step.shape)
@@ -117,10 +107,12 @@ def backward(
     arguments = (
         *read, threshold.data_ptr(), grad_x.data_ptr(), *(tensor.data_ptr() for tensor in sums), step.numel(),
         time_steps, 0 if grad_mem is None else time_steps - grad_mem.shape[0], int(walk), *map(int, per_element),
-        *threshold_period, *constants(surrogate, parameters),
+        *threshold_period, *constants(surrogate.name, surrogate.parameters),
     )  # fmt: skip
     dtype = h_seq.dtype if grad_s_seq is None else grad_s_seq.dtype
-    kernel = backward_kernel(dtype, geometry.width, surrogate, reset_mechanism, same_step, reduce)
+    kernel = backward_kernel(
+        dtype, geometry.width, surrogate.name, settings.reset_mechanism, same_step, reduce
+    )
     launch(kernel, geometry.blocks, arguments, h_seq.device)
     grad_beta, grad_threshold = (
         _summed(tensor, shape, whole).to(h_seq.dtype)

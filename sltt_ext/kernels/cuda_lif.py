@@ -13,7 +13,7 @@ from torch import Tensor
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
-from sltt_ext.kernels.settings import LIFSettings
+from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.kernels.source import Kernel, make_kernel
 from sltt_ext.surrogate import constants
 
@@ -30,14 +30,14 @@ def forward(
     overwrite: bool = False,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all steps; see `sltt_ext.kernels.torch_lif.forward`."""
+    """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
     s_seq = torch.empty_like(x_seq)
     if overwrite and isinstance(v, Tensor):
         final = v
     else:
         final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=torch.float32)
     derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
-    h = torch.empty_like(final) if save and not settings.charged_out else final.new_empty(0)
+    h = torch.empty_like(final) if save and not settings.charged else final.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
     outputs = s_seq, final, derivatives, h, slopes
     if not x_seq.numel():
@@ -48,18 +48,19 @@ def forward(
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
-    v_last, h_last = (final.new_empty(0), final) if settings.charged_out else (final, h)
+    v_last, h_last = (final.new_empty(0), final) if settings.charged else (final, h)
     x_at, *written = (tensor.data_ptr() for tensor in (x_seq, s_seq, v_last, derivatives, h_last, slopes))
     v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
     geometry = launch_geometry(final.numel(), x_seq.element_size(), (x_at, v_at, *written))
+    surrogate = settings.surrogate
     kernel = forward_kernel(
-        x_seq.dtype, geometry.width, settings.surrogate, _charge(decay, settings), settings.v_reset is None, save,
+        x_seq.dtype, geometry.width, surrogate.name, _charge(decay, settings), settings.v_reset is None, save,
         save_slope,
     )  # fmt: skip
     arguments = (
         x_at, v_at, 0 if decay is None else decay.data_ptr(), *written, final.numel(), x_seq.shape[0],
-        int(settings.charged_in), v_start, _tau(settings), settings.v_threshold, settings.v_reset or 0.0,
-        *constants(settings.surrogate, settings.parameters, settings.input_scale),
+        int(settings.charged and isinstance(v, Tensor)), v_start, _tau(settings), settings.v_threshold, settings.v_reset or 0.0,
+        *constants(surrogate.name, surrogate.parameters, settings.input_scale),
     )  # fmt: skip
     launch(kernel, geometry.blocks, arguments, x_seq.device)
     return outputs
@@ -75,7 +76,7 @@ def backward(
     settings: LIFSettings,
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x_seq`` and of the decay; see `sltt_ext.kernels.torch_lif.backward`."""
+    """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     time_steps = derivatives.shape[0] + 1
     if grad_s_seq is None:
         grad_x = derivatives.new_empty((time_steps, *h.shape))
@@ -104,14 +105,14 @@ def backward(
         time_steps, MAX_PARTIAL_SUMS if reduce else MAX_BLOCKS,
     )  # fmt: skip
     partials = h.new_empty(geometry.blocks if reduce else 0, dtype=torch.float64)
-    scale = settings.input_scale
+    scale, surrogate = settings.input_scale, settings.surrogate
     arguments = (
         *read, 0 if c is None else c.data_ptr(), grad_x.data_ptr(), partials.data_ptr(), h.numel(), time_steps,
-        int(settings.detach_reset), int(settings.charged_out), scale, settings.v_threshold, settings.v_reset or 0.0,
-        *constants(settings.surrogate, settings.parameters, scale),
+        int(settings.detach_reset), int(settings.charged), scale, settings.v_threshold, settings.v_reset or 0.0,
+        *constants(surrogate.name, surrogate.parameters, scale),
     )  # fmt: skip
     soft_reset = settings.v_reset is None
-    kernel = backward_kernel(grad_x.dtype, geometry.width, settings.surrogate, soft_reset, reduce)
+    kernel = backward_kernel(grad_x.dtype, geometry.width, surrogate.name, soft_reset, reduce)
     launch(kernel, geometry.blocks, arguments, h.device)
     if not reduce:
         return grad_x, h.new_empty(0)

@@ -8,6 +8,7 @@ all tensors.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +17,18 @@ from torch import Tensor
 from sltt_ext.kernels import torch_lif
 from sltt_ext.kernels.inductor import run_compiled
 from sltt_ext.kernels.layout import restored, rows
-from sltt_ext.kernels.settings import LIFSettings
+from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import derivative
 
 
 class _Constants(NamedTuple):
-    """What becomes constants of the compiled forward; ``start`` is the number to start from, if it is one."""
+    """What becomes constants of the compiled forward; ``from_number``: all neurons start from the same one."""
 
     neuron: LIFSettings
     save: bool
     save_slope: bool
-    start: float
+    from_number: bool
 
 
 def forward(
@@ -39,24 +40,25 @@ def forward(
     save_slope: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all steps; see `sltt_ext.kernels.torch_lif.forward`."""
+    """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
     step = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
     if step.numel() < 2:
         return torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
-    constants = _Constants(settings, save, save_slope, 0.0 if isinstance(v, Tensor) else float(v))
-    # a tensor: Inductor of torch 2.6 divides by constants with another rounding
-    tau = settings.tau
-    divisor = None if tau is None else torch.full((), tau, dtype=step.dtype, device=step.device)
-    flat_v = rows(step, v.unsqueeze(0))[0] if isinstance(v, Tensor) else None
+    number = partial(torch.full, (), dtype=step.dtype, device=step.device)
+    # tensors: Inductor of torch 2.6 divides by constants with another rounding, and any returns x itself for x + 0
+    divisor = None if settings.tau is None else number(settings.tau)
+    flat_v = rows(step, v.unsqueeze(0))[0] if isinstance(v, Tensor) else number(v)
+    constants = _Constants(settings, save, save_slope, from_number=not isinstance(v, Tensor))
     s_seq, final, derivatives, h, slopes = run_compiled(
         _forward, constants, rows(step, x_seq), flat_v, decay, divisor
     )
     nothing = x_seq.new_empty(0)
+    no_step = torch.empty_like(x_seq[1:]) if save else nothing
     return (
         restored(s_seq, step, x_seq),
-        final.as_strided(step.shape, step.stride()),
-        (x_seq[1:] if save else nothing) if derivatives is None else restored(derivatives, step, x_seq[1:]),
-        step.new_empty(0) if h is None else h.as_strided(step.shape, step.stride()),
+        final.as_strided_(step.shape, step.stride()),
+        no_step if derivatives is None else restored(derivatives, step, x_seq[1:]),
+        step.new_empty(0) if h is None else h.as_strided_(step.shape, step.stride()),
         nothing if slopes is None else restored(slopes, step, x_seq),
     )
 
@@ -70,7 +72,7 @@ def backward(
     decay: Tensor | None,
     settings: LIFSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x_seq`` and of the decay; see `sltt_ext.kernels.torch_lif.backward`."""
+    """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     if h.numel() < 2 or grad_s_seq is None:
         return torch_lif.backward(grad_s_seq, grad_v, derivatives, h, slopes, decay, settings)
     step = torch.empty_like(h)
@@ -83,13 +85,13 @@ def backward(
 
 
 def _forward(
-    constants: _Constants, x_seq: Tensor, v: Tensor | None, decay: Tensor | None, tau: Tensor | None
+    constants: _Constants, x_seq: Tensor, v: Tensor, decay: Tensor | None, tau: Tensor | None
 ) -> Any:
     """All steps of ``x_seq`` ``[T, elements]``; what is not needed is None."""
     neuron, dtype = constants.neuron, state_dtype(x_seq.dtype)
-    if v is None:
-        v = torch.full_like(x_seq[0], constants.start, dtype=dtype)
-    elif neuron.charged_in:
+    if constants.from_number:
+        v = torch.ones_like(x_seq[0], dtype=dtype) * v
+    elif neuron.charged:
         v = _reset(neuron, v)
     s_seq, derivatives, slopes = [], [], []
     for x in x_seq:
@@ -101,9 +103,9 @@ def _forward(
     save, several = constants.save, len(x_seq) > 1
     return (
         torch.stack(s_seq),
-        h if neuron.charged_out else v,
+        h if neuron.charged else v,
         torch.stack(derivatives[:-1]) if save and several else None,
-        h if save and not neuron.charged_out else None,
+        h if save and not neuron.charged else None,
         torch.stack(slopes) if constants.save_slope else None,
     )
 
@@ -159,7 +161,7 @@ def _reset(neuron: LIFSettings, h: Tensor) -> Tensor:
 def _local_derivative(neuron: LIFSettings, h: Tensor, decay: Tensor | None) -> Tensor:
     """``c H'(h - v_threshold)`` with ``c = dh/dx``."""
     u = h - neuron.v_threshold
-    local = derivative(u, neuron.surrogate, neuron.parameters, neuron.input_scale)
+    local = derivative(u, neuron.surrogate.name, neuron.surrogate.parameters, neuron.input_scale)
     return local * decay if decay is not None and neuron.decay_input else local
 
 
@@ -167,8 +169,7 @@ def _state_derivative(neuron: LIFSettings, h: Tensor, decay: Tensor | None) -> T
     """``c`` times the derivative of the final state by ``h``."""
     c = h.new_full((), neuron.input_scale)
     c = c if decay is None else c * decay
-    if neuron.charged_out:
+    if neuron.charged:
         return c
-    local = derivative(h - neuron.v_threshold, neuron.surrogate, neuron.parameters)
-    reset = neuron.v_threshold, neuron.v_reset, neuron.detach_reset
-    return c * torch_lif.state_derivative(h, local, 1.0, *reset)
+    local = derivative(h - neuron.v_threshold, neuron.surrogate.name, neuron.surrogate.parameters)
+    return c * torch_lif.state_derivative(h, local, 1.0, neuron)

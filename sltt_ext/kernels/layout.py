@@ -53,6 +53,6 @@ def rows(step: Tensor, sequence: Tensor) -> Tensor:
 
 
 def restored(flat: Tensor, step: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `rows`, with the shape and the strides of ``torch.empty_like(like)``."""
-    sequence = flat.as_strided((len(flat), *step.shape), (step.numel(), *step.stride()))
+    """The inverse of `rows`, with the shape and the strides of ``torch.empty_like(like)``; ``flat`` itself, no view of it."""
+    sequence = flat.as_strided_((len(flat), *step.shape), (step.numel(), *step.stride()))
     return sequence if same_layout(step, like) else torch.empty_like(like, dtype=flat.dtype).copy_(sequence)

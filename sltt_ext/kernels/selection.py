@@ -1,4 +1,4 @@
-"""The choice of backend, in one place.
+"""The backends, and the choice between them.
 
 ``backend="auto"`` runs float32, float16 and bfloat16 tensors on CUDA through the CuPy kernels if these can
 be used, and everything else in PyTorch. ``"inductor"`` is for who asks for it: it compiles for each neuron's settings
@@ -11,35 +11,46 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from typing import Any, TypeVar
 
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from sltt_ext.errors import BackendError, InputError
-from sltt_ext.kernels.inductor import inductor_problem
-from sltt_ext.kernels.launch import cupy_problem
-from sltt_ext.kernels.source import SCALARS
+from sltt_ext.errors import BackendError
+from sltt_ext.kernels.backend import Backend, FusedNeuron
+from sltt_ext.kernels.cuda_backend import CudaBackend
+from sltt_ext.kernels.inductor_backend import InductorBackend
+from sltt_ext.kernels.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "check_backend", "default_backend", "select_backend"]
+__all__ = ["BACKENDS", "check_backend", "default_backend", "select_backend", "select_kernels"]
 
-BACKENDS = ("auto", "torch", "cupy", "inductor")
+Kernels = TypeVar("Kernels")
+
+_TORCH: Backend = TorchBackend()
+_REGISTERED: dict[str, Backend] = {
+    backend.name: backend for backend in (_TORCH, CudaBackend(), InductorBackend())
+}
+
+BACKENDS = ("auto", *_REGISTERED)
 
 _ENVIRONMENT = os.environ.get("SLTT_BACKEND", "auto")
 
 
-def check_backend(backend: str) -> str:
-    """Return ``backend`` if it can be used on this machine.
+def check_backend(backend: str, neuron: FusedNeuron[Any] | None = None) -> str:
+    """Return ``backend`` if it can be used on this machine, and for ``neuron``.
 
     Raises:
-        BackendError: If there is no backend of that name, or it is one that cannot be used here.
+        BackendError: If there is no backend of that name, or it is one that cannot be used here, or that does not run
+            these neurons.
     """
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend {backend!r}; use one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "cupy" and (problem := cupy_problem()) is not None:
-        raise BackendError(f"backend='cupy' cannot be used: {problem}")
-    if backend == "inductor" and (problem := inductor_problem()) is not None:
-        raise BackendError(f"backend='inductor' cannot be used: {problem}")
+    name = default_backend() if backend == "auto" and neuron is not None else backend
+    if name == "auto":
+        return backend
+    if (problem := _REGISTERED[name].problem()) is not None:
+        raise BackendError(f"backend={name!r} cannot be used: {problem}")
+    if neuron is not None:
+        _check_runs(_REGISTERED[name], neuron)
     return backend
 
 
@@ -56,41 +67,47 @@ def default_backend() -> str:
     return _ENVIRONMENT
 
 
-def select_backend(backend: str, x: Tensor) -> str:
-    """``"torch"``, ``"cupy"`` or ``"inductor"``: what runs ``x``. Nothing runs a fake tensor: ``"torch"`` tells its shapes.
+def select_kernels(
+    backend: str, neuron: FusedNeuron[Kernels], x: Tensor, registered: bool = False
+) -> Kernels:
+    """The kernels that run ``x`` through neurons of a kind; see `select_backend`."""
+    kernels: Kernels = select_backend(backend, neuron, x, registered).kernels[neuron]
+    return kernels
+
+
+def select_backend(backend: str, neuron: FusedNeuron[Any], x: Tensor, registered: bool = False) -> Backend:
+    """What runs ``x`` through neurons of a kind. Nothing runs a fake tensor: ``"torch"`` tells its shapes.
 
     Raises:
         BackendError: If there is no such backend, or the one asked for by name cannot be used.
         InputError: If the backend asked for by name does not take the dtype of ``x``.
     """
-    if backend == "torch" or (backend == "auto" and _ENVIRONMENT == "auto" and not x.is_cuda):
-        return "torch"
+    if backend == "torch" or (backend == "auto" and _ENVIRONMENT == "auto" and x.is_cpu):
+        return _TORCH
     if backend == "auto":
         backend = default_backend()
-    if backend == "inductor":  # which a dispatch mode (fake tensors, counters) cannot look into
-        return backend if _get_current_dispatch_mode() is None else "torch"
     if backend == "auto":
-        return _select_for_cuda(x)
-    if check_backend(backend) == "cupy":
-        if not x.is_cuda:
-            raise BackendError(
-                f"backend='cupy' runs on CUDA tensors, x_seq is on {x.device}: use 'auto' or 'torch'"
-            )
-        if x.dtype not in SCALARS:
-            raise InputError(f"backend='cupy' does not compute in {x.dtype}: use backend='torch'")
-        if (problem := cupy_problem(x.device.index)) is not None:
-            raise BackendError(f"backend='cupy' cannot be used: {problem}")
-    return "torch" if isinstance(x, FakeTensor) else backend
+        return _select_by_default(neuron, x)
+    if backend not in _REGISTERED:
+        check_backend(backend)
+    asked_for = _REGISTERED[backend]
+    _check_runs(asked_for, neuron)
+    asked_for.check_input(x)
+    return asked_for if asked_for.runs_itself(x, registered) else _TORCH
 
 
-def _select_for_cuda(x: Tensor) -> str:
-    if x.dtype not in SCALARS or isinstance(x, FakeTensor):
-        return "torch"
-    problem = cupy_problem(x.device.index)
-    if problem is None:
-        return "cupy"
-    _warn_once(problem)
-    return "torch"
+def _check_runs(backend: Backend, neuron: FusedNeuron[Any]) -> None:
+    if neuron not in backend.kernels:
+        raise BackendError(f"backend={backend.name!r} does not run {neuron.name}: use 'auto' or 'torch'")
+
+
+def _select_by_default(neuron: FusedNeuron[Any], x: Tensor) -> Backend:
+    for backend in _REGISTERED.values():
+        if neuron in backend.kernels and backend.is_default_for(x):
+            if (problem := backend.problem(x.device)) is None:
+                return backend
+            _warn_once(problem)
+    return _TORCH
 
 
 @functools.cache

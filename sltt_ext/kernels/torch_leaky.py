@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from sltt_ext.kernels.leaky import LeakySettings
 from sltt_ext.surrogate import derivative as surrogate_derivative
 
 
@@ -24,27 +25,19 @@ def forward(
     mem: Tensor,
     beta: Tensor,
     threshold: Tensor,
-    reset_mechanism: str,
-    reset_delay: bool,
+    settings: LeakySettings,
     return_mem_seq: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run all steps, in snnTorch's own order of operations.
-
-    Returns:
-        Spikes ``[T, N, ...]``; membrane potentials, those of all steps ``[T, N, ...]`` or the last
-        ``[N, ...]``; and what backward needs, charged potentials ``[T, N, ...]`` (empty if nothing is
-        needed, or if they are the returned ``[T, N, ...]``).
-    """
-    same_step = resets_in_step(reset_mechanism, reset_delay)
+    """Run all steps; see `sltt_ext.kernels.leaky.LeakyKernels`."""
     keep = save or return_mem_seq
     s_seq = torch.empty_like(x_seq)
     h_seq = torch.empty_like(x_seq if keep else x_seq[:1], dtype=mem.dtype)
-    mem_seq = torch.empty_like(h_seq) if return_mem_seq and same_step else None
+    mem_seq = torch.empty_like(h_seq) if return_mem_seq and settings.resets_in_step else None
     last = torch.empty_like(h_seq[0]) if not return_mem_seq else None
     for part in _parts(mem, beta, threshold):
         mem_part = _walk(
-            x_seq[part], mem[part[1:]], beta, threshold, reset_mechanism, same_step,
+            x_seq[part], mem[part[1:]], beta, threshold, settings,
             s_seq[part], h_seq[part], None if mem_seq is None else mem_seq[part],
         )  # fmt: skip
         if last is not None:
@@ -60,13 +53,13 @@ def _walk(
     mem: Tensor,
     beta: Tensor,
     threshold: Tensor,
-    reset_mechanism: str,
-    same_step: bool,
+    settings: LeakySettings,
     s_seq: Tensor,
     h_seq: Tensor,
     mem_seq: Tensor | None,
 ) -> Tensor:
     """Walk through time; ``h_seq`` has room for every step or for one. Returns the last potential."""
+    reset_mechanism, same_step = settings.reset_mechanism, settings.resets_in_step
     r = torch.gt(mem, threshold).to(mem.dtype)
     for t, x in enumerate(x_seq):
         h = h_seq[t % len(h_seq)]
@@ -106,31 +99,13 @@ def backward(
     h_seq: Tensor,
     mem: Tensor | None,
     threshold: Tensor,
-    reset_mechanism: str,
-    reset_delay: bool,
-    surrogate: str,
-    parameters: Sequence[float],
+    settings: LeakySettings,
     beta_shape: Sequence[int] | None,
     learn_threshold: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x_seq`` ``[T, N, ...]``, of beta and of the threshold (empty where not learned).
-
-    Args:
-        grad_s_seq: Gradient of the spikes ``[T, N, ...]``.
-        grad_mem: Gradient of the membrane potentials: of all steps ``[T, N, ...]``, or of the last
-            ``[1, N, ...]``.
-        h_seq: Charged potentials ``[T, N, ...]``.
-        mem: Initial membrane potential ``[N, ...]``; only needed if something is learned or
-            the reset is not delayed.
-        threshold: Firing threshold.
-        reset_mechanism: ``"subtract"``, ``"zero"`` or ``"none"``.
-        reset_delay: Whether the reset happens in the next step.
-        surrogate: Name of the surrogate.
-        parameters: Its parameters.
-        beta_shape: Shape of beta if it is learned.
-        learn_threshold: Whether the threshold is learned.
-    """
-    slope = surrogate_derivative(h_seq - threshold, surrogate, parameters)
+    """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
+    surrogate = settings.surrogate
+    slope = surrogate_derivative(h_seq - threshold, surrogate.name, surrogate.parameters)
     last = slice(0 if grad_mem is None else h_seq.shape[0] - grad_mem.shape[0], None)
     if mem is None:
         grad_h = slope.zero_() if grad_s_seq is None else slope.mul_(grad_s_seq)
@@ -138,8 +113,8 @@ def backward(
             grad_h[last] += grad_mem
         return grad_h, h_seq.new_empty(0), h_seq.new_empty(0)
 
-    same_step = resets_in_step(reset_mechanism, reset_delay)
-    carried = _carried(h_seq, mem, threshold, reset_mechanism, same_step)
+    reset_mechanism, same_step = settings.reset_mechanism, settings.resets_in_step
+    carried = _carried(h_seq, mem, threshold, settings)
     r_seq = torch.gt(carried, threshold).to(h_seq.dtype)
     grad_s = torch.zeros_like(h_seq) if grad_s_seq is None else grad_s_seq.to(h_seq.dtype, copy=True)
     grad_threshold = torch.zeros_like(h_seq)
@@ -168,23 +143,18 @@ def backward(
     )
 
 
-def resets_in_step(reset_mechanism: str, reset_delay: bool) -> bool:
-    """Whether the potential a step ends with differs from the one it fired with."""
-    return not reset_delay and reset_mechanism != "none"
-
-
 def reset_within_step(h: Tensor, s: Tensor, r: Tensor, threshold: Tensor, reset_mechanism: str) -> Tensor:
     """The potential after firing; what was reset on entry already is not reset again."""
     return torch.addcmul(h, s - r, threshold if reset_mechanism == "subtract" else h, value=-1)
 
 
-def _carried(h_seq: Tensor, mem: Tensor, threshold: Tensor, reset_mechanism: str, same_step: bool) -> Tensor:
+def _carried(h_seq: Tensor, mem: Tensor, threshold: Tensor, settings: LeakySettings) -> Tensor:
     """The potentials ``[T, N, ...]`` that entered each step."""
     entered = [mem]
     for h in h_seq[:-1]:
-        if same_step:
+        if settings.resets_in_step:
             s, r = (torch.gt(potential, threshold).to(h.dtype) for potential in (h, entered[-1]))
-            entered.append(reset_within_step(h, s, r, threshold, reset_mechanism))
+            entered.append(reset_within_step(h, s, r, threshold, settings.reset_mechanism))
         else:
             entered.append(h)
     return torch.stack(entered)

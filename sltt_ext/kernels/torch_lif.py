@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sltt_ext.kernels.settings import LIFSettings
+from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import derivative as surrogate_derivative
 
@@ -31,34 +31,25 @@ def forward(
     save_slope: bool,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run all steps.
-
-    ``v`` may be one number for all neurons, which is never reset on entry; with ``overwrite`` the final
-    state may be written into it, where it is charged on both ends.
-
-    Returns:
-        Spikes ``[T, N, ...]``, final state ``[N, ...]``, and what backward needs: local derivatives
-        ``[T - 1, N, ...]``, the last charged potential ``[N, ...]`` and ``dh/ddecay`` ``[T, N, ...]``
-        (each empty where it is not needed, or is the final state).
-    """
-    charged_out = settings.charged_out
+    """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
+    charged = settings.charged
     s_seq = torch.empty_like(x_seq)
     if overwrite and isinstance(v, Tensor):
         final = v
     else:
         final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
     derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
-    h_last = torch.empty_like(final) if save and not charged_out else final.new_empty(0)
+    h_last = torch.empty_like(final) if save and not charged else final.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
-    if charged_out and s_seq.dtype == final.dtype:
+    if charged and s_seq.dtype == final.dtype:
         room = list(s_seq)  # what enters a step lies where its spikes will
     else:
-        room = [torch.empty_like(final) if charged_out else final] * (len(x_seq) + 1)
-    h = final if charged_out else h_last if save else torch.empty_like(final)
+        room = [torch.empty_like(final) if charged else final] * (len(x_seq) + 1)
+    h = final if charged else h_last if save else torch.empty_like(final)
     if not isinstance(v, Tensor):
         entering = room[0].fill_(v)
-    elif settings.charged_in:
-        entering = after_reset(v, settings.v_threshold, settings.v_reset, room[0])
+    elif charged:
+        entering = after_reset(v, settings, room[0])
     else:
         entering = v
     _walk((x_seq, s_seq, derivatives, slopes), entering, h, room, decay, settings)
@@ -84,17 +75,17 @@ def _walk(
         s = torch.ge(h, settings.v_threshold, out=s_seq[t] if spikes is None else spikes)
         if spikes is not None:
             s_seq[t].copy_(spikes)
-        if t < last or not settings.charged_out:
-            v = _reset(h, s, settings.v_threshold, settings.v_reset, room[t + 1])
+        if t < last or not settings.charged:
+            v = _reset(h, s, settings, room[t + 1])
         if t < last and derivatives.numel():
             local = _derivative_at(h, derivatives[t], settings, c)
             if local.dtype != derivatives.dtype:
                 derivatives[t].copy_(local)
 
 
-def after_reset(h: Tensor, v_threshold: float, v_reset: float | None, out: Tensor) -> Tensor:
+def after_reset(h: Tensor, settings: LIFSettings, out: Tensor) -> Tensor:
     """The potential ``[N, ...]`` that the charged potential ``h`` leaves behind, written into ``out``."""
-    return _reset(h, torch.ge(h, v_threshold, out=out), v_threshold, v_reset, out)
+    return _reset(h, torch.ge(h, settings.v_threshold, out=out), settings, out)
 
 
 def backward(
@@ -106,7 +97,7 @@ def backward(
     decay: Tensor | None,
     settings: LIFSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x_seq`` ``[T, N, ...]`` and of the decay (empty where it is not learned)."""
+    """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     if grad_s_seq is None:
         grad_x = derivatives.new_zeros((len(derivatives) + 1, *h.shape))
     else:
@@ -117,11 +108,8 @@ def backward(
     grad = grad_x[-1]
     local = _derivative_at(h, grad, settings)
     state_part = None
-    if grad_v is not None and settings.charged_out:
-        state_part = grad_v * scale
-    elif grad_v is not None:
-        reset = settings.v_threshold, settings.v_reset, settings.detach_reset
-        state_part = state_derivative(h, local, scale, *reset) * grad_v
+    if grad_v is not None:
+        state_part = grad_v * (scale if settings.charged else state_derivative(h, local, scale, settings))
     local = local.zero_() if grad_s_seq is None else local.mul_(grad_s_seq[-1])
     if state_part is not None:
         local.add_(state_part)
@@ -135,28 +123,27 @@ def backward(
     return grad_x, (grad_decay if c is None else grad_decay / c).to(h.dtype)
 
 
-def state_derivative(
-    h: Tensor, local: Tensor, scale: float, v_threshold: float, v_reset: float | None, detach_reset: bool
-) -> Tensor:
+def state_derivative(h: Tensor, local: Tensor, scale: float, settings: LIFSettings) -> Tensor:
     """``scale * dv/dh`` of the reset, from ``local = scale * H'(h - v_threshold)``."""
-    if v_reset is None:
-        return torch.full_like(h, scale) if detach_reset else scale - v_threshold * local
-    silent = (h < v_threshold).to(h.dtype).mul_(scale)
-    return silent if detach_reset else silent.add_((v_reset - h).mul_(local))
+    if settings.v_reset is None:
+        return torch.full_like(h, scale) if settings.detach_reset else scale - settings.v_threshold * local
+    silent = (h < settings.v_threshold).to(h.dtype).mul_(scale)
+    return silent if settings.detach_reset else silent.add_((settings.v_reset - h).mul_(local))
 
 
-def _reset(h: Tensor, s: Tensor, v_threshold: float, v_reset: float | None, out: Tensor) -> Tensor:
+def _reset(h: Tensor, s: Tensor, settings: LIFSettings, out: Tensor) -> Tensor:
     """``h`` after the spikes ``s``; ``out`` may be either of them."""
-    if v_reset is None:
-        return torch.sub(h, s, alpha=v_threshold, out=out)
-    return torch.lerp(h, torch.full((), v_reset, dtype=h.dtype, device=h.device), s, out=out)
+    if settings.v_reset is None:
+        return torch.sub(h, s, alpha=settings.v_threshold, out=out)
+    return torch.lerp(h, torch.full((), settings.v_reset, dtype=h.dtype, device=h.device), s, out=out)
 
 
 def _derivative_at(h: Tensor, out: Tensor, settings: LIFSettings, decay: Tensor | None = None) -> Tensor:
     """``c H'(h - v_threshold)`` with ``c = dh/dx``, in the memory of ``out`` if its dtype allows."""
     threshold = settings.v_threshold
     u = torch.sub(h, threshold, out=out) if out.dtype == h.dtype else h - threshold
-    local = surrogate_derivative(u, settings.surrogate, settings.parameters, settings.input_scale)
+    name, parameters = settings.surrogate.name, settings.surrogate.parameters
+    local = surrogate_derivative(u, name, parameters, settings.input_scale)
     return local if decay is None else local.mul_(decay)
 
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from sltt_ext import functional
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import ConfigurationError, UnsupportedModuleError
+from sltt_ext.functional.inputs import broadcasts
+from sltt_ext.functional.leaky_operator import leaky_settings, run_leaky
+from sltt_ext.kernels import check_backend
+from sltt_ext.kernels.leaky import LEAKY, LeakySettings
 from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant
 from sltt_ext.snntorch.surrogates import known_surrogate
-from sltt_ext.surrogate import Surrogate
 
 __all__ = ["FusedLeaky", "SLTTLeaky", "StepwiseNeuron"]
 
@@ -86,18 +88,27 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
 class FusedLeaky(StepwiseNeuron):
     """Leaky neurons through the fused operator."""
 
+    _sltt_fused: bool = False
+
+    @classmethod
+    def check_backend(cls, module: nn.Module, backend: str) -> None:
+        if _settings(module) is not None:
+            check_backend(backend, LEAKY)
+
     def spikes(self, output: Any) -> tuple[Tensor, Tensor] | None:
         factor = self.graded_spikes_factor
-        if known_surrogate(self.spike_grad) is None or factor.numel() != 1:
+        if not self._sltt_fused or factor.numel() != 1:
             return None
-        return output[0] if isinstance(output, tuple) else output, factor
+        # a copy: the factor may be learned, and what is said of these spikes has to stay true
+        return output[0] if isinstance(output, tuple) else output, factor.detach().clone()
 
     def _step(self, input_: Tensor, mem: Tensor | None = None) -> Any:  # type: ignore[override]
-        settings = self._fused_settings(input_)
-        if settings is None or (self.init_hidden and mem is not None):
+        passed_twice = self.init_hidden and mem is not None  # which snnTorch refuses
+        settings = None if passed_twice else self._fused_settings(input_)
+        if settings is None:
             return super()._step(input_, mem)
         mem = self._entering(input_, mem)
-        spk, self.mem = functional.multi_step_leaky(input_, mem, single_step=True, **settings)
+        spk, self.mem = self._run_fused(input_, mem, settings, single_step=True)
         self._end_step(self.mem)
         return self._returned(spk * self.graded_spikes_factor, self.mem)
 
@@ -107,10 +118,25 @@ class FusedLeaky(StepwiseNeuron):
             return super()._sequence(x_seq)
         mem = self._entering(x_seq[0], None)
         returns_mem = self.output or not self.init_hidden
-        spk_seq, mem = functional.multi_step_leaky(x_seq, mem, return_mem_seq=returns_mem, **settings)
+        spk_seq, mem = self._run_fused(x_seq, mem, settings, return_mem_seq=returns_mem)
         self.mem = mem[-1].clone() if returns_mem else mem
         self._end_step(self.mem)
         return self._returned((spk_seq * self.graded_spikes_factor).flatten(0, 1), mem.flatten(0, 1))
+
+    def _run_fused(
+        self,
+        x: Tensor,
+        mem: Tensor | None,
+        settings: LeakySettings,
+        *,
+        return_mem_seq: bool = False,
+        single_step: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Spikes, before they are graded, and membrane potentials."""
+        return run_leaky(
+            x, mem, self.beta, self.threshold, settings, return_mem_seq=return_mem_seq, backend=self.sltt_backend,
+            single_step=single_step,
+        )  # fmt: skip
 
     def _entering(self, x: Tensor, mem: Tensor | None) -> Tensor | None:
         """The state a step starts with; as in snnTorch, a batch of another shape starts from 0."""
@@ -122,32 +148,19 @@ class FusedLeaky(StepwiseNeuron):
     def _returned(self, spk: Tensor, mem: Tensor) -> Any:
         return spk if self.init_hidden and not self.output else (spk, mem)
 
-    def _fused_settings(self, x: Tensor) -> dict[str, Any] | None:
+    def _fused_settings(self, x: Tensor) -> LeakySettings | None:
         """What to run the fused operator with; None where it does not cover the settings."""
-        surrogate = self._covered_surrogate(x)
-        reset_mechanism = _RESET_MECHANISMS.get(getattr(self.state_function, "__func__", None))
-        if surrogate is None or reset_mechanism != self.reset_mechanism:
-            return None
-        return {
-            "beta": self.beta,
-            "threshold": self.threshold,
-            "reset_mechanism": reset_mechanism,
-            "reset_delay": self.reset_delay,
-            "surrogate": surrogate,
-            "backend": self.sltt_backend,
-        }
+        settings = _settings(self) if self._covers_input(x) else None
+        self.__dict__["_sltt_fused"] = settings is not None
+        return settings
 
-    def _covered_surrogate(self, x: Tensor) -> Surrogate | None:
-        if self.inhibition or self.state_quant or x.numel() == 0:
-            return None
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return None  # in float64 snnTorch mixes precisions
-        for parameter in (self.beta, self.threshold):
-            if parameter.dim() and (
-                parameter.dtype == torch.float64 or not _broadcasts(parameter.shape, x.shape)
-            ):
-                return None
-        return known_surrogate(self.spike_grad)
+    def _covers_input(self, x: Tensor) -> bool:
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.numel() == 0:
+            return False  # in float64 snnTorch mixes precisions
+        return all(
+            not parameter.dim() or (parameter.dtype != torch.float64 and broadcasts(parameter.shape, x.shape))
+            for parameter in (self.beta, self.threshold)
+        )
 
 
 class SLTTLeaky(FusedLeaky, snntorch.Leaky):
@@ -161,6 +174,19 @@ _RESET_MECHANISMS = {
     snntorch.Leaky._base_zero: "zero",
     snntorch.Leaky._base_int: "none",
 }
+
+
+def _settings(neuron: Any) -> LeakySettings | None:
+    """The settings of a Leaky neuron; None where the fused operator does not cover them, whatever the input."""
+    if neuron.inhibition or neuron.state_quant or (surrogate := known_surrogate(neuron.spike_grad)) is None:
+        return None
+    reset_mechanism = _RESET_MECHANISMS.get(getattr(neuron.state_function, "__func__", None))
+    if reset_mechanism is None or reset_mechanism != neuron.reset_mechanism:
+        return None
+    return leaky_settings(
+        reset_mechanism=reset_mechanism, reset_delay=neuron.reset_delay, surrogate=surrogate
+    )
+
 
 _DYNAMICS = [
     "forward",
@@ -203,8 +229,3 @@ def _has_graph(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_graph, value.values()))
     return isinstance(value, (tuple, list)) and any(map(_has_graph, value))
-
-
-def _broadcasts(shape: torch.Size, whole: torch.Size) -> bool:
-    """Whether a tensor of ``shape`` broadcasts to ``whole``."""
-    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole)))

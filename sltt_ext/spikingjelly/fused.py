@@ -9,8 +9,11 @@ import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
 
-from sltt_ext import functional
 from sltt_ext.conversion import register_adapter
+from sltt_ext.functional.inputs import broadcasts
+from sltt_ext.functional.lif_operator import decay_of, lif_settings, reset, run_lif
+from sltt_ext.kernels import check_backend
+from sltt_ext.kernels.lif import LIF, LIFSettings
 from sltt_ext.neuron import SLTTNeuron, adapter_subclass
 from sltt_ext.spikingjelly.stepwise import FUNCTIONAL_FORM, States, StepwiseNode, Tensors, stepwise
 from sltt_ext.spikingjelly.surrogates import known_surrogate
@@ -21,15 +24,15 @@ __all__ = ["FusedNode", "SLTTIFNode", "SLTTLIFNode", "SLTTParametricLIFNode"]
 
 @dataclass(frozen=True)
 class _Charged:
-    """In the place of ``v``: the charged potential of the last step, and the settings of the reset that is due."""
+    """In the place of ``v``: the charged potential of the last step, and the settings of that step."""
 
     h: Tensor
-    reset: dict[str, Any]
+    settings: LIFSettings
 
     def settled(self) -> Tensor:
-        """The membrane potential, with its gradient whatever the mode it is read in."""
+        """The membrane potential, after the reset that is due, with its gradient whatever the mode it is read in."""
         with torch.inference_mode(False), torch.set_grad_enabled(self.h.requires_grad):
-            return functional.after_reset(self.h, **self.reset)
+            return reset(self.h, self.settings)
 
 
 class FusedNode(StepwiseNode):
@@ -86,19 +89,23 @@ class FusedNode(StepwiseNode):
         else:
             self._memories["v"] = replace(held, h=held.h.detach())
 
+    @classmethod
+    def check_backend(cls, module: nn.Module, backend: str) -> None:
+        check_backend(backend, LIF)
+
     def spikes(self, output: Tensor) -> tuple[Tensor, None] | None:
         return None if known_surrogate(self.surrogate_function) is None else (output, None)
 
     def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x)
-        if surrogate is None or self.store_v_seq:
+        if surrogate is None or self.store_v_seq or not self._covers_state(x.shape):
             self._settle()
             return super().single_step_forward(x, *args, **kwargs)
         return self._run_fused(x, surrogate, single_step=True)
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x_seq)
-        if surrogate is None:
+        if surrogate is None or not self._covers_state(x_seq.shape[1:]):
             self._settle()
             return super().multi_step_forward(x_seq, *args, **kwargs)
         if not self.store_v_seq:
@@ -116,7 +123,7 @@ class FusedNode(StepwiseNode):
         surrogate = self._fused_surrogate(inputs[0])
         if surrogate is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)
-        s, v = self._fused(inputs[0], states[0], self._settings(surrogate, single_step=True))
+        s, v = self._run(inputs[0], states[0], self._settings(surrogate), single_step=True)
         return (s,), (v, *states[1:])
 
     def multi_step_functional_forward(
@@ -125,67 +132,89 @@ class FusedNode(StepwiseNode):
         surrogate = self._fused_surrogate(inputs[0])
         if surrogate is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)
-        s_seq, v = self._fused(inputs[0], states[0], self._settings(surrogate, single_step=False))
+        s_seq, v = self._run(inputs[0], states[0], self._settings(surrogate), single_step=False)
         return (s_seq,), (v, *states[1:])
 
     def _run_fused(self, x: Tensor, surrogate: Surrogate, single_step: bool) -> Tensor:
-        settings = self._settings(surrogate, single_step)
-        reset = {name: settings[name] for name in ("v_threshold", "v_reset", "detach_reset", "surrogate")}
         carries = self._carries_charged and not torch.compiler.is_compiling()
+        settings = self._settings(surrogate, charged=carries)
         held = self._charged()
-        if held is not None and not (carries and held.reset == reset):
+        if held is not None and held.settings != settings:
             self._settle()
             held = None
         v = self._memories["v"] if held is None else held.h
         if FUNCTIONAL_FORM and isinstance(v, Tensor) and v.shape != (x.shape if single_step else x.shape[1:]):
             v = None  # as SpikingJelly 2.x does: a batch of another shape starts from rest
-        charged = carries and (held is not None or not isinstance(v, Tensor))
-        settings["charged"] = charged
+        if carries and held is None and isinstance(v, Tensor):
+            settings = settings._replace(charged=False)  # this step starts after a reset
         self._begin_step(v)
-        s, v = self._fused(x, v, settings)
+        s, v = self._run(x, v, settings, single_step)
         self._end_step(v)
-        self._memories["v"] = _Charged(v, reset) if charged else v
+        self._memories["v"] = _Charged(v, settings) if settings.charged else v
         return s
 
-    def _fused(self, x: Tensor, v: Tensor | float | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, x: Tensor, v: Tensor | float | None, settings: LIFSettings, single_step: bool
+    ) -> tuple[Tensor, Tensor]:
         """Spikes and final potential for ``x`` ``[N, ...]`` (single-step) or ``[T, N, ...]``."""
-        raise NotImplementedError
+        return run_lif(x, v, self._decay(x), settings, backend=self.sltt_backend, single_step=single_step)
+
+    def _settings(self, surrogate: Surrogate, charged: bool = False) -> LIFSettings:
+        """The settings of a neuron without a leak."""
+        return lif_settings(
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            detach_reset=self.detach_reset,
+            charged=charged,
+            surrogate=surrogate,
+        )
+
+    def _decay(self, x: Tensor) -> Tensor | None:
+        """The learnable decay, if the neuron has one."""
+        return None
 
     def _fused_surrogate(self, x: Tensor) -> Surrogate | None:
         """The surrogate to run the fused operator with; None where the operator does not cover the settings."""
         if not (self.training or self._surrogate_in_eval):
             return None
-        if not x.is_floating_point() or x.numel() == 0:
-            return None
-        if not isinstance(self.v_threshold, (int, float)) or isinstance(self.v_reset, Tensor):
+        if not x.is_floating_point() or x.numel() == 0 or not self._covers_parameters():
             return None
         return known_surrogate(self.surrogate_function)
 
-    def _settings(self, surrogate: Surrogate, single_step: bool) -> dict[str, Any]:
-        return {
-            "surrogate": surrogate,
-            "single_step": single_step,
-            "v_threshold": self.v_threshold,
-            "v_reset": self.v_reset,
-            "detach_reset": self.detach_reset,
-            "backend": self.sltt_backend,
-        }
+    def _covers_parameters(self) -> bool:
+        """Whether the neuron's parameters are the numbers that the operator takes: not learned, not one per channel."""
+        v_reset = self.v_reset
+        return _is_number(self.v_threshold) and (v_reset is None or _is_number(v_reset))
+
+    def _covers_state(self, step: torch.Size) -> bool:
+        """Whether a step of that shape can start from the state; in 0.0.0.0.14 a smaller one broadcasts."""
+        v = self._memories["v"]
+        if FUNCTIONAL_FORM or not isinstance(v, Tensor) or v.shape == step:
+            return True
+        return not broadcasts(v.shape, step)
 
 
 class _FusedIF(FusedNode):
     _surrogate_in_eval = FUNCTIONAL_FORM  # 0.0.0.0.14 evaluates IF and LIF without a surrogate
 
-    def _fused(self, x: Tensor, v: Tensor | float | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return functional.multi_step_if(x, v, **settings)
-
 
 class _FusedLIF(FusedNode):
     _surrogate_in_eval = FUNCTIONAL_FORM
 
-    def _fused(self, x: Tensor, v: Tensor | float | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return functional.multi_step_lif(
-            x, v, tau=self.tau, decay_input=self.decay_input, factored_leak=_factored_leak(self), **settings
+    def _settings(self, surrogate: Surrogate, charged: bool = False) -> LIFSettings:
+        return lif_settings(
+            tau=self.tau,
+            decay_input=self.decay_input,
+            factored_leak=_factored_leak(self),
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            detach_reset=self.detach_reset,
+            charged=charged,
+            surrogate=surrogate,
         )
+
+    def _covers_parameters(self) -> bool:
+        return _is_number(self.tau) and super()._covers_parameters()
 
 
 class _FusedOnlineLIF(_FusedLIF):
@@ -195,15 +224,31 @@ class _FusedOnlineLIF(_FusedLIF):
 
 
 class _FusedParametricLIF(FusedNode):
-    def _fused(self, x: Tensor, v: Tensor | float | None, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return functional.multi_step_plif(
-            x, self.w, v, decay_input=self.decay_input, factored_leak=_factored_leak(self), **settings
+    def _settings(self, surrogate: Surrogate, charged: bool = False) -> LIFSettings:
+        return lif_settings(
+            decay_input=self.decay_input,
+            factored_leak=_factored_leak(self),
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            detach_reset=self.detach_reset,
+            charged=charged,
+            surrogate=surrogate,
         )
+
+    def _decay(self, x: Tensor) -> Tensor | None:
+        return decay_of(self.w, x)
+
+    def _covers_parameters(self) -> bool:
+        return self.w.dim() == 0 and super()._covers_parameters()
 
 
 def _factored_leak(node: Any) -> bool:
     """Whether the leak is ``v (1 - 1 / tau)``, as 0.0.0.0.14 has it, and not ``v - v / tau``: they round differently."""
     return not FUNCTIONAL_FORM and not node.decay_input and not node.v_reset
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 class SLTTIFNode(_FusedIF, neuron.IFNode):

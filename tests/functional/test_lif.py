@@ -9,6 +9,9 @@ from spikingjelly.activation_based import surrogate as framework
 
 from sltt_ext import functional
 from sltt_ext.errors import BackendError, ConfigurationError, InputError
+from sltt_ext.functional.lif_operator import lif_settings
+from sltt_ext.functional.schema import flat, packed
+from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.surrogate import Surrogate
 
 SURROGATES = {
@@ -217,30 +220,44 @@ def test_keeps_nothing_without_gradients():
     assert v.grad_fn is None
 
 
-ARGUMENTS = {
-    "lif": (None, 2.0, True, 1.0, 0.0, False, "sigmoid", (4.0,)),
-    "lif_soft": (None, 1.1, False, 1.0, None, True, "piecewise_quadratic", (1.0,)),
-    "if": (None, None, False, 1.0, -0.1, False, "atan", (2.0,)),
-    "plif": ("decay", None, True, 1.0, 0.0, False, "sigmoid", (4.0,)),
-}
+RESET = {"v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
+SETTINGS = {
+    "lif": {"tau": 2.0, "decay_input": True, "surrogate": Surrogate("sigmoid", (4.0,)), **RESET},
+    "lif_soft": {
+        "tau": 1.1, "surrogate": Surrogate("piecewise_quadratic", (1.0,)), "v_threshold": 1.0, "v_reset": None,
+        "detach_reset": True,
+    },
+    "if": {**RESET, "surrogate": Surrogate("atan", (2.0,)), "v_reset": -0.1},
+    "plif": {"decay_input": True, "surrogate": Surrogate("sigmoid", (4.0,)), **RESET},
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", sorted(ARGUMENTS))
+def settings_of(kind, charged=False):
+    return flat(lif_settings(charged=charged, **SETTINGS[kind]))
+
+
+@pytest.mark.parametrize("kind", sorted(SETTINGS))
 @pytest.mark.parametrize("time_steps", [1, 3])
 @pytest.mark.parametrize("charged", [False, True])
-def test_opcheck(kind, time_steps, charged):
-    decay, *rest = ARGUMENTS[kind]
-    if decay is not None:
-        decay = torch.tensor(0.4, requires_grad=True)
+@pytest.mark.parametrize("start", ["tensor", "number"])
+def test_opcheck(kind, time_steps, charged, start):
+    decay = torch.tensor(0.4, requires_grad=True) if kind == "plif" else None
     x_seq = torch.randn(time_steps, 4, requires_grad=True)
-    arguments = (x_seq, torch.randn(4), decay, *rest, True, decay is not None, False, charged, charged)
+    v = torch.randn(4) if start == "tensor" else None
+    arguments = (x_seq, v, 0.2, decay, *settings_of(kind, charged), True, decay is not None)
     torch.library.opcheck(torch.ops.sltt_ext.lif.default, arguments)
     with torch.no_grad():
         _, v, derivatives, h, slopes = torch.ops.sltt_ext.lif(*arguments)
         saved = derivatives, v if charged else h, slopes
         constant_decay = None if decay is None else decay.detach()
-        backward = (torch.randn(time_steps, 4), torch.randn_like(v), *saved, constant_decay, *rest, charged)
-    torch.library.opcheck(torch.ops.sltt_ext.lif_backward.default, backward)
+        tensors = (torch.randn(time_steps, 4), torch.randn_like(v), *saved, constant_decay)
+    torch.library.opcheck(torch.ops.sltt_ext.lif_backward.default, (*tensors, *settings_of(kind, charged)))
+
+
+@pytest.mark.parametrize("kind", sorted(SETTINGS))
+def test_settings_keep_their_form(kind):
+    settings = lif_settings(**SETTINGS[kind])
+    assert packed(LIFSettings, *flat(settings)) == settings
 
 
 def test_eager_and_registered_operator_agree():
@@ -248,7 +265,7 @@ def test_eager_and_registered_operator_agree():
     weight = torch.randn(3, 50)
     (functional.multi_step_lif(x_seq, v)[0] * weight).sum().backward()
     eager, x_seq.grad = x_seq.grad, None
-    outputs = torch.ops.sltt_ext.lif(x_seq, v, *ARGUMENTS["lif"], True, False)
+    outputs = torch.ops.sltt_ext.lif(x_seq, v, 0.0, None, *settings_of("lif"), True, False)
     (outputs[0] * weight).sum().backward()
     assert torch.equal(x_seq.grad, eager)
 
@@ -272,8 +289,26 @@ def test_second_derivatives_are_refused():
     x_seq, weight = torch.randn(3, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
     loss = (functional.multi_step_lif(x_seq)[0] * weight).sum()
     (grad,) = torch.autograd.grad(loss, x_seq, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(ConfigurationError, match="cannot be differentiated again"):
         grad.sum().backward()
+
+
+def test_second_derivatives_are_refused_where_the_first_reads_constants_alone():
+    x_seq = torch.randn(3, 20, requires_grad=True)
+    s_seq, h = functional.multi_step_lif(x_seq, charged=True)
+    for loss in (s_seq.sum(), functional.after_reset(h).sum()):
+        (grad,) = torch.autograd.grad(loss, x_seq, create_graph=True)
+        with pytest.raises(ConfigurationError, match="cannot be differentiated again"):
+            grad.square().sum().backward(retain_graph=True)
+
+
+def test_a_graph_of_the_gradient_changes_nothing_of_it():
+    gradients = []
+    for create_graph in (False, True):
+        x_seq = torch.linspace(-1, 2, 12).view(3, 4).requires_grad_()
+        loss = functional.multi_step_lif(x_seq)[0].sum()
+        gradients.append(torch.autograd.grad(loss, x_seq, create_graph=create_graph)[0].detach())
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Whole networks on a CUDA device, with whatever backend is the default there, and real memory."""
+"""Whole networks on a CUDA device, with whatever backend is the default there, and real memory.
+
+What does not measure memory runs on the CPU as well, through the same kernels.
+"""
 
 import copy
 
@@ -13,21 +16,19 @@ pytest.importorskip("spikingjelly")
 
 import networks
 import oracle
+from devices import needs_cuda
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+BACKENDS = {"cuda": "auto", "cpu": "cupy"}
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None])
-def test_neuron_on_cuda_equals_the_cpu(v_reset):
+def test_neuron_on_cuda_equals_the_cpu(v_reset, device):
     x, weight = torch.randn(6, 1000), torch.rand(6, 1000)
     results = []
-    for device in ("cpu", "cuda"):
-        x_seq = x.to(device).requires_grad_()
-        s_seq, v = multi_step_lif(x_seq, tau=2.0, v_reset=v_reset)
-        (s_seq * weight.to(device)).sum().backward()
+    for where, backend in (("cpu", "torch"), (device, BACKENDS[device])):
+        x_seq = x.detach().clone().to(where).requires_grad_()
+        s_seq, v = multi_step_lif(x_seq, tau=2.0, v_reset=v_reset, backend=backend)
+        (s_seq * weight.to(where)).sum().backward()
         results.append([tensor.detach().cpu() for tensor in (s_seq, v, x_seq.grad)])
     (s_cpu, v_cpu, grad_cpu), (s_cuda, v_cuda, grad_cuda) = results
     assert torch.equal(s_cpu, s_cuda)
@@ -35,15 +36,16 @@ def test_neuron_on_cuda_equals_the_cpu(v_reset):
     assert oracle.relative_error(grad_cuda, grad_cpu) < 1e-6
 
 
-def test_trainer_on_cuda():
-    net = networks.conv_net().cuda()
-    x, target = (tensor.cuda() for tensor in networks.images())
+def test_trainer_on_cuda(device):
+    net = networks.conv_net().to(device)
+    x, target = (tensor.to(device) for tensor in networks.images())
     expected = oracle.sltt_gradients(net, [x] * 6, target, F.cross_entropy)
-    converted = sltt_ext.convert(copy.deepcopy(net))
+    converted = sltt_ext.convert(copy.deepcopy(net), backend=BACKENDS[device])
     sltt_ext.OnlineTrainer(converted, F.cross_entropy, 6).forward_backward(x, target)
     assert oracle.relative_error(oracle.gradients(converted), expected) < 1e-5
 
 
+@needs_cuda
 def test_allocated_memory_does_not_grow_with_time():
     x, target = torch.randn(8, 3, 64, 64, device="cuda"), torch.arange(8, device="cuda")
     net = sltt_ext.convert(networks.resnet18().cuda())

@@ -1,9 +1,7 @@
 """The CUDA source of snnTorch's Leaky neuron, run on the CPU, against the torch backend; see test_lif_on_host.py."""
 
-import functools
 import itertools
 import math
-from types import SimpleNamespace
 
 import host
 import pytest
@@ -12,9 +10,10 @@ import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sltt_ext.functional import leaky, multi_step_leaky
+from sltt_ext.functional import multi_step_leaky
+from sltt_ext.functional.leaky_operator import leaky_settings
 from sltt_ext.kernels import cuda_leaky, geometry, torch_leaky
-from sltt_ext.surrogate import SURROGATES
+from sltt_ext.surrogate import SURROGATES, Surrogate
 
 PARAMETERS = {
     "sigmoid": (4.0,),
@@ -26,10 +25,7 @@ EXPONENTIAL = {"sigmoid", "logistic", "piecewise_exp", "erf", "spike_rate_escape
 RESETS = ["subtract", "zero", "none"]
 STEP = (3, 4, 6)
 SHAPES = [(), (1,), (6,), (4, 6), (4, 1), (3, 1, 1), (3, 4, 6), (3, 1, 6), (1, 4, 1)]
-ON_HOST = SimpleNamespace(
-    forward=functools.partial(cuda_leaky.forward, launch=host.launch),
-    backward=functools.partial(cuda_leaky.backward, launch=host.launch),
-)
+ON_HOST = host.LEAKY_ON_HOST
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +43,14 @@ def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate
     """Forward and backward on both backends, with everything that may be kept or missing."""
     if grad_s is None:
         grad_s = torch.randn_like(x_seq)
+    settings = leaky_settings(
+        reset_mechanism=reset_mechanism,
+        reset_delay=reset_delay,
+        surrogate=Surrogate(surrogate, PARAMETERS.get(surrogate, (1.3,))),
+    )
     for return_mem_seq, save in itertools.product(variants.BOTH, variants.BOTH):
-        settings = (reset_mechanism, reset_delay, return_mem_seq, save)
-        want = torch_leaky.forward(x_seq, mem, beta, threshold, *settings)
-        got = ON_HOST.forward(x_seq, mem, beta, threshold, *settings)
+        given = (x_seq, mem, beta, threshold, settings, return_mem_seq, save)
+        want, got = torch_leaky.forward(*given), ON_HOST.forward(*given)
         for pair in zip(got, want):
             assert_match(*pair)
         if not save:
@@ -61,11 +61,9 @@ def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate
             ((grad_s, grad_mem), (grad_s, None), (None, grad_mem)),
             ((False, False), (True, True), (True, False), (False, True)),
         ):
-            same_step = torch_leaky.resets_in_step(reset_mechanism, reset_delay)
-            given = (
-                *grads, h_seq, mem if same_step or any(learn) else None, threshold, reset_mechanism, reset_delay,
-                surrogate, PARAMETERS.get(surrogate, (1.3,)), beta.shape if learn[0] else None, learn[1],
-            )  # fmt: skip
+            needed = mem if settings.resets_in_step or any(learn) else None
+            learned = beta.shape if learn[0] else None, learn[1]
+            given = (*grads, h_seq, needed, threshold, settings, *learned)
             want_grads, got_grads = torch_leaky.backward(*given), ON_HOST.backward(*given)
             magnitudes = [tensor.abs().nan_to_num(0, 0, 0) for tensor in (h_seq, want_grads[0])]
             terms = magnitudes[0].amax().item() * magnitudes[1].sum().item()
@@ -161,23 +159,13 @@ def test_potentials_at_the_threshold_and_beyond_all_numbers(reset_mechanism, res
 @pytest.mark.parametrize("shape", [(3, 0), (1, 0, 4)])
 def test_no_elements(shape):
     x_seq, grad_s = torch.randn(2, *shape)
-    out = ON_HOST.forward(
-        x_seq, torch.randn(shape[1:]), torch.tensor(0.9), torch.tensor(1.0), "subtract", True, True, True
+    settings = leaky_settings(
+        reset_mechanism="subtract", reset_delay=True, surrogate=Surrogate("atan", (2.0,))
     )
+    mem, beta, threshold = torch.randn(shape[1:]), torch.tensor(0.9), torch.tensor(1.0)
+    out = ON_HOST.forward(x_seq, mem, beta, threshold, settings, True, True)
     assert out[1].shape == shape
-    grads = ON_HOST.backward(
-        grad_s,
-        None,
-        out[1],
-        torch.randn(shape[1:]),
-        torch.tensor(1.0),
-        "subtract",
-        True,
-        "atan",
-        (2.0,),
-        (),
-        True,
-    )
+    grads = ON_HOST.backward(grad_s, None, out[1], mem, threshold, settings, (), True)
     assert [grad.tolist() for grad in grads[1:]] == [0.0, 0.0]
 
 
@@ -185,22 +173,22 @@ def test_no_elements(shape):
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 @pytest.mark.parametrize(("reset_mechanism", "reset_delay"), [("subtract", True), ("zero", False)])
 def test_through_the_public_function(single_step, way, reset_mechanism, reset_delay, monkeypatch):
-    def loss(x, beta, threshold):
+    def loss(x, beta, threshold, backend):
         s, mem = multi_step_leaky(
             x, 0.3, beta=beta, threshold=threshold, reset_mechanism=reset_mechanism, reset_delay=reset_delay,
-            single_step=single_step,
+            single_step=single_step, backend=backend,
         )  # fmt: skip
         return (s * x.detach()).sum() + mem.sum(), s, mem
 
+    host.register(monkeypatch)
     results = []
-    for kernels in (torch_leaky, ON_HOST):
-        monkeypatch.setitem(leaky._KERNELS, "torch", kernels)
+    for backend in ("torch", "cupy"):
         torch._dynamo.reset()
         call = loss if way == "eager" else torch.compile(loss, backend="aot_eager", fullgraph=True)
         torch.manual_seed(0)
         x = torch.randn(3, 5, 8, requires_grad=True)
         beta, threshold = torch.rand(8, requires_grad=True), torch.tensor(0.7, requires_grad=True)
-        total, s, mem = call(x, beta, threshold)
+        total, s, mem = call(x, beta, threshold, backend)
         total.backward()
         results.append([s.detach(), mem.detach(), x.grad, beta.grad, threshold.grad])
     for got, want in zip(*results):

@@ -5,10 +5,8 @@ library's and PyTorch's differ in the last place, which is 1e-6 of the largest d
 precision derivatives are within one rounding.
 """
 
-import functools
 import itertools
 import math
-from types import SimpleNamespace
 
 import host
 import pytest
@@ -17,10 +15,12 @@ import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sltt_ext.functional import lif_operator, multi_step_if, multi_step_lif, multi_step_plif
+from sltt_ext.functional import multi_step_if, multi_step_lif, multi_step_plif
+from sltt_ext.functional.lif_operator import lif_settings
+from sltt_ext.functional.schema import flat
 from sltt_ext.kernels import cuda_lif, geometry, torch_lif
-from sltt_ext.kernels.settings import LIFSettings
-from sltt_ext.surrogate import SURROGATES, derivative
+from sltt_ext.kernels.lif import LIFSettings
+from sltt_ext.surrogate import SURROGATES, Surrogate, derivative
 
 PARAMETERS = {
     "sigmoid": (4.0,),
@@ -39,10 +39,7 @@ KINDS = {  # decay, tau, decay_input
     "plif, factored leak": (0.4, None, False),
 }
 ELEMENTS = {8: 2080, 4: 1036, 2: 42, 1: 37}
-ON_HOST = SimpleNamespace(
-    forward=functools.partial(cuda_lif.forward, launch=host.launch),
-    backward=functools.partial(cuda_lif.backward, launch=host.launch),
-)
+ON_HOST = host.LIF_ON_HOST
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +50,13 @@ def _wide_loads_in_small_tensors(monkeypatch):
 def arguments(kind, surrogate, v_reset, detach_reset):
     decay, tau, decay_input = KINDS[kind]
     decay = None if decay is None else torch.tensor(decay)
-    parameters = PARAMETERS.get(surrogate, (1.3,))
-    settings = LIFSettings(
-        tau, decay_input, 0.9, v_reset, detach_reset, surrogate, parameters, kind.endswith("factored leak")
-    )
+    factored_leak = kind.endswith("factored leak")
+    settings = LIFSettings(tau, decay_input, factored_leak, 0.9, v_reset, detach_reset, False, row(surrogate))
     return decay, settings
+
+
+def row(surrogate):
+    return Surrogate(surrogate, PARAMETERS.get(surrogate, (1.3,)))
 
 
 def assert_same_kind(got, want):
@@ -80,7 +79,7 @@ def compare(x_seq, v, decay, settings, grad_s, grad_v):
     """Forward and backward on both backends, with everything that may be kept or missing."""
     kept = {(False, False), (True, False), (True, decay is not None)}
     for (save, save_slope), charged in itertools.product(kept, (False, True)):
-        settings = settings._replace(charged_in=charged, charged_out=charged)
+        settings = settings._replace(charged=charged)
         want = torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
         assert_outputs_match(ON_HOST.forward(x_seq, v, decay, settings, save, save_slope), want, settings)
         if charged:
@@ -95,14 +94,14 @@ def compare(x_seq, v, decay, settings, grad_s, grad_v):
         for grads in ((grad_s, grad_v), (grad_s, None), (None, grad_v)):
             want_grad, want_decay = torch_lif.backward(*grads, *saved, decay, settings)
             got_grad, got_decay = ON_HOST.backward(*grads, *saved, decay, settings)
-            assert_derivatives_match(got_grad, want_grad, settings.surrogate)
+            assert_derivatives_match(got_grad, want_grad, settings.surrogate.name)
             assert_same_kind(got_decay, want_decay)
             terms = want_grad.float().abs().nan_to_num(0, 0, 0).sum().item() if save_slope else 0
             torch.testing.assert_close(got_decay, want_decay, rtol=1e-6, atol=1e-6 * terms, equal_nan=True)
 
 
 def assert_outputs_match(got, want, settings):
-    assert_derivatives_match(got[2], want[2], settings.surrogate)
+    assert_derivatives_match(got[2], want[2], settings.surrogate.name)
     for k in (0, 1, 3, 4):
         assert_same_kind(got[k], want[k])
         torch.testing.assert_close(got[k], want[k], rtol=0, atol=0, equal_nan=True)
@@ -162,9 +161,8 @@ def test_the_cuda_expression_of_a_surrogate_is_its_torch_expression(surrogate):
         math.nan,
     ]
     u = torch.cat([torch.linspace(-30, 30, 20003), torch.randn(20000), torch.tensor(edges)])
-    parameters = PARAMETERS.get(surrogate, (1.3,))
-    want = derivative(u.clone(), surrogate, parameters)
-    settings = LIFSettings(None, False, 0.0, None, False, surrogate, parameters)
+    want = derivative(u.clone(), surrogate, row(surrogate).parameters)
+    settings = lif_settings(v_threshold=0.0, v_reset=None, detach_reset=False, surrogate=row(surrogate))
     got = ON_HOST.forward(u.repeat(2, 1), torch.zeros_like(u), None, settings, True, False)[2][0]
     assert_derivatives_match(got, want, surrogate)
 
@@ -264,30 +262,30 @@ def test_sums_do_not_change_from_run_to_run():
     assert sums[0] == sums[1] == sums[2]
 
 
-def run(kind, x, w, single_step):
+def run(kind, x, w, **options):
     if kind == "if":
-        return multi_step_if(x, 0.1, v_reset=None, single_step=single_step)
+        return multi_step_if(x, 0.1, v_reset=None, **options)
     if kind == "lif":
-        return multi_step_lif(x, 0.1, tau=1.7, single_step=single_step)
-    return multi_step_plif(x, w, 0.1, single_step=single_step)
+        return multi_step_lif(x, 0.1, tau=1.7, **options)
+    return multi_step_plif(x, w, 0.1, **options)
 
 
 @pytest.mark.parametrize("kind", ["if", "lif", "plif"])
 @pytest.mark.parametrize("single_step", [False, True])
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_through_the_public_functions(kind, single_step, way, monkeypatch):
-    def loss(x, w):
-        s, v = run(kind, x, w, single_step)
+    def loss(x, w, backend):
+        s, v = run(kind, x, w, single_step=single_step, backend=backend)
         return (s * x.detach()).sum() + v.sum(), s, v
 
+    host.register(monkeypatch)
     results = []
-    for kernels in (torch_lif, ON_HOST):
-        monkeypatch.setitem(lif_operator._KERNELS, "torch", kernels)
+    for backend in ("torch", "cupy"):
         torch._dynamo.reset()
         call = loss if way == "eager" else torch.compile(loss, backend="aot_eager", fullgraph=True)
         torch.manual_seed(0)
         x, w = torch.randn(3, 44, requires_grad=True), torch.tensor(0.1, requires_grad=True)
-        total, s, v = call(x, w)
+        total, s, v = call(x, w, backend)
         total.backward()
         results.append([s.detach(), v.detach(), x.grad, *([w.grad] if kind == "plif" else [])])
     for got, want in zip(*results):
@@ -297,27 +295,23 @@ def test_through_the_public_functions(kind, single_step, way, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("time_steps", [1, 3])
 def test_opcheck(kind, time_steps, monkeypatch):
-    monkeypatch.setitem(lif_operator._KERNELS, "torch", ON_HOST)
+    host.register(monkeypatch)
     decay, settings = arguments(kind, "atan", None, False)
     x_seq = torch.randn(time_steps, 2, 3, 4).transpose(1, 2).requires_grad_()
-    given = (
-        x_seq,
-        torch.randn(2, 3, 4).transpose(0, 1),
-        None if decay is None else decay.requires_grad_(),
-        *settings[:7],
-        True,
-        decay is not None,
-        settings.factored_leak,
-    )
-    torch.library.opcheck(torch.ops.sltt_ext.lif.default, given)
+    v = torch.randn(2, 3, 4).transpose(0, 1)
+    decay = None if decay is None else decay.requires_grad_()
+    for start in (v, None):
+        given = (x_seq, start, 0.2, decay, *flat(settings), True, decay is not None, "cupy")
+        torch.library.opcheck(torch.ops.sltt_ext.lif.default, given)
 
 
 def test_a_state_that_a_kernel_overwrites_is_known_to_have_changed(monkeypatch):
     """A kernel writes where autograd does not look."""
-    monkeypatch.setitem(lif_operator._KERNELS, "torch", ON_HOST)
+    host.register(monkeypatch)
+    options = {"charged": True, "backend": "cupy"}
     x_seq = torch.randn(2, 40, requires_grad=True)
-    _, h = multi_step_lif(x_seq, charged=True)
-    s_seq, h = multi_step_lif(x_seq, h.detach(), charged=True)
-    multi_step_lif(x_seq, h.detach(), charged=True)
+    _, h = multi_step_lif(x_seq, **options)
+    s_seq, h = multi_step_lif(x_seq, h.detach(), **options)
+    multi_step_lif(x_seq, h.detach(), **options)
     with pytest.raises(RuntimeError, match="inplace operation"):
         s_seq.sum().backward()

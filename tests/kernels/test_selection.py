@@ -10,8 +10,11 @@ from torch._subclasses import FakeTensorMode
 import sltt_ext
 from sltt_ext.errors import BackendError, InputError
 from sltt_ext.functional import multi_step_lif
-from sltt_ext.kernels import launch, selection
-from sltt_ext.kernels.selection import check_backend, select_backend
+from sltt_ext.kernels import cuda_backend, launch, selection
+from sltt_ext.kernels.backend import Backend, FusedNeuron
+from sltt_ext.kernels.leaky import LEAKY
+from sltt_ext.kernels.lif import LIF
+from sltt_ext.kernels.selection import check_backend
 
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 
@@ -29,7 +32,11 @@ def _fresh(monkeypatch):
 
 def on_cuda(dtype=torch.float32):
     """What the choice of backend looks at."""
-    return SimpleNamespace(is_cuda=True, dtype=dtype, device=torch.device("cuda", 0))
+    return SimpleNamespace(is_cuda=True, is_cpu=False, dtype=dtype, device=torch.device("cuda", 0))
+
+
+def select_backend(backend, x, neuron=LIF):
+    return selection.select_backend(backend, neuron, x).name
 
 
 @pytest.fixture
@@ -37,7 +44,7 @@ def problem(monkeypatch):
     """Set what is wrong with the CuPy kernels."""
 
     def set_problem(text):
-        monkeypatch.setattr(selection, "cupy_problem", lambda index=None: text)
+        monkeypatch.setattr(cuda_backend, "cupy_problem", lambda index=None: text)
 
     return set_problem
 
@@ -100,6 +107,47 @@ def test_environment_variable_replaces_auto_only(problem, monkeypatch):
     with pytest.raises(BackendError, match="SLTT_BACKEND is 'cuda'"):
         select_backend("auto", torch.ones(2))
     assert select_backend("torch", torch.ones(2)) == "torch"
+
+
+def test_a_neuron_that_a_backend_does_not_run(problem, monkeypatch):
+    monkeypatch.setattr(
+        selection._REGISTERED["inductor"].__class__, "problem", lambda self, device=None: None
+    )
+    with pytest.raises(BackendError, match="backend='inductor' does not run snnTorch's Leaky: use 'auto'"):
+        select_backend("inductor", torch.ones(2), LEAKY)
+    with pytest.raises(BackendError, match="does not run snnTorch's Leaky"):
+        check_backend("inductor", LEAKY)
+    assert check_backend("inductor", LIF) == check_backend("inductor") == "inductor"
+    monkeypatch.setattr(selection, "_ENVIRONMENT", "inductor")
+    with pytest.raises(BackendError, match="does not run snnTorch's Leaky"):
+        check_backend("auto", LEAKY)
+    assert check_backend("torch", LEAKY) == "torch"
+
+
+def test_the_environment_variable_is_checked_for_fused_neurons(problem, monkeypatch):
+    problem("cupy is not installed")
+    monkeypatch.setattr(selection, "_ENVIRONMENT", "cupy")
+    assert check_backend("auto") == "auto"
+    with pytest.raises(BackendError, match="backend='cupy' cannot be used: cupy is not installed"):
+        check_backend("auto", LIF)
+
+
+def test_a_backend_of_ones_own_is_asked(monkeypatch):
+    """All that a backend has to say, and that `auto` takes the first that wants the tensor."""
+    neuron = FusedNeuron("test neurons")
+
+    class Own(Backend):
+        name = "own"
+        kernels = {neuron: "kernels"}  # noqa: RUF012
+
+        def is_default_for(self, x):
+            return x.dtype == torch.float16
+
+    monkeypatch.setitem(selection._REGISTERED, "own", Own())
+    on_device = SimpleNamespace(is_cpu=False, is_cuda=False, dtype=torch.float16, device="npu")
+    assert select_backend("auto", on_device, neuron) == "own"
+    assert select_backend("auto", on_device, LIF) == "torch"
+    assert selection.select_kernels("own", neuron, torch.ones(2)) == "kernels"
 
 
 def test_environment_variable_is_read():

@@ -1,0 +1,50 @@
+"""Gradients that cannot be differentiated again, and say so."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sltt_ext.errors import ConfigurationError
+
+__all__ = ["differentiable_once"]
+
+Backward = Callable[..., Any]
+
+
+def differentiable_once(backward: Backward) -> Backward:
+    """Decorate the ``backward`` of a `torch.autograd.Function`: a gradient of its gradients is an error.
+
+    Other than with `torch.autograd.function.once_differentiable`, it is one as well where the gradients that come in
+    are constants: the second derivative goes through what backward has saved.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            computed = backward(ctx, *grads)
+        return tuple(
+            _Refused.apply(grad.requires_grad_()) if isinstance(grad, Tensor) else grad for grad in computed
+        )
+
+    return once
+
+
+class _Refused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise ConfigurationError(
+            "the gradient of a fused neuron cannot be differentiated again (create_graph=True): give the neuron a "
+            "surrogate function of your own, e.g. a subclass of SpikingJelly's or a function around snnTorch's, which "
+            "runs by the generic rule"
+        )
