@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sltt_ext.online.gradient_hooks import own
 from sltt_ext.online.memory import ActivationMeter
 
 __all__ = ["ActivationMeter", "peak_activation_bytes"]
@@ -27,6 +28,7 @@ def peak_activation_bytes(run: Callable[[], Any], net: nn.Module | None = None) 
     """
     meter = ActivationMeter()
 
+    @own
     def accumulated(parameter: Tensor) -> None:
         assert parameter.grad is not None
         meter.exclude(parameter.grad)

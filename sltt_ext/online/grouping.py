@@ -23,6 +23,7 @@ from torch import nn
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.online.compiled import is_compiled
+from sltt_ext.online.gradient_hooks import has_gradient_hooks
 from sltt_ext.online.memory import ActivationMeter
 from sltt_ext.online.norms import untold_norm
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
@@ -140,6 +141,8 @@ class Grouping:
                 f"nobody tells where the batch norm {path!r} has its time (if it reads [T * N, ...], the samples of the "
                 f"first step first, say so with net.{path}.sltt_folds_time = True)"
             )
+        if reason is None and self.chunk == "auto" and has_gradient_hooks(net):
+            reason = "a hook on a gradient would run once for all of them"
         if reason is not None and self.chunk == "auto" and not self._told:
             self._told = True
             warnings.warn(

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
+from sltt_ext.online.gradient_hooks import gradient_hooks
 from sltt_ext.time_invariant import Time
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "InvariantTensor",
     "Reads",
     "StaticInput",
-    "gradient_hooks",
     "spread",
 ]
 
@@ -176,11 +176,6 @@ class HandedOut:
         return gradient_hooks(self._tensor) != self._hooks
 
 
-def gradient_hooks(tensor: Tensor) -> int:
-    """How many wait for the gradient of a tensor that is no leaf."""
-    return len(tensor._backward_hooks or ()) + (tensor.retains_grad and not tensor.is_leaf)
-
-
 class Reads:
     """What a module reads besides its arguments: parameters, buffers and tensors that are plain attributes."""
 
@@ -194,8 +189,7 @@ class Reads:
         return not any(
             tensor.grad_fn is not None
             or tensor.is_inference()  # which does not count its changes
-            or tensor._backward_hooks
-            or tensor._post_accumulate_grad_hooks
+            or gradient_hooks(tensor)
             for tensor in self._tensors
         )
 

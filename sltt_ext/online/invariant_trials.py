@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from sltt_ext.online.invariant_tensors import Reads, gradient_hooks, spread
+from sltt_ext.online.gradient_hooks import gradient_hooks, own
+from sltt_ext.online.invariant_tensors import Reads, spread
 from sltt_ext.time_invariant import Time
 
 __all__ = ["InvariantModules", "Trial"]
@@ -158,11 +159,11 @@ class _Output:
         self._before = before
         self._version = output._version
         self._gradients = gradients = [0]
-        self._hook = output.register_hook(lambda _: _count(gradients)) if output.requires_grad else None
-        self._hooks = gradient_hooks(output)
+        count = own(lambda _: _count(gradients))
+        self._hook = output.register_hook(count) if output.requires_grad else None
 
     def is_spoilt(self) -> bool:
-        hooked = gradient_hooks(self._output) != self._hooks
+        hooked = gradient_hooks(self._output) > 0
         if self._hook is not None:
             self._hook.remove()
         changed = self._output._version != self._version or not _equal(self._output.detach(), self._before)

@@ -39,6 +39,7 @@ from sltt_ext.errors import LossError
 from sltt_ext.forwards import Layer, Replacements, has_own_forward
 from sltt_ext.online.capture import capturing
 from sltt_ext.online.compiled import eager_modules
+from sltt_ext.online.gradient_hooks import gradient_hooks
 from sltt_ext.online.invariant_tensors import (
     BatchStatistics,
     HandedOut,
@@ -83,9 +84,9 @@ class EvaluatedOnce(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand in for the forward of every module that may be time-invariant."""
         static = one.source.static
-        if static is not None and not (static.is_inference() or static._backward_hooks):  # see Reads.usable
+        if static is not None and not (static.is_inference() or gradient_hooks(static)):  # see Reads.usable
             self._static = StaticInput(static, one.multi_step)
-        self._differentiable = bool(one.selected)
+        self._differentiable = one.learns
         with Replacements() as replaced:
             try:
                 for module in eager_modules(one.net) if self._enabled else ():

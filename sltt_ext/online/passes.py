@@ -78,6 +78,7 @@ class Pass:
         source: Its input over time.
         stop: How many steps are run.
         selected: The steps that are back-propagated, in order.
+        learns: Whether they are in this pass; one that only looks ahead sends the same calls.
         sizes: How many steps share a call.
         output: Outputs ``[C, N, ...]`` of C steps, from what the network returns.
     """
@@ -88,6 +89,7 @@ class Pass:
     source: Frames
     stop: int
     selected: tuple[int, ...]
+    learns: bool
     sizes: CallSizes
     output: Callable[[Any, int], Tensor]
 
@@ -97,8 +99,9 @@ class Pass:
         for start, stop, selected in runs(self.stop, self.selected, sizes.chunk, sizes.group):
             whole, rest = divmod(stop - start, sizes.part)
             parts = (*[sizes.part] * whole, *[rest] * bool(rest))
-            frame = self.source.take(start, stop)
-            yield Call(start, stop, parts, selected, selected and stop > self.selected[-1], frame)
+            learns = self.learns and selected
+            last = learns and stop > self.selected[-1]
+            yield Call(start, stop, parts, learns, last, self.source.take(start, stop))
 
 
 class SpeedUp:

@@ -260,16 +260,17 @@ class OnlineTrainer:
         loss_of_call: Callable[[Tensor, Call], Tensor] | None = None,
         step: Step = no_synchronisation,
     ) -> tuple[Tensor | None, Tensor]:
-        """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated."""
+        """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated if there is a loss."""
         neurons, multi_step = self._neurons()
         source = frames(x, self.time_steps, self.time_dim, multi_step)
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
+        learns = loss_of_call is not None
         output = partial(output_sequence, output=self.output, multi_step=multi_step)
-        one = Pass(self.net, neurons, multi_step, source, stop, steps, sizes, output)
+        one = Pass(self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         speed_ups, once = speed_ups_of(
-            sizes, step=step, grouping=self._grouping, measuring=measuring, modules=self._modules, caches=caches,
+            sizes, step=step, grouping=self._grouping, measuring=measuring and learns, modules=self._modules, caches=caches,
             keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
         )  # fmt: skip
         objective = None
@@ -287,7 +288,7 @@ class OnlineTrainer:
             )
         before = Snapshot(self.net)
         with torch.no_grad():
-            _, mean = self._run(x, self.time_steps, step=step)
+            _, mean = self._run(x, self.time_steps, steps, step=step)
         output = mean.requires_grad_()
         loss = total_loss(self.loss_fn, output.unsqueeze(0), [target])
         (gradient,) = torch.autograd.grad(loss, output)

@@ -1,7 +1,7 @@
 """Whether several steps in one call of a network are those steps one by one.
 
-They are not where a neuron runs more than once a step, where the network draws random numbers, keeps numbers of its own
-from call to call, or reads the running statistics of a norm. A network is watched for that in the iterations that are
+They are not where a neuron or a norm runs more than once a step, where the network draws random numbers, keeps numbers
+of its own from call to call, reads the running statistics of a norm, or waits for gradients. A network is watched for that in the iterations that are
 measured, in which each call is one of the user's own. What it does is a fact of every call, not a guess from its layers.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,7 @@ from sltt_ext.errors import ConfigurationError
 from sltt_ext.forwards import Layer, Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.compiled import eager_modules
+from sltt_ext.online.gradient_hooks import is_own
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import is_batch_norm
 
@@ -78,8 +80,10 @@ class Watch(SpeedUp):
     def around_call(self, call: Call) -> Iterator[None]:
         """Compare what the network keeps, and the random numbers, before and after."""
         kept, drawn, self._norms = _kept(self._net), _random_states(self._net), []
-        with _BatchNormCalls(lambda: self._running) as operators:
+        with _BatchNormCalls(lambda: self._running) as operators, _GradientHooks() as gradients:
             yield
+        if gradients.registered and call.selected:
+            self._tell("a hook on a gradient would run once for all of them")
         if len(self._norms) > call.steps * len(set(self._norms)):
             self._tell("it calls a batch norm more than once")
         if operators.outside_of_norms:
@@ -175,6 +179,19 @@ class _BatchNormCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "batch_norm" in str(func) and "backward" not in str(func) and not self._running():
             self.outside_of_norms = True
+        return func(*args, **(kwargs or {}))
+
+
+class _GradientHooks(TorchFunctionMode):
+    """Sees hooks that are registered on tensors, but for this package's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registered = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.register_hook, Tensor.retain_grad) and not (len(args) > 1 and is_own(args[1])):
+            self.registered = True
         return func(*args, **(kwargs or {}))
 
 
