@@ -79,13 +79,15 @@ class Watch(SpeedUp):
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Compare what the network keeps, and the random numbers, before and after."""
-        kept, drawn, self._norms = _kept(self._net), _random_states(self._net), []
+        kept, drawn, self._norms, frame = _kept(self._net), _random_states(self._net), [], _mark(call.frame)
         with _BatchNormCalls(lambda: self._running) as operators, _GradientHooks() as gradients:
             yield
         if gradients.registered and call.selected:
             self._tell("a hook on a gradient would run once for all of them")
         if len(self._norms) > call.steps * len(set(self._norms)):
             self._tell("it calls a batch norm more than once")
+        if frame != _mark(call.frame):
+            self._tell("it changes its input in place")
         if operators.outside_of_norms:
             self._tell("it normalises a batch by an operator of its own")
         if not _equal(drawn, _random_states(self._net)):

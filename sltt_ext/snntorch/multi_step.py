@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_map
 
-from sltt_ext.errors import ConfigurationError, InputError, SLTTError
+from sltt_ext.errors import ConfigurationError, InputError, SLTTError, SLTTWarning
 from sltt_ext.forwards import Layer, Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.snntorch.neurons import StepwiseNeuron
@@ -135,6 +136,7 @@ class _Unfolding:
         self._time_steps = time_steps
         self._batch = batch
         self._in_step = False
+        self._seen: set[nn.Module] = set()
 
     def around(self, net: nn.Module, replaced: Replacements) -> None:
         """Stand around these layers of ``net``."""
@@ -148,9 +150,18 @@ class _Unfolding:
             elif type(module) is nn.Conv2d and module.weight.device.type == "cpu":
                 replaced.attribute(module, "_conv_forward", partial(_channels_last, module))
 
-    def _step_by_step(self, norm: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _step_by_step(self, norm: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._in_step or len(x) == self._batch != self._time_steps * self._batch:  # the network's own loop
             return forward(x)
+        if norm in self._seen and self._time_steps > 1 and norm.training and norm.running_mean is not None:
+            warnings.warn(
+                f"a {type(norm).__name__} runs more than once in a step: MultiStep runs all steps of the first time before the "
+                "second time, so that running statistics count them in another order than a loop over time. Give each place "
+                "a norm of its own, or use chunk=1",
+                SLTTWarning,
+                stacklevel=2,
+            )
+        self._seen.add(norm)
         return torch.cat([forward(x_t) for x_t in self._steps(norm, x)])
 
     def _norm_of_each_step(self, norms: Any, forward: Any, x: Tensor) -> Tensor:
@@ -173,7 +184,9 @@ class _Unfolding:
                 "samples are folded into the batch: it cannot tell the steps apart. Keep the batch in front, or call the "
                 "network step by step, without MultiStep"
             )
-        return x.unflatten(0, (self._time_steps, -1)).unbind(0)
+        return x.split(
+            len(x) // self._time_steps
+        )  # of one sample, unflatten makes strides that torch's norms misread
 
 
 def _channels_last(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,6 +1,5 @@
 """Several steps in one call are those steps one by one: gradients, outputs, running statistics, random numbers."""
 
-import copy
 import random
 
 import oracle
@@ -115,6 +114,27 @@ class Untold(Net):
         return self.norm(torch.cat([y, 2 * y + 1]))[: len(y)]
 
 
+class HooksAGradient(Net):
+    """Limits the gradient of its currents, all at once."""
+
+    def currents(self, x):
+        y = super().currents(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient / gradient.norm())
+        return y
+
+
+def hooked():
+    net = Net()
+    net.fc.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+    return net
+
+
+class ChangesItsInput(Net):
+    def forward(self, x_seq):
+        return super().forward(x_seq.mul_(0.9))
+
+
 class NormOfPrototypes(Net):
     """A norm of rows that have no time."""
 
@@ -186,13 +206,16 @@ KEPT_APART = {
     "norm of each step": NormOfEachStep,
     "nobody tells where time is": Untold,
     "norm twice": NormTwice,
+    "hooks a gradient": HooksAGradient,
+    "hooks a parameter": hooked,
+    "changes its input": ChangesItsInput,
     "a loop around a norm": lambda: layers(InALoop()),
 }
 
 
-def iterations(net, sizes=(N,) * 4, kept_apart=None, **options):
+def iterations(make, sizes=(N,) * 4, kept_apart=None, **options):
     """Gradients, outputs, buffers and random numbers of some iterations, and the calls of the last one."""
-    net, calls, found = sltt_ext.convert(copy.deepcopy(net)), [], []
+    net, calls, found = sltt_ext.convert(make()), [], []
     net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0, **options)
     online._grouping.kept_apart = kept_apart
@@ -227,9 +250,9 @@ CALLS = {
 def test_nothing_changes(name, sizes, options, step_by_step):
     if sizes[-1] != N and name == "norm of each step":
         pytest.skip("it knows its batch size")
-    net = (SHARED | KEPT_APART)[name]()
-    single, separate = iterations(net, sizes, "to compare with", **step_by_step)
-    shared, calls = iterations(net, sizes, **options)
+    make = (SHARED | KEPT_APART)[name]
+    single, separate = iterations(make, sizes, "to compare with", **step_by_step)
+    shared, calls = iterations(make, sizes, **options)
     assert separate == [1] * T
     assert (len(calls) < T) is (name in SHARED) or "chunk" not in options
     assert oracle.relative_error(shared, single) < 1e-6
@@ -243,13 +266,13 @@ def test_nothing_changes(name, sizes, options, step_by_step):
 )  # fmt: skip
 def test_who_asked_for_more_is_told_why(make, reason):
     with pytest.warns(SLTTWarning, match=reason) as told:
-        iterations(make(), chunk="auto")
+        iterations(make, chunk="auto")
     assert len(told) == 1
 
 
 def test_what_cannot_be_told_is_refused():
     with pytest.raises(ConfigurationError, match=r"BatchNorm1d is called with shape \[7, 16\]"):
-        iterations(NormOfPrototypes(), chunk="auto")
+        iterations(NormOfPrototypes, chunk="auto")
 
 
 class NeuronTwiceLater(Net):
@@ -292,7 +315,7 @@ def test_shared_calls_are_whole_calls_of_the_users_own(fits, group):
 
 def test_updates_at_every_step_do_not_depend_on_memory():
     steps = []
-    iterations(Net(), chunk="auto", on_step=steps.append)
+    iterations(Net, chunk="auto", on_step=steps.append)
     assert steps == [*range(T)] * 4
 
 

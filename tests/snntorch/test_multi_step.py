@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import oracle
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sltt_ext
-from sltt_ext.errors import ConfigurationError, InputError, SLTTError
+from sltt_ext.errors import ConfigurationError, InputError, SLTTError, SLTTWarning
 from sltt_ext.snntorch import MultiStep
 
 T, N = 5, 3
@@ -157,6 +158,57 @@ def test_batch_norm_reads_the_statistics_of_each_step(training):
     net(sequence((1, 12, 12), 1)[0])  # running statistics that are not the initial ones
     utils.reset(net)
     check(net.train(training), sequence((1, 12, 12)))
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_batch_norm_of_one_sample(samples):
+    net = tutorials.strong(tutorials.convolutional(norm=True))
+    check(net, sequence((1, 12, 12))[:, :samples])
+
+
+class NormTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(12, 16), nn.BatchNorm1d(16)
+        self.first, self.second = (snntorch.Leaky(beta=0.8, init_hidden=True) for _ in range(2))
+
+    def forward(self, x):
+        return self.second(self.norm(self.first(self.norm(self.fc(x)))))
+
+
+def test_a_norm_that_runs_twice_says_what_it_counts():
+    net = MultiStep(sltt_ext.convert(NormTwice()))
+    with pytest.warns(SLTTWarning, match="count them in another order"):
+        net(sequence((12,)))
+    net.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(sequence((12,)))
+
+
+class NormsInAList(nn.Module):
+    """A list of norms that has nothing to do with time."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norms = nn.Linear(12, 16), nn.ModuleList([nn.BatchNorm1d(16), nn.BatchNorm1d(16)])
+        self.lif = snntorch.Leaky(beta=0.8, init_hidden=True)
+
+    def forward(self, x):
+        y = self.fc(x)
+        for norm in self.norms:
+            y = norm(y)
+        return self.lif(y)
+
+
+def test_a_list_of_norms_is_no_norm_through_time():
+    net = tutorials.strong(NormsInAList())
+    check(net, sequence((12,)))
+    multi_step = MultiStep(sltt_ext.convert(net))
+    assert not multi_step.whole_sequence
+    sltt_ext.OnlineTrainer(multi_step, F.cross_entropy, T, k=1).forward_backward(
+        sequence((12,))[0], torch.arange(N)
+    )
 
 
 class ThroughTime(nn.Module):
