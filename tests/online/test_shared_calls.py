@@ -295,10 +295,12 @@ def test_a_neuron_that_begins_to_run_twice():
 
 def test_running_statistics_count_the_chunks():
     """Five steps without gradients are two chunks of two steps and one of one, also in one call."""
-    hidden = [
-        module for _ in range(16) for module in (layer.BatchNorm1d(16), neuron.LIFNode(v_threshold=0.3))
-    ]
-    net, last = layers(*hidden, layer.BatchNorm1d(16)), {"schedule": lambda T, generator: [5]}
+    last = {"schedule": lambda T, generator: [5]}
+
+    def net():
+        hidden = [(layer.BatchNorm1d(16), neuron.LIFNode(v_threshold=0.3)) for _ in range(16)]
+        return layers(*[module for pair in hidden for module in pair], layer.BatchNorm1d(16))
+
     single, separate = iterations(net, kept_apart="to compare with", chunk=2, **last)
     shared, calls = iterations(net, chunk=2, **last)
     assert (separate, calls) == ([2, 2, 1, 1], [5, 1])
