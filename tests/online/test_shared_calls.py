@@ -172,6 +172,17 @@ def layers(*norm):
     return net
 
 
+class Pixels(nn.Module):
+    """A norm of images of one pixel: SpikingJelly 0.0.0.0.14 has none of features."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x_seq):
+        return self.norm(x_seq[..., None, None])[..., 0, 0]
+
+
 class InALoop(nn.Module):
     def __init__(self):
         super().__init__()
@@ -184,15 +195,16 @@ class InALoop(nn.Module):
 SHARED = {
     "folded by hand": Net,
     "neuron step by step": NeuronStepByStep,
-    "layers": lambda: layers(layer.BatchNorm1d(16)),
+    "layers": lambda: layers(Pixels(layer.BatchNorm2d(16))),
     "container": lambda: layers(layer.MultiStepContainer(nn.BatchNorm1d(16))),
     "container of a sequence": lambda: layers(layer.SeqToANNContainer(nn.BatchNorm1d(16), nn.Tanh())),
-    "norm through time": lambda: layers(layer.BatchNormThroughTime1d(T, 16)),
     "norm without statistics, evaluated": lambda: layers(
-        layer.BatchNorm1d(16, track_running_stats=False)
+        Pixels(layer.BatchNorm2d(16, track_running_stats=False))
     ).eval(),
-    "cumulative norm": lambda: layers(layer.BatchNorm1d(16, momentum=None)),
+    "cumulative norm": lambda: layers(Pixels(layer.BatchNorm2d(16, momentum=None))),
 }
+if hasattr(layer, "BatchNormThroughTime2d"):  # SpikingJelly 0.0.0.0.14 has none
+    SHARED["norm through time"] = lambda: layers(Pixels(layer.BatchNormThroughTime2d(T, 16)))
 KEPT_APART = {
     "reads running statistics": ReadsStatistics,
     "keeps a buffer": KeepsABuffer,
@@ -298,8 +310,8 @@ def test_running_statistics_count_the_chunks():
     last = {"schedule": lambda T, generator: [5]}
 
     def net():
-        hidden = [(layer.BatchNorm1d(16), neuron.LIFNode(v_threshold=0.3)) for _ in range(16)]
-        return layers(*[module for pair in hidden for module in pair], layer.BatchNorm1d(16))
+        hidden = [(Pixels(layer.BatchNorm2d(16)), neuron.LIFNode(v_threshold=0.02)) for _ in range(8)]
+        return layers(*[module for pair in hidden for module in pair])
 
     single, separate = iterations(net, kept_apart="to compare with", chunk=2, **last)
     shared, calls = iterations(net, chunk=2, **last)
