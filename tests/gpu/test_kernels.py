@@ -248,9 +248,10 @@ def test_compiled_without_graph_break(neuron, device):
     torch.testing.assert_close(*results)
 
 
-def test_compiled_network_without_graph_break(device):
+def test_compiled_network(device):
     pytest.importorskip("spikingjelly")
     import networks
+    from modules import FUNCTIONAL_FORM
     from spikingjelly.activation_based import functional
 
     import sltt_ext
@@ -259,7 +260,8 @@ def test_compiled_network_without_graph_break(device):
     x, _ = networks.images()
     x_seq = x.to(device).repeat(4, 1, 1, 1, 1)
     results = []
-    for way in (net, torch.compile(net, backend=COMPILERS[device], fullgraph=True)):
+    # 0.0.0.0.14's layers break the graph
+    for way in (net, torch.compile(net, backend=COMPILERS[device], fullgraph=FUNCTIONAL_FORM)):
         functional.reset_net(net)
         net.zero_grad()
         way(x_seq).square().sum().backward()

@@ -167,6 +167,22 @@ def test_the_cuda_expression_of_a_surrogate_is_its_torch_expression(surrogate):
     assert_derivatives_match(got, want, surrogate)
 
 
+def test_whole_numbers_are_numbers(monkeypatch):
+    """An integer that reached a kernel would be read as the bits of a float."""
+    host.register(monkeypatch)
+    results = []
+    for backend, number in (("torch", float), ("cupy", int)):
+        x_seq = torch.linspace(-2, 4, 111).view(3, 37).requires_grad_()
+        s_seq, v = multi_step_lif(
+            x_seq, number(1), tau=number(2), v_threshold=number(1), v_reset=number(0),
+            surrogate=Surrogate("sparse_fast_sigmoid", (number(5), number(-1))), backend=backend,
+        )  # fmt: skip
+        (s_seq.sum() + v.sum()).backward()
+        results.append([s_seq, v, x_seq.grad])
+    assert results[0][2].count_nonzero() > 0
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("v_reset", [None, 0.0])
 def test_potentials_at_the_threshold_and_beyond_all_numbers(kind, v_reset):
