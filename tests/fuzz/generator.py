@@ -208,17 +208,20 @@ def _allowed(draw: random.Random, case: Case) -> Case:
     if case.form != "multi":
         return case
     case = replace(case, blocks=_without(case.blocks, lambda block: block.kind == "step"))
-    if case.options.frames == "static" and _any(case.blocks, _is_in_place):
-        case = replace(
-            case, options=replace(case.options, frames="time 0")
-        )  # a static frame is expanded or copied
+    if case.options.frames == "static" and _may_change_its_input(case.blocks):  # which is expanded, or a copy
+        case = replace(case, options=replace(case.options, frames="time 0"))
     if _has(case, "shared", "neuron"):  # its steps come in another order
         case = _one_by_one(case)
     return _of_multi_step(case) if case.framework == "snntorch" else case
 
 
-def _is_in_place(block: Block) -> bool:
-    return "in place" in block.variant + block.hook
+def _may_change_its_input(blocks: tuple[Block, ...]) -> bool:
+    for block in blocks:
+        if block.kind in ("weight", "norm", "pool"):
+            return False
+        if _any((block,), lambda one: "in place" in one.variant + one.hook):
+            return True
+    return False
 
 
 BY_ORDER: list[Callable[[Block], bool]] = [  # layer by layer is another order than step by step
