@@ -208,9 +208,27 @@ def _allowed(draw: random.Random, case: Case) -> Case:
     if case.form != "multi":
         return case
     case = replace(case, blocks=_without(case.blocks, lambda block: block.kind == "step"))
+    if case.options.frames == "static" and _may_change_its_input(case.blocks):  # which is expanded, or a copy
+        case = replace(case, options=replace(case.options, frames="time 0"))
     if _has(case, "shared", "neuron"):  # its steps come in another order
         case = _one_by_one(case)
     return _of_multi_step(case) if case.framework == "snntorch" else case
+
+
+def _may_change_its_input(blocks: tuple[Block, ...]) -> bool:
+    for block in blocks:
+        if block.kind in ("weight", "norm", "pool"):
+            return False
+        if _any((block,), lambda one: "in place" in one.variant + one.hook):
+            return True
+    return False
+
+
+BY_ORDER: list[Callable[[Block], bool]] = [  # layer by layer is another order than step by step
+    lambda block: (block.kind, block.variant) == ("function", "reads statistics"),
+    lambda block: (block.kind, block.variant) == ("shared", "norm"),
+    lambda block: "spectral" in block.weight,
+]
 
 
 def _of_multi_step(case: Case) -> Case:
@@ -218,15 +236,8 @@ def _of_multi_step(case: Case) -> Case:
     if _has(case, "norm", "through time"):
         options = replace(case.options, chunk=case.options.time_steps, memory_budget=None, select=None)
         case = replace(case, options=options)
-    if _has(case, "function", "reads statistics") or _any(
-        case.blocks, lambda block: "spectral" in block.weight
-    ):
+    if any(_any(case.blocks, condition) for condition in BY_ORDER):
         case = _one_by_one(case)
-    if (
-        _any(case.blocks, lambda block: "in place" in block.variant + block.hook)
-        and case.options.frames == "static"
-    ):
-        case = replace(case, options=replace(case.options, frames="time 0"))  # a static frame may be copied
     return replace(
         case,
         blocks=_without(case.blocks, lambda block: (block.kind, block.variant) == ("dropout", "some")),
