@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,26 @@ from sltt_ext.time_invariant import Time, is_counting_batch_norm, is_time_invari
 __all__ = ["EvaluatedOnce"]
 
 Saving = Callable[[], AbstractContextManager[Any]]
+
+
+class _Asked(NamedTuple):
+    """What a module is asked for.
+
+    Attributes:
+        key: The same for what is the same at every step.
+        inputs: The invariant tensors behind its arguments.
+        reads: What it reads besides.
+        time: Where its output has its time.
+        counts: Whether each step counts in its running statistics.
+        differentiable: Whether its output needs a graph.
+    """
+
+    key: tuple[int | bool, ...]
+    inputs: list[Any]
+    reads: Reads
+    time: Time
+    counts: bool
+    differentiable: bool
 
 
 class EvaluatedOnce(SpeedUp):
@@ -140,24 +160,47 @@ class EvaluatedOnce(SpeedUp):
 
     def _forward(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``forward(*args, **kwargs)`` of ``module``, or its output of an earlier step."""
-        is_parametrisation = isinstance(module, ParametrizationList)
-        if kwargs or (self._evaluating and not is_parametrisation) or not (args or is_parametrisation):
+        asked = None if kwargs or self._call is None else self._asked(module, args)
+        if asked is None:
             return forward(*args, **kwargs)
-        if module in self._modules.refused or torch.is_inference_mode_enabled() or self._call is None:
-            return forward(*args)
-        inputs = self._inputs(args)
-        time = None if inputs is None else _time_of(module, args, inputs)
-        counts = is_counting_batch_norm(module)
+        if self._is_proven(module):
+            return self._once(module, forward, args, asked)
+        return self._watched(module, forward, args, asked)
+
+    def _asked(self, module: nn.Module, args: tuple[Any, ...]) -> _Asked | None:
+        """What ``module`` is asked for; None where it may return something else at another step."""
+        if isinstance(module, ParametrizationList):
+            inputs: list[Any] | None = []
+        else:
+            inputs = self._inputs(args) if args and not self._evaluating else None
+        if inputs is None or module in self._modules.refused or torch.is_inference_mode_enabled():
+            return None
+        time, counts = _time_of(module, args, inputs), is_counting_batch_norm(module)
         reads = Reads(module, counts)
-        if inputs is None or time is None or not reads.usable:
-            return forward(*args)
+        if time is None or not reads.usable:
+            return None
+        assert self._call is not None
         wanted = torch.is_grad_enabled() or not self._call.selected
         key = (id(module), *map(id, inputs), wanted)
-        if not self._is_proven(module):
-            return self._watched(module, forward, args, inputs, key, reads, time, counts)
-        tensor = self._tensors.get(key)
-        if tensor is not None and tensor.reads is not None and not reads.are_as_they_were(tensor.reads):
-            if not reads.are_the_same_tensors(tensor.reads):
+        return _Asked(key, inputs, reads, time, counts, self._differentiable and wanted)
+
+    def _inputs(self, args: tuple[Any, ...]) -> list[Any] | None:
+        """The invariant tensors behind a module's arguments; None where one of them may differ from step to step."""
+        inputs = []
+        for argument in args:
+            entry = self._handed_out.get(id(argument))
+            if entry is None or not entry.is_unchanged():
+                return None
+            inputs.append(entry.value)
+        return inputs
+
+    def _once(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], asked: _Asked
+    ) -> Any:
+        """A tensor of this call's own that follows from what the first step has evaluated."""
+        tensor = self._tensors.get(asked.key)
+        if tensor is not None and tensor.reads is not None and not asked.reads.are_as_they_were(tensor.reads):
+            if not asked.reads.are_the_same_tensors(tensor.reads):
                 return forward(*args)  # other weights, for this call
             if tensor.is_waiting():
                 raise LossError(
@@ -168,24 +211,16 @@ class EvaluatedOnce(SpeedUp):
         for argument in args:
             self._handed_out[id(argument)].passed_on = True
         if tensor is None:
-            evaluate, counted = self._evaluation(
-                module, forward, inputs, time, self._differentiable and wanted, counts
-            )
-            tensor = InvariantTensor(evaluate, self._keeps_graphs, reads, time, counted)
-        return self._read(tensor, key, is_parametrisation and not self._evaluating)
+            evaluate, counted = self._evaluation(module, forward, asked, asked.differentiable)
+            tensor = InvariantTensor(evaluate, self._keeps_graphs, asked.reads, asked.time, counted)
+        self._tensors[asked.key] = tensor  # in order of evaluation
+        return self._read(tensor, early=isinstance(module, ParametrizationList) and not self._evaluating)
 
-    def _inputs(self, args: tuple[Any, ...]) -> list[Any] | None:
-        """The invariant tensors behind a module's arguments; None where one of them may differ from step to step."""
-        handed_out = [self._handed_out.get(id(argument)) for argument in args]
-        inputs = [entry.value for entry in handed_out if entry is not None and entry.is_unchanged()]
-        return inputs if len(inputs) == len(args) else None
-
-    def _read(self, tensor: InvariantTensor, key: Any, early: bool) -> Tensor:
+    def _read(self, tensor: InvariantTensor, early: bool) -> Tensor:
         """A tensor of this call's own that follows from ``tensor``."""
         call = self._call
         assert call is not None
         leaf = tensor.gated() if self._gates else tensor.leaf()
-        self._tensors[key] = tensor  # in order of evaluation
         if call.last and early:
             tensor.back_propagate_early()
         if tensor.counted is not None:
@@ -197,48 +232,40 @@ class EvaluatedOnce(SpeedUp):
         return output
 
     def _watched(
-        self,
-        module: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        inputs: list[Any],
-        key: Any,
-        reads: Reads,
-        time: Time,
-        counts: bool,
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], asked: _Asked
     ) -> Any:
         """What ``forward`` returns, compared with what it has returned at the other steps of this pass."""
         assert self._call is not None
         if self._evaluating or capturing():  # where nothing can be compared
             return forward(*args)
-        if key not in self._trials:
-            evaluate, _ = self._evaluation(module, forward, inputs, time, False, counts)
-            self._trials[key] = Trial(module, self._modules, reads, time, evaluate)
+        trial = self._trials.get(asked.key)
+        if trial is None:
+            evaluate, _ = self._evaluation(module, forward, asked, differentiable=False)
+            trial = Trial(module, self._modules, asked.reads, asked.time, evaluate)
+            self._trials[asked.key] = trial
         output = forward(*args)
-        if self._trials[key].watch(output, reads, self._call.steps):
-            self._hand_out(output, self._trials[key])
+        if trial.watch(output, asked.reads, self._call.steps):
+            self._hand_out(output, trial)
         return output
 
     def _evaluation(
         self,
         module: nn.Module,
         forward: Callable[..., Any],
-        inputs: list[Any],
-        time: Time,
+        asked: _Asked,
         differentiable: bool,
-        counts: bool,
     ) -> tuple[Callable[[], Tensor], BatchStatistics | None]:
         """A function that evaluates ``module`` for one step; without a graph where the network wants none."""
-        statistics = BatchStatistics(module) if counts else None
+        statistics = BatchStatistics(module) if asked.counts else None
 
         def evaluate() -> Tensor:
             before, self._evaluating = self._evaluating, True
             try:
                 with torch.set_grad_enabled(differentiable), self._saving():
                     gates = self._gates and differentiable
-                    given = [tensor.gated() if gates else tensor.leaf() for tensor in inputs]
+                    given = [tensor.gated() if gates else tensor.leaf() for tensor in asked.inputs]
                     if statistics is not None:
-                        return statistics.normalise(given[0], time)
+                        return statistics.normalise(given[0], asked.time)
                     output: Tensor = forward(*given)
             finally:
                 self._evaluating = before
