@@ -1,6 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sltt_ext.online import schedule
 from sltt_ext.online.schedule import random_steps, runs, selected_steps
 
 
@@ -27,3 +28,10 @@ def test_every_step_is_drawn_equally_often():
         for t in selected_steps(random_steps(2), 6, None):
             counts[t] += 1
     assert all(850 < count < 1150 for count in counts)
+
+
+def test_a_draw_is_not_captured_in_a_cuda_graph(monkeypatch):
+    """Every replay would back-propagate the same steps."""
+    monkeypatch.setattr(schedule, "capturing", lambda: True)
+    with pytest.raises(ConfigurationError, match="capture without k"):
+        random_steps(2)(6, None)
