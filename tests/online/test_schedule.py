@@ -1,6 +1,8 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sltt_ext.errors import ConfigurationError
 from sltt_ext.online import schedule
 from sltt_ext.online.schedule import random_steps, runs, selected_steps
 
