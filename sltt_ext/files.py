@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import StringIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from sltt_ext.errors import WriteError
 
-__all__ = ["replaced", "writing"]
+__all__ = ["replaced", "write_csv", "write_text", "writing"]
 
 ADVICE = {
     errno.ENOSPC: "free some space, or choose another folder",
@@ -69,6 +71,27 @@ def replaced(path: Path, *, before: Path | None = None) -> Iterator[BinaryIO]:
                 partial.unlink()
             raise
         _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write or replace a text file, and make its folder if missing.
+
+    Raises:
+        WriteError: If the system refuses to write. ``path`` is then what it was.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as file:
+        file.write(text.encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write or replace a table with a heading, and make its folder if missing. Raises: as `write_text`."""
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from sltt_ext.errors import SLTTError, WriteError
-from sltt_ext.files import replaced, writing
+from sltt_ext.files import replaced, write_csv, write_text, writing
 
 
 @pytest.fixture
@@ -56,3 +56,12 @@ def test_other_errors_are_their_own(there):
     with pytest.raises(KeyboardInterrupt), replaced(there):
         raise KeyboardInterrupt
     assert list(there.parent.iterdir()) == [there]
+
+
+def test_text_and_tables(there):
+    write_text(there.parent / "new" / "page", "é\n")
+    assert (there.parent / "new" / "page").read_bytes() == "é\n".encode()
+    write_csv(there, [{"a": 1, "b": "x,y"}, {"a": 2, "b": None}])
+    assert there.read_bytes() == b'a,b\n1,"x,y"\n2,\n'
+    with pytest.raises(WriteError, match=r"there cannot be written \(File exists\): choose another name"):
+        write_text(there / "page", "")
