@@ -1,25 +1,36 @@
 """Checkpoints a run resumes from exactly: it ends with the weights it would have had, bit for bit.
 
-A process may be killed at any moment, also while it writes. A checkpoint is therefore written to another
-file first, and takes its name when it is whole; the one before it is kept.
+A process may be killed at any moment, also while it writes, and a disk may give back other bits than it was given.
+A checkpoint is therefore written to another file first, and takes its name when it is whole; the one before it is
+kept; and each ends with the SHA-256 of what is before it, which is compared before anything is loaded. ``torch.load``
+reads the file as well: it does not look at what follows the archive.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
-import pickle
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from sltt_ext.errors import CheckpointError, SLTTWarning
+from sltt_ext.files import replaced, writing
 
 __all__ = ["Checkpoints", "read_checkpoint"]
 
-FORMAT = "sltt_ext checkpoint 1"
+FORMAT = "sltt_ext checkpoint 2"
+WITHOUT_CHECKSUM = "sltt_ext checkpoint 1"
+MARK = b"sltt_ext sha256:"
+"""Goes before the digest at the end of the file."""
+CHECKSUM_BYTES = len(MARK) + hashlib.sha256().digest_size
+BLOCK_BYTES = 1 << 20
 
 
 class Checkpoints:
@@ -42,6 +53,9 @@ class Checkpoints:
         parts: By name, what to save: anything with ``state_dict()`` and ``load_state_dict()`` (network,
             optimizer, scheduler, gradient scaler, `OnlineTrainer`), or a ``torch.Generator``.
 
+    Raises:
+        WriteError: If the folder cannot be made.
+
     >>> import tempfile
     >>> net = torch.nn.Linear(2, 1)
     >>> checkpoints = Checkpoints(tempfile.mkdtemp(), net=net)
@@ -56,25 +70,25 @@ class Checkpoints:
         self.last = Path(folder) / "last.pt"
         self.previous = Path(folder) / "previous.pt"
         self.parts = parts
-        self.last.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.last.parent):
+            self.last.parent.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int) -> None:
-        """Save every part, and the number of the step to go on with."""
+        """Save every part, and the number of the step to go on with.
+
+        Raises:
+            WriteError: If the file cannot be written. The checkpoints that are there stay as they are.
+        """
         content = {
             "format": FORMAT,
             "step": step,
             "parts": {name: _state(part) for name, part in self.parts.items()},
             "random": _random_state(),
         }
-        partial = self.last.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if self.last.exists():
-            os.replace(self.last, self.previous)
-        os.replace(partial, self.last)
-        _sync_folder(self.last.parent)
+        with replaced(self.last, before=self.previous) as file:
+            summed: Any = _Summed(file)
+            torch.save(content, summed)
+            file.write(MARK + summed.checksum.digest())
 
     def resume(self) -> int:
         """Load the last checkpoint that is whole.
@@ -83,7 +97,8 @@ class Checkpoints:
             The step to go on with; 0 where there is no checkpoint yet.
 
         Raises:
-            CheckpointError: If there are checkpoints and none can be read, or one has other parts.
+            CheckpointError: If there are checkpoints and none can be read, or one does not fit the parts. These, and
+                torch's random numbers, are then as they were.
 
         Warns:
             SLTTWarning: If the last one cannot be read, and the one before it is used.
@@ -111,21 +126,68 @@ class Checkpoints:
         saved, here = set(content["parts"]), set(self.parts)
         if saved != here:
             raise CheckpointError(
-                f"{path} has the parts {', '.join(sorted(saved))}, this run has {', '.join(sorted(here))}: "
+                f"{path} has the parts {', '.join(sorted(map(str, saved)))}, this run has {', '.join(sorted(here))}: "
                 "give Checkpoints the same ones"
             )
-        for name, part in self.parts.items():
-            if isinstance(part, torch.Generator):
-                part.set_state(content["parts"][name])
-            else:
-                part.load_state_dict(content["parts"][name])
-        torch.set_rng_state(content["random"]["cpu"])
-        if content["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(content["random"]["cuda"])
+        name = ""
+        with _all_or_nothing(self.parts):
+            try:
+                for name, part in self.parts.items():
+                    _set_state(part, content["parts"][name])
+                name = "torch's random numbers"
+                _set_random_state(content["random"])
+            except Exception as error:  # every kind of part has its own
+                raise CheckpointError(
+                    f"{path} does not fit {name} ({type(error).__name__}: {error}): make the run as it was when it was "
+                    "saved, or use another folder"
+                ) from error
+
+
+class _Summed:
+    """Passes on what is written to a file, and sums it up."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.checksum = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.checksum.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+@contextmanager
+def _all_or_nothing(parts: Mapping[str, Any]) -> Iterator[None]:
+    """Put all parts, and torch's random numbers, back to what they were if an error ends the block."""
+    random = _random_state()
+    # a part may change what it has in place, or replace it: undo both
+    before = [
+        (part, dict(getattr(part, "__dict__", {})), copy.deepcopy(_state(part))) for part in parts.values()
+    ]
+    try:
+        yield
+    except BaseException:
+        _set_random_state(random)
+        for part, attributes, state in before:
+            if attributes:
+                vars(part).update(attributes)
+                for name in vars(part).keys() - attributes.keys():
+                    delattr(part, name)
+            _set_state(part, state)
+        raise
 
 
 def _state(part: Any) -> Any:
     return part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+
+
+def _set_state(part: Any, state: Any) -> None:
+    if isinstance(part, torch.Generator):
+        part.set_state(state)
+    else:
+        part.load_state_dict(state)
 
 
 def _random_state() -> dict[str, Tensor | list[Tensor]]:
@@ -133,32 +195,70 @@ def _random_state() -> dict[str, Tensor | list[Tensor]]:
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"])
+    cuda, devices = state["cuda"], torch.cuda.device_count()
+    if devices == 0:
+        return  # nothing here draws from the others
+    if len(cuda) > devices:
+        raise ValueError(f"they are of {len(cuda)} CUDA devices, here are {devices}")
+    torch.cuda.set_rng_state_all(cuda)
+
+
 def read_checkpoint(path: Path) -> Any:
     """What a file written by ``torch.save`` holds, on the CPU; only tensors and plain Python values are read.
 
     Raises:
-        CheckpointError: If there is no such file, or it cannot be read.
+        CheckpointError: If there is no such file, it cannot be read, or it has a checksum and another content.
     """
+    return _read_checked(path)[0]
+
+
+def _read_checked(path: Path) -> tuple[Any, bool]:
+    """What the file holds, and whether its checksum says so."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} is truncated, or no checkpoint") from error
+        checked = _has_checksum(path)
+        return torch.load(path, map_location="cpu", weights_only=True), checked
+    except CheckpointError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: change its permissions") from error
+    except Exception as error:  # a damaged file makes torch.load raise anything
+        raise CheckpointError(f"{path} is truncated, or no checkpoint ({type(error).__name__})") from error
+
+
+def _has_checksum(path: Path) -> bool:
+    """Whether the file ends with a checksum, which then is that of its content."""
+    with path.open("rb") as file:
+        left = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
+        if left < 0:
+            return False
+        file.seek(left)
+        end = file.read()
+        if not end.startswith(MARK):
+            return False
+        file.seek(0)
+        checksum = hashlib.sha256()
+        while left:
+            block = file.read(min(left, BLOCK_BYTES))
+            checksum.update(block)
+            left -= len(block)
+    if MARK + checksum.digest() != end:
+        raise CheckpointError(f"{path} is damaged, its checksum is that of another content")
+    return True
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content = read_checkpoint(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content, checked = _read_checked(path)
+    if not isinstance(content, dict) or content.get("format") not in (FORMAT, WITHOUT_CHECKSUM):
         raise CheckpointError(f"{path} was not written by sltt_ext.checkpoint")
+    if content["format"] == FORMAT and not checked:
+        raise CheckpointError(f"{path} is damaged, its checksum is missing")
+    step, parts, random = (content.get(key) for key in ("step", "parts", "random"))
+    if not (isinstance(step, int) and step >= 0 and isinstance(parts, dict) and isinstance(random, dict)):
+        raise CheckpointError(
+            f"{path} was not written by sltt_ext.checkpoint: it lacks step, parts or random"
+        )
     return content
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new names last, where the system can open folders."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -51,7 +51,11 @@ class BackendError(SLTTError, RuntimeError):
 
 
 class CheckpointError(SLTTError, RuntimeError):
-    """A checkpoint that cannot be read: truncated, or written by something else."""
+    """A checkpoint that cannot be used: damaged, written by something else, or of something else."""
+
+
+class WriteError(SLTTError, OSError):
+    """A file or folder that cannot be written, as the disk is full or read-only; what it would replace is intact."""
 
 
 class FactoryError(SLTTError):

@@ -7,12 +7,14 @@ manual, because the T backward passes of an iteration are in the time loop.
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.methods import GradientTrainer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online import OnlineTrainer
@@ -33,6 +35,9 @@ class OnlineModule(LightningModule):
     Subclass it and override ``configure_optimizers``, with any optimizer and any scheduler, as in any
     LightningModule. Batches are ``(x, target)``. Logged: ``train_loss``, ``val_loss`` and, for class indices
     as targets, ``val_accuracy`` of the output averaged over time.
+
+    Its checkpoints have the states of torch's default random generators, those of each process: a run that is resumed
+    at the end of an epoch goes on with the same order of the data, the same steps of SLTT-K and the same dropout.
 
     Args:
         online: An `OnlineTrainer` or a `BPTTTrainer`; its ``backward`` and ``wrapper`` are Lightning's to set.
@@ -70,6 +75,7 @@ class OnlineModule(LightningModule):
         self.gradient_clip_algorithm = gradient_clip_algorithm
         self.accumulate_grad_batches = accumulate_grad_batches
         self.lr_monitor = lr_monitor
+        self._resumed: tuple[int, dict[str, Any]] | None = None  # steps until then, random states
         online.backward = self._scaled_backward
 
     def forward(self, x: Any) -> Tensor:
@@ -94,6 +100,10 @@ class OnlineModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Step the schedulers that count epochs."""
         self._step_schedulers("epoch", self.current_epoch + 1)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and resumed[0] == self.global_step:
+            # saved between an epoch's batches and its end: Lightning has made an iterator that no batch came from
+            self._set_random_states(resumed[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss of the output averaged over time, and its accuracy."""
@@ -104,14 +114,64 @@ class OnlineModule(LightningModule):
         self._evaluate("test", batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the generator of the steps, where steps are drawn."""
+        """Add the generator of the steps, where steps are drawn, and torch's default generators."""
         if isinstance(self.online, OnlineTrainer):
             checkpoint["sltt_ext"] = self.online.state_dict()
+        checkpoint["sltt_ext random"] = self._random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on drawing steps where the checkpoint left off."""
+        """Go on drawing steps where the checkpoint left off; when training is resumed, all random numbers.
+
+        Warns:
+            SLTTWarning: If training is resumed, and the checkpoint has no random numbers for as many processes.
+        """
         if isinstance(self.online, OnlineTrainer):
             self.online.load_state_dict(checkpoint["sltt_ext"])
+        if self._trainer is None or not self._trainer.training:
+            return
+        states = checkpoint.get("sltt_ext random")
+        if states is None or len(states["cpu"]) != self.trainer.world_size:
+            warnings.warn(
+                "the checkpoint has no random numbers for this run (it is of an earlier version, or of another number "
+                "of processes): the order of the data and all else that is random are not those of an uninterrupted run",
+                SLTTWarning,
+                stacklevel=2,
+            )
+            return
+        self._resumed = checkpoint["global_step"], states
+        self._set_random_states(states)
+
+    def on_train_start(self) -> None:
+        """Warn of loaders whose random numbers are in no checkpoint, when training is resumed.
+
+        Warns:
+            SLTTWarning: If a loader has persistent workers or a generator of its own.
+        """
+        loaders = _loaders(self.trainer.train_dataloader)
+        if self._resumed is not None and any(map(_draws_on_its_own, loaders)):
+            warnings.warn(
+                "a DataLoader has persistent_workers=True, or shuffles with a generator= of its own: its random numbers "
+                "are in no checkpoint, so this run is not that of an uninterrupted one. Leave both out",
+                SLTTWarning,
+                stacklevel=2,
+            )
+
+    def _random_states(self) -> dict[str, Any]:
+        """The states of torch's default generators in all processes, ``[processes, bytes]`` each."""
+        strategy = self.trainer.strategy
+        states = {"cpu": torch.get_rng_state()}
+        if strategy.root_device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(strategy.root_device)
+        gathered = {
+            name: strategy.all_gather(state.to(strategy.root_device)) for name, state in states.items()
+        }
+        return {name: state.reshape(self.trainer.world_size, -1).cpu() for name, state in gathered.items()}
+
+    def _set_random_states(self, states: dict[str, Any]) -> None:
+        device = self.trainer.strategy.root_device
+        torch.set_rng_state(states["cpu"][self.global_rank].clone())  # a row within a tensor crashes torch
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"][self.global_rank].clone(), device)
 
     def _scaled_backward(self, loss: Tensor) -> None:
         self.manual_backward(loss / self.accumulate_grad_batches)
@@ -146,6 +206,24 @@ class OnlineModule(LightningModule):
         if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
             accuracy = (output.argmax(1) == target).float().mean()
             self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
+
+
+def _loaders(loaders: Any) -> Iterator[Any]:
+    """The loaders in Lightning's collections."""
+    if isinstance(loaders, dict):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        for inner in loaders:
+            yield from _loaders(inner)
+    elif loaders is not None:
+        yield loaders
+
+
+def _draws_on_its_own(loader: Any) -> bool:
+    """Whether the order of its samples, or what its workers draw, does not follow from torch's default generator."""
+    order = getattr(getattr(loader, "sampler", None), "generator", None)
+    workers_stay = getattr(loader, "persistent_workers", False)
+    return order is not None or (workers_stay and loader.generator is None)
 
 
 class NetworkMonitor(Callback):

@@ -1,15 +1,19 @@
+import copy
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+import networks
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from sltt_ext.checkpoint import Checkpoints
-from sltt_ext.errors import CheckpointError, SLTTWarning
+import sltt_ext
+from sltt_ext.checkpoint import CHECKSUM_BYTES, Checkpoints, read_checkpoint
+from sltt_ext.errors import CheckpointError, SLTTWarning, WriteError
 
 HERE = Path(__file__).parent
 
@@ -48,12 +52,16 @@ def test_no_checkpoint_yet(tmp_path):
     assert Checkpoints(tmp_path, net=nn.Linear(1, 1)).resume() == 0
 
 
-def truncated(path):
-    path.write_bytes(path.read_bytes()[:-300])
+def cut(path, end):
+    path.write_bytes(path.read_bytes()[:end])
 
 
 SPOILED = {
-    "truncated": truncated,
+    "truncated": lambda path: cut(path, -300),
+    "without its checksum": lambda path: cut(path, -CHECKSUM_BYTES),
+    "cut in its checksum": lambda path: cut(path, -1),
+    "format only": lambda path: torch.save({"format": "sltt_ext checkpoint 1"}, path),
+    "a list": lambda path: torch.save([1, 2], path),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no checkpoint"),
     "foreign": lambda path: torch.save({"weight": torch.ones(1)}, path),
@@ -64,12 +72,132 @@ SPOILED = {
 @pytest.mark.parametrize("how", sorted(SPOILED))
 def test_a_file_that_cannot_be_used_is_refused_and_the_previous_one_used(saved, how):
     SPOILED[how](saved.last)
-    with pytest.warns(SLTTWarning, match=r"last\.pt (is truncated|was not written).*going on from .*step 10"):
+    with pytest.warns(
+        SLTTWarning, match=r"last\.pt (is truncated|is damaged|was not written).*going on from .*step 10"
+    ):
         assert saved.resume() == 10
     assert saved.parts["net"].weight.item() == 1
     SPOILED[how](saved.previous)
     with pytest.raises(CheckpointError, match=r"last\.pt .*previous\.pt "):
         saved.resume()
+
+
+def test_every_flipped_bit_is_noticed(saved):
+    content, chance = saved.last.read_bytes(), random.Random(0)
+    places = [chance.randrange(len(content)) for _ in range(100)]
+    for place in [*places, *range(len(content) - CHECKSUM_BYTES, len(content))]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << chance.randrange(8)
+        saved.last.write_bytes(damaged)
+        with pytest.warns(SLTTWarning, match=r"going on from .*previous\.pt"):
+            assert saved.resume() == 10, place
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksum(saved):
+    torch.save({**read_checkpoint(saved.last), "format": "sltt_ext checkpoint 1"}, saved.last)
+    assert saved.resume() == 20
+
+
+def test_any_error_of_a_damaged_file_is_typed(saved, monkeypatch):
+    def raises(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "load", raises)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt is truncated, or no checkpoint \(AssertionError\); .*previous"
+    ):
+        saved.resume()
+
+
+FOREIGN = {
+    "weights of another shape": {"net": nn.Linear(3, 1).state_dict()},
+    "weights of another name": {"net": {"bias": torch.ones(1)}},
+    "no weights": {"net": 3},
+    "a generator's state that is none": {"generator": torch.zeros(3, dtype=torch.uint8)},
+    "an optimizer of other parameters": {
+        "optimizer": torch.optim.Adam([torch.ones(1), torch.ones(1)]).state_dict()
+    },
+    "a part of what the trainer saves": {"online": {"generator": None}},
+    "random numbers that are none": {"random": {"cpu": torch.ones(4), "cuda": []}},
+    "random numbers of no generator": {"random": {}},
+    "random numbers of a device more": {
+        "random": {"cpu": torch.Generator().get_state(), "cuda": [torch.Generator().get_state()] * 2}
+    },
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with every kind of part, and what it was when it was saved."""
+    net = sltt_ext.convert(networks.conv_net())
+    optimizer = torch.optim.Adam(net.parameters())
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, 2, k=1)
+    online.forward_backward(*networks.images())
+    optimizer.step()
+    checkpoints = Checkpoints(
+        tmp_path,
+        generator=torch.Generator().manual_seed(1),
+        net=net,
+        online=online,
+        optimizer=optimizer,
+    )
+    checkpoints.save(5)
+    return checkpoints
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def states(parts):
+    generators = {name: part.get_state() for name, part in parts.items() if isinstance(part, torch.Generator)}
+    others = {
+        name: copy.deepcopy(part.state_dict()) for name, part in parts.items() if name not in generators
+    }
+    return {**generators, **others, "torch": torch.get_rng_state()}
+
+
+@pytest.mark.parametrize("what", sorted(FOREIGN))
+def test_what_does_not_fit_leaves_everything_as_it_was(run, what, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    content = read_checkpoint(run.last)
+    content["format"] = "sltt_ext checkpoint 1"
+    content["parts"]["generator"] = torch.Generator().manual_seed(2).get_state()
+    content["parts"]["net"]["0.weight"] += 1
+    content["parts"]["online"]["generator"] = torch.Generator().get_state()
+    for name, state in FOREIGN[what].items():
+        (content if name == "random" else content["parts"])[name] = state
+    torch.save(content, run.last)
+    before, trainers_generator = states(run.parts), run.parts["online"].generator
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt does not fit (generator|net|online|optimizer|torch)"
+    ):
+        run.resume()
+    assert same(states(run.parts), before)
+    assert run.parts["online"].generator is trainers_generator
+
+
+def test_an_interrupt_while_loading_leaves_everything_as_it_was(run, monkeypatch):
+    content = read_checkpoint(run.last)
+    nn.init.zeros_(run.parts["net"][0].weight)
+    before = states(run.parts)
+    load_state_dict, calls = run.parts["optimizer"].load_state_dict, []
+
+    def interrupted_once(state):
+        load_state_dict(state)
+        calls.append(state)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.parts["optimizer"], "load_state_dict", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        run.resume()
+    assert same(states(run.parts), before)
+    assert not torch.equal(content["parts"]["net"]["0.weight"], before["net"]["0.weight"])
 
 
 def test_killed_between_the_two_renames(saved):
@@ -86,6 +214,24 @@ def test_killed_while_writing(saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         saved.save(30)
     assert saved.resume() == 20
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk(saved):
+    partial = saved.last.with_name("last.pt.partial")
+    partial.symlink_to("/dev/full")
+    with pytest.raises(
+        WriteError, match=r"last\.pt cannot be written \(No space left on device\): free some space"
+    ):
+        saved.save(30)
+    assert not partial.is_symlink()
+    assert saved.resume() == 20
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file cannot be written \(File exists\): choose another name"):
+        Checkpoints(tmp_path / "file")
 
 
 def test_other_parts(saved):

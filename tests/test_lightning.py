@@ -3,20 +3,22 @@ import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import networks
 import oracle
 import pytest
 import torch
-from spikingjelly.activation_based import layer
+from spikingjelly.activation_based import layer, neuron
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import sltt_ext
 
 pl = pytest.importorskip("lightning.pytorch")
-from sltt_ext.errors import ConfigurationError, MissingDependencyError  # noqa: E402
+from sltt_ext.errors import ConfigurationError, MissingDependencyError, SLTTWarning  # noqa: E402
 from sltt_ext.lightning import NetworkMonitor, OnlineModule  # noqa: E402
 
 T = 3
@@ -180,6 +182,104 @@ def test_resume_at_the_end_of_an_epoch_is_exact(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(whole.net.parameters(), second.net.parameters()))
 
 
+def shuffled(images=16, **options):
+    return DataLoader(TensorDataset(*networks.images(images)), batch_size=4, shuffle=True, **options)
+
+
+def random_module():
+    """Its order of the data, steps and dropout come from torch's default generator."""
+    net = networks.conv_net()
+    net.insert(2, layer.Dropout(0.3))
+    return Module(sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, k=2))
+
+
+def random_run(folder, epochs, resume=None, *, seed=0, validate=False, **options):
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    torch.manual_seed(seed)
+    actual = random_module()
+    trainer = lightning_trainer(
+        folder,
+        max_epochs=epochs,
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(folder, save_last=True, save_on_train_epoch_end=not validate)],
+    )
+    trainer.fit(actual, shuffled(**options), shuffled() if validate else None, ckpt_path=resume)
+    return list(actual.net.parameters())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "validate", [False, True]
+)  # Lightning saves at the end of validation, where there is one
+def test_resume_goes_on_with_the_same_order_of_the_data(tmp_path, validate, workers):
+    options = {"validate": validate, "num_workers": workers}
+    whole = random_run(tmp_path / "whole", 3, **options)
+    random_run(tmp_path / "broken", 1, **options)
+    resumed = random_run(tmp_path / "broken", 3, tmp_path / "broken" / "last.ckpt", seed=9, **options)
+    assert all(torch.equal(*pair) for pair in zip(whole, resumed))
+
+
+def test_resume_with_a_data_module(tmp_path):
+    pytest.importorskip("sklearn")
+    from sltt_ext.data import DigitsData
+
+    def run(folder, epochs, resume=None, seed=0):
+        torch.manual_seed(seed)
+        net = nn.Sequential(layer.Flatten(), layer.Linear(64, 10), neuron.LIFNode())
+        actual = Module(sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, k=2))
+        trainer = lightning_trainer(folder, max_epochs=epochs)
+        trainer.fit(actual, DigitsData(batch_size=200, workers=1), ckpt_path=resume)
+        trainer.save_checkpoint(folder / "end.ckpt")
+        return list(net.parameters())
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "broken", 1)
+    resumed = run(tmp_path / "broken", 3, tmp_path / "broken" / "end.ckpt", seed=9)
+    assert all(torch.equal(*pair) for pair in zip(whole, resumed))
+
+
+def of_an_earlier_version(content):
+    del content["sltt_ext random"]
+
+
+def of_two_processes(content):
+    content["sltt_ext random"]["cpu"] = content["sltt_ext random"]["cpu"].repeat(2, 1)
+
+
+@pytest.mark.parametrize("edit", [of_an_earlier_version, of_two_processes])
+def test_a_checkpoint_without_this_runs_random_numbers(tmp_path, edit):
+    random_run(tmp_path, 1)
+    path = tmp_path / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+    with pytest.warns(SLTTWarning, match="no random numbers for this run"):
+        random_run(tmp_path, 2, path)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 1, "persistent_workers": True}, {"generator": torch.Generator()}], ids=str
+)
+def test_a_loader_whose_random_numbers_are_in_no_checkpoint(tmp_path, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SLTTWarning)
+        random_run(tmp_path, 1, **options)
+    with pytest.warns(SLTTWarning, match="are in no checkpoint"):
+        random_run(tmp_path, 2, tmp_path / "last.ckpt", **options)
+
+
+def test_weights_of_a_checkpoint_are_loaded_without_its_random_numbers(tmp_path):
+    random_run(tmp_path, 1)
+    actual = random_module()
+    images = DataLoader(
+        TensorDataset(*networks.images()), generator=torch.Generator()
+    )  # draws nothing from torch's
+    state = torch.get_rng_state()
+    lightning_trainer(tmp_path).validate(actual, images, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_predict_is_the_mean_output():
     actual = module()
     x, _ = networks.images()
@@ -195,8 +295,7 @@ def test_options_that_are_lightnings():
         NetworkMonitor(0)
 
 
-def test_ddp_averages_once_an_update(tmp_path):
-    """Two processes, two batches of each to an update: as one process with the joined batches."""
+def in_two_processes(script, argument):
     here = Path(__file__).parent
     environment = {
         **os.environ,
@@ -204,9 +303,20 @@ def test_ddp_averages_once_an_update(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
     }
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launcher, here / "lightning_ddp_run.py", tmp_path / "result.pt"]
+    command = [*launcher, here / script, argument]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
+
+
+def test_ddp_resumes_the_random_numbers_of_each_process(tmp_path):
+    in_two_processes("lightning_ddp_resume.py", tmp_path)
+    result = torch.load(tmp_path / "result.pt")
+    assert all(torch.equal(value, result["resumed"][name]) for name, value in result["whole"].items())
+
+
+def test_ddp_averages_once_an_update(tmp_path):
+    """Two processes, two batches of each to an update: as one process with the joined batches."""
+    in_two_processes("lightning_ddp_run.py", tmp_path / "result.pt")
     result = torch.load(tmp_path / "result.pt")
     net = sltt_ext.convert(networks.conv_net())
     optimizer = torch.optim.SGD(net.parameters(), 0.1)

@@ -12,6 +12,7 @@ from typing import Any
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.analyze import Analysis
 from sltt_ext.analysis.operations import OperationCounts, plot_methods
+from sltt_ext.files import write_text
 from sltt_ext.optional import require
 
 __all__ = ["FILES", "headline", "html_report", "save_report"]
@@ -36,12 +37,12 @@ def save_report(analysis: Analysis, folder: Path) -> tuple[Path, Path]:
 
     Raises:
         MissingDependencyError: If jinja2 or matplotlib is not installed.
+        WriteError: If a file cannot be written; the one before it stays.
     """
     html = html_report(analysis)
-    folder.mkdir(parents=True, exist_ok=True)
     page, numbers = (folder / name for name in FILES)
-    page.write_text(html, encoding="utf-8")
-    numbers.write_text(json.dumps(analysis.to_json(), indent=1, allow_nan=False), encoding="utf-8")
+    write_text(page, html)
+    write_text(numbers, json.dumps(analysis.to_json(), indent=1, allow_nan=False))
     return page, numbers
 
 

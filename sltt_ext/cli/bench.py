@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from sltt_ext.cli.arguments import Formatter, add_network_arguments, check_writable, positive
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.files import write_csv
 from sltt_ext.methods import COMPARED, method_named
 from sltt_ext.optional import require
 
@@ -111,9 +111,4 @@ def _table(result: Benchmark, title: str) -> Any:
 
 def _write(result: Benchmark, path: Path) -> None:
     common = {"time_steps": result.time_steps, "repeats": result.repeats, "device": result.device}
-    rows = [{**asdict(row), **common} for row in result.rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, [{**asdict(row), **common} for row in result.rows])

@@ -26,7 +26,7 @@ def read_aedat3(path: str | Path) -> Events:
     """The polarity events of an AEDAT 3.1 file.
 
     Raises:
-        ValueError: If the file ends in the middle of something, or has no events.
+        ValueError: If the file ends in the middle of a packet, or has no events.
     """
     content = Path(path).read_bytes()
     place = _after_comments(content)
@@ -40,9 +40,11 @@ def read_aedat3(path: str | Path) -> Events:
         place += PACKET_HEADER_BYTES
         packet = content[place : place + size * capacity]
         place += size * capacity
+        if place > len(content):
+            raise ValueError(f"it ends in a packet, {place - len(content)} bytes before the packet does")
         if kind == POLARITY_EVENTS:
-            if size != EVENT_BYTES or len(packet) % EVENT_BYTES:
-                raise ValueError("it ends in an event, or its events are not of 8 bytes")
+            if size != EVENT_BYTES:
+                raise ValueError(f"it has events of {size} bytes, not {EVENT_BYTES}")
             events = np.frombuffer(packet, "<u4").reshape(-1, 2)
             addresses.append(events[:, 0])
             times.append(events[:, 1].astype(np.int64) | overflow << 31)
@@ -54,6 +56,8 @@ def read_aedat3(path: str | Path) -> Events:
 
 def read_aedat2(path: str | Path) -> Events:
     """The events of an AEDAT 2.0 file of a 128 x 128 camera, turned as SpikingJelly does.
+
+    The format does not say how many there are: a file that was cut between two events cannot be told from a whole one.
 
     Raises:
         ValueError: If the file ends in the middle of an event, or has none.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
-from sltt_ext.errors import ConfigurationError, DataError
+from sltt_ext.errors import ConfigurationError, DataError, WriteError
+from sltt_ext.files import writing
 from sltt_ext.optional import require
 
-__all__ = ["CIFAR10_DVS", "DVS_GESTURE", "Archive", "ArchivedSet", "extracted"]
+__all__ = ["CIFAR10_DVS", "DVS_GESTURE", "Archive", "ArchivedSet", "downloading", "extracted"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def extracted(source: ArchivedSet, root: Path, download: bool) -> Path:
 
     Raises:
         DataError: If an archive is absent or damaged; says what to download, from where, into which folder.
+        WriteError: If there is no room for what is in them.
         ConfigurationError: If ``download`` is asked for, and no program may do it.
     """
     extract = root / "extract"
@@ -57,12 +62,36 @@ def extracted(source: ArchivedSet, root: Path, download: bool) -> Path:
     extract_archive = require("torchvision.datasets.utils", extra="train").extract_archive
     unfinished = root / "extract.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
-    for archive in source.archives:
-        extract_archive(str(root / "download" / archive.name), str(unfinished))
-        if not (unfinished / archive.inside).is_dir():
-            raise DataError(f"{root / 'download' / archive.name} has no folder {archive.inside}")
-    unfinished.rename(extract)
+    try:
+        with writing(extract):
+            for archive in source.archives:
+                extract_archive(str(root / "download" / archive.name), str(unfinished))
+                if not (unfinished / archive.inside).is_dir():
+                    raise DataError(f"{root / 'download' / archive.name} has no folder {archive.inside}")
+            unfinished.rename(extract)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     return extract
+
+
+@contextmanager
+def downloading(url: str, folder: Path) -> Iterator[None]:
+    """Around what downloads with torchvision.
+
+    Raises:
+        WriteError: If there is no room for it.
+        DataError: If the server does not give it, or gives something else.
+    """
+    try:
+        with writing(folder):
+            yield
+    except WriteError:
+        raise
+    except (OSError, HTTPException, RuntimeError) as error:  # the last for an archive of another MD5
+        raise DataError(
+            f"{url} cannot be downloaded ({error}): try again, or download it by hand into {folder}"
+        ) from error
 
 
 def _fetch(source: ArchivedSet, root: Path, download: bool) -> None:
@@ -80,7 +109,12 @@ def _fetch(source: ArchivedSet, root: Path, download: bool) -> None:
             f"{root / 'extract' / source.archives[0].inside} is a folder to be"
         )
     for file in missing:
-        files.download_url(file.url, str(folder), file.name, file.md5)
+        with downloading(file.url, folder):
+            try:
+                files.download_url(file.url, str(folder), file.name, file.md5)
+            except BaseException:
+                (folder / file.name).unlink(missing_ok=True)
+                raise
     for file in source.archives:
         if not files.check_integrity(str(folder / file.name), file.md5):
             raise DataError(

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-import pickle
-import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,27 +11,20 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sltt_ext.errors import DataError, SLTTWarning
+from sltt_ext.errors import DataError, SLTTError, SLTTWarning
 
 __all__ = ["CheckedDataset", "CheckedLoader", "NamedReader", "collate"]
 
-DAMAGED = (
-    OSError,
-    EOFError,
-    KeyError,
-    SyntaxError,  # Pillow's word for a broken PNG
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+ENOUGH_BYTES = 1 << 28
+"""A machine that has so much memory left is not out of it: a file that needs more asks for what it cannot hold."""
 
 
 @dataclass(frozen=True)
 class NamedReader:
-    """Reads one file; what is wrong with it becomes a `DataError` that names it.
+    """Reads one file; whatever it makes the reader raise becomes a `DataError` that names it.
+
+    What is the machine's fault and not the file's stays what it is: too many open files, no memory left, a `WriteError`.
 
     Args:
         read: ``path -> content``.
@@ -47,11 +36,24 @@ class NamedReader:
         """The content of the file at ``path``."""
         try:
             return self.read(str(path))
-        except DAMAGED as error:
-            if isinstance(error, OSError) and error.errno in OUT_OF_RESOURCES:
-                raise  # the machine's fault, not the file's
+        except SLTTError:
+            raise
+        except Exception as error:  # a damaged file makes readers raise anything
+            if _is_the_machines(error):
+                raise
             reason = f"{type(error).__name__}: {error}"
             raise DataError(f"{path} cannot be read ({reason})") from error
+
+
+def _is_the_machines(error: Exception) -> bool:
+    """Whether other files would raise this as well."""
+    if not isinstance(error, MemoryError):
+        return isinstance(error, OSError) and error.errno in OUT_OF_RESOURCES
+    try:
+        bytearray(ENOUGH_BYTES)
+    except MemoryError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)

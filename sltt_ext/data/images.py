@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset
 
+from sltt_ext.data.archives import downloading
 from sltt_ext.data.corrupt import NamedReader
 from sltt_ext.data.module import DataModule, check_positive
 from sltt_ext.errors import DataError
@@ -106,13 +108,15 @@ class CIFAR10Data(DataModule):
     def prepare_data(self) -> None:
         """Download the set, if asked to and it is not there."""
         if self.download and self._missing():
-            _unchecked(self.source)(str(self.root), download=True)  # the archive's own checksum holds
+            with downloading(self.source.url, self.root):
+                _unchecked(self.source)(str(self.root), download=True)  # the archive's own checksum holds
 
     def open_set(self, train: bool) -> tuple[Dataset[Any], int]:
         """The training or test set with its transforms, and its number of classes."""
         self._check_files()
         transform = small_image_transform(train, 32, self.mean, self.std)
-        dataset = _unchecked(self.source)(str(self.root), train=train, transform=transform)
+        source: Any = _unchecked(self.source)
+        dataset = NamedReader(partial(source, train=train, transform=transform))(self.root)
         if len(set(map(len, (dataset.data, dataset.targets)))) != 1:
             raise DataError(f"{self._folder} has {len(dataset.data)} images, {len(dataset.targets)} labels")
         return dataset, max(len(dataset.classes), max(dataset.targets) + 1)

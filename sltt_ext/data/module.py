@@ -146,7 +146,9 @@ class DataModule(LightningDataModule):
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.workers,
-            persistent_workers=self.workers > 0,
+            # for exact resume: every epoch starts its workers anew, and evaluation draws from no generator of training
+            persistent_workers=self.workers > 0 and not shuffle,
+            generator=None if shuffle else torch.Generator(),
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
         )

@@ -28,6 +28,7 @@ from sltt_ext.data.aedat import Events, read_aedat2, read_aedat3
 from sltt_ext.data.archives import CIFAR10_DVS, ArchivedSet, extracted
 from sltt_ext.data.corrupt import NamedReader
 from sltt_ext.errors import DataError, SLTTWarning
+from sltt_ext.files import writing
 
 __all__ = [
     "check_frames",
@@ -62,6 +63,7 @@ def prepare_frames(
 
     Raises:
         DataError: If the set is absent, or a file cannot be read and ``on_corrupt`` is ``"raise"``.
+        WriteError: If a folder cannot be written; what was made of it is deleted.
         ConfigurationError: If ``download`` is asked for, and no program may do it.
     """
     events, frames = _folders(root, time_steps)
@@ -164,17 +166,18 @@ def _make(folder: Path, write: Callable[[Path], Damaged], on_corrupt: str) -> No
     """Have ``folder`` written under another name, and rename it when it is complete."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     try:
-        damaged = write(unfinished)
-        if damaged and on_corrupt == "raise":
-            message = "recordings that cannot be read; restore them, or pass on_corrupt='skip':"
-            raise DataError("\n  ".join([message, *damaged]))
-        if not _samples(unfinished):
-            raise DataError("\n  ".join([f"no sample for {folder} can be read:", *damaged]))
-        if damaged:
-            (unfinished / SKIPPED).write_text("".join(f"{line}\n" for line in damaged))
-        unfinished.rename(folder)
+        with writing(folder):
+            unfinished.mkdir(parents=True)
+            damaged = write(unfinished)
+            if damaged and on_corrupt == "raise":
+                message = "recordings that cannot be read; restore them, or pass on_corrupt='skip':"
+                raise DataError("\n  ".join([message, *damaged]))
+            if not _samples(unfinished):
+                raise DataError("\n  ".join([f"no sample for {folder} can be read:", *damaged]))
+            if damaged:
+                (unfinished / SKIPPED).write_text("".join(f"{line}\n" for line in damaged))
+            unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -204,17 +207,27 @@ def _cut_gestures(path: str, *, samples: Path) -> None:
     events = read_aedat3(recording)
     labels = recording.with_name(f"{recording.stem}_labels.csv")
     count = [0] * 11
+    gestures = []
     for label, start, end in np.loadtxt(labels, np.int64, delimiter=",", skiprows=1, ndmin=2):
         if not 1 <= label <= 11:
             raise ValueError(f"{labels.name} has the class {label}, not one of 1 to 11")
         during = (events["t"] >= start) & (events["t"] < end)
-        target = samples / str(label - 1) / f"{recording.stem}_{count[label - 1]}.npz"
+        if not during.any():
+            raise ValueError(f"it has no events from {start} to {end} us, where {labels.name} has a gesture")
+        gestures.append((samples / str(label - 1) / f"{recording.stem}_{count[label - 1]}.npz", during))
         count[label - 1] += 1
-        np.savez_compressed(target, **{key: values[during] for key, values in events.items()})
+    for target, during in gestures:
+        _save(target, **{key: values[during] for key, values in events.items()})
 
 
 def _convert_aedat2(path: str, *, target: Path) -> None:
-    np.savez_compressed(target, **read_aedat2(path))
+    _save(target, **read_aedat2(path))
+
+
+def _save(target: Path, **arrays: Any) -> None:
+    """Write ``target``. It needs no flush to the disk: the format has checksums, and what reads it heeds them."""
+    with writing(target):
+        np.savez_compressed(target, **arrays)
 
 
 def _integrate_all(events: Path, frames: Path, time_steps: int) -> Damaged:
@@ -234,4 +247,4 @@ def _integrate(path: str, *, target: Path, time_steps: int) -> None:
         events = {key: archive[key] for key in ("t", "x", "y", "p")}
     if len({len(values) for values in events.values()}) != 1:
         raise ValueError("t, x, y and p are of different lengths")
-    np.savez_compressed(target, frames=integrate_by_number(events, time_steps))
+    _save(target, frames=integrate_by_number(events, time_steps))

@@ -11,6 +11,7 @@ import numpy as np
 
 from sltt_ext.data.archives import CIFAR10_DVS
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.files import writing
 from sltt_ext.optional import require
 
 __all__ = ["write_tiny"]
@@ -33,6 +34,7 @@ def write_tiny(name: str, root: str | Path) -> dict[str, Any]:
 
     Raises:
         ConfigurationError: If there is no set of that name.
+        WriteError: If the folder cannot be written.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -42,8 +44,9 @@ def write_tiny(name: str, root: str | Path) -> dict[str, Any]:
     if name not in WRITERS:
         raise ConfigurationError(f"no data set {name!r}: one of {', '.join(WRITERS)}")
     folder = Path(root)
-    folder.mkdir(parents=True, exist_ok=True)
-    return WRITERS[name](folder, np.random.default_rng(0))
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        return WRITERS[name](folder, np.random.default_rng(0))
 
 
 def _nothing(root: Path, generator: np.random.Generator) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from sltt_ext.demo.training import (
     batches_per_epoch,
     peak_bytes,
 )
+from sltt_ext.files import replaced, write_csv, writing
 from sltt_ext.optional import require
 
 __all__ = ["FILES", "run_demo"]
@@ -47,7 +47,8 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         require(module, extra="demo")
     progress_bars = require("rich.progress", extra="demo")
     console = console or require("rich.console", extra="demo").Console()
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
     data = load_digits().to(settings.device)
     console.print(
         f"{len(data.train_labels)} training and {len(data.test_labels)} test images of handwritten digits, "
@@ -116,8 +117,8 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
 
 def _save(results: dict[str, MethodResult], rows: list[dict[str, Any]], output: Path) -> None:
-    _write_csv(output / "results.csv", rows)
-    _write_csv(
+    write_csv(output / "results.csv", rows)
+    write_csv(
         output / "epochs.csv",
         [
             {"method": method, "epoch": epoch, "test_accuracy": accuracy, "seconds": seconds}
@@ -125,7 +126,7 @@ def _save(results: dict[str, MethodResult], rows: list[dict[str, Any]], output: 
             for epoch, (accuracy, seconds) in enumerate(zip(result.accuracy, result.seconds), 1)
         ],
     )
-    _write_csv(
+    write_csv(
         output / "memory.csv",
         [
             {"method": method, "time_steps": steps, "peak_activation_bytes": peak}
@@ -133,13 +134,6 @@ def _save(results: dict[str, MethodResult], rows: list[dict[str, Any]], output: 
             for steps, peak in result.peak_bytes.items()
         ],
     )
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _plot(results: dict[str, MethodResult], settings: DemoSettings, path: Path) -> None:
@@ -163,4 +157,5 @@ def _plot(results: dict[str, MethodResult], settings: DemoSettings, path: Path) 
     for axes in (accuracy_axes, memory_axes):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path)
+    with replaced(path) as file:
+        figure.savefig(file, format=path.suffix[1:])

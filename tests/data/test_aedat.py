@@ -19,6 +19,9 @@ def cifar10_dvs(tmp_path):
     return tmp_path / "extract" / "ship" / "cifar10_ship_0.aedat"
 
 
+OF_8_BYTES, OF_4_BYTES = (np.array([size, 4, 0, 600], "<u4").tobytes() for size in (8, 4))
+
+
 def same(actual, expected):
     return all(np.array_equal(actual[key], expected[key]) for key in "txyp")
 
@@ -50,12 +53,15 @@ def test_aedat2_as_spikingjelly_reads_it(cifar10_dvs, spikingjelly_datasets, mon
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: content[:-3], "ends in an event"),
+        (lambda content: content[:-3], "ends in a packet, 3 bytes before"),
+        (lambda content: content[:-8], "ends in a packet, 8 bytes before"),
+        (lambda content: content[: -8 * 599], "ends in a packet, 4792 bytes before"),
+        (lambda content: content.replace(OF_8_BYTES, OF_4_BYTES, 1), "has events of 4 bytes, not 8"),
         (lambda content: content[: content.index(b"END-HEADER\r\n") + 20], "ends in the header of a packet"),
         (lambda content: content[: content.index(b"END-HEADER\r\n") + 12], "has no events"),
         (lambda content: b"#", "subsection not found"),
     ],
-    ids=["event", "header", "empty", "comment"],
+    ids=["in an event", "between events", "after one event", "size", "header", "empty", "comment"],
 )
 def test_damaged_aedat3(gesture, damage, message):
     gesture.write_bytes(damage(gesture.read_bytes()))

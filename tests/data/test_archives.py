@@ -1,12 +1,16 @@
+import errno
 import hashlib
+import os
 import re
 import tarfile
+from http.client import IncompleteRead
+from urllib.error import URLError
 
 import pytest
 
 pytest.importorskip("torchvision")
 from sltt_ext.data.archives import CIFAR10_DVS, DVS_GESTURE, Archive, ArchivedSet, extracted
-from sltt_ext.errors import ConfigurationError, DataError
+from sltt_ext.errors import ConfigurationError, DataError, WriteError
 
 
 @pytest.fixture
@@ -72,6 +76,45 @@ def test_download(tmp_path, archived, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
     extracted(archived, tmp_path, download=True)
     assert asked == [("https://example.org/set", "set.tar.gz", archived.archives[0].md5)]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (
+            URLError("no route to host"),
+            DataError,
+            r"set cannot be downloaded .*no route.*: try again, or .* by hand",
+        ),
+        (RuntimeError("File not found or corrupted."), DataError, "set cannot be downloaded"),
+        (IncompleteRead(b""), DataError, "set cannot be downloaded"),
+        (OSError(errno.ENOSPC, "No space left"), WriteError, "download cannot be written .*free some space"),
+    ],
+    ids=repr,
+)
+def test_a_download_that_fails(tmp_path, archived, monkeypatch, error, expected, message):
+    archive = tmp_path / "download" / "set.tar.gz"
+    archive.unlink()
+
+    def download_url(url, root, filename, md5):
+        archive.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", download_url)
+    with pytest.raises(expected, match=message):
+        extracted(archived, tmp_path, download=True)
+    assert not archive.exists()
+
+
+def test_no_room_for_what_is_in_an_archive(tmp_path, archived, monkeypatch):
+    def extract_archive(path, folder):
+        os.mkdir(folder)
+        raise OSError(errno.ENOSPC, "No space left", f"{folder}/file")
+
+    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", extract_archive)
+    with pytest.raises(WriteError, match=r"extract.unfinished/file cannot be written .*free some space"):
+        extracted(archived, tmp_path, download=False)
+    assert not list(tmp_path.glob("extract*"))
 
 
 def test_a_damaged_archive(tmp_path, archived):

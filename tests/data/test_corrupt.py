@@ -1,13 +1,16 @@
 import errno
 import pickle
+import tokenize
 import warnings
 
 import pytest
 import torch
+from PIL.Image import DecompressionBombError
 from torch.utils.data import Dataset
 
+from sltt_ext.data import corrupt
 from sltt_ext.data.corrupt import CheckedDataset, CheckedLoader, NamedReader, collate
-from sltt_ext.errors import DataError, SLTTWarning
+from sltt_ext.errors import DataError, SLTTWarning, WriteError
 
 
 class Numbers(Dataset):
@@ -69,6 +72,14 @@ def test_a_batch_with_nothing_left():
         FileNotFoundError(errno.ENOENT, "gone"),
         pickle.UnpicklingError("no pickle"),
         ValueError("bad"),
+        DecompressionBombError("900000000 pixels"),
+        tokenize.TokenError("EOF in multi-line statement", (2, 0)),
+        MemoryError("Unable to allocate 3.64 TiB"),
+        OverflowError("too large to convert to C long"),
+        RuntimeError("broken stream"),
+        NotImplementedError("compression type 9"),
+        AttributeError("no such class"),
+        TypeError("not a string"),
     ],
     ids=repr,
 )
@@ -81,11 +92,23 @@ def test_what_counts_as_damaged(error):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EMFILE, "too many open files"), MemoryError(), TypeError()], ids=repr
+    "error",
+    [OSError(errno.EMFILE, "too many open files"), WriteError("full"), KeyboardInterrupt(), SystemExit()],
+    ids=repr,
 )
 def test_what_is_not_the_files_fault(error):
     def read(path):
         raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as raised:
+        NamedReader(read)("some/file.npz")
+    assert raised.value is error
+
+
+def test_a_machine_without_memory_is_not_the_files_fault(monkeypatch):
+    def read(path):
+        raise MemoryError
+
+    monkeypatch.setattr(corrupt, "ENOUGH_BYTES", 1 << 62)
+    with pytest.raises(MemoryError):
         NamedReader(read)("some/file.npz")

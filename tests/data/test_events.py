@@ -1,4 +1,6 @@
+import errno
 import importlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torchvision import transforms
 from sltt_ext.data import CIFAR10DVSData, DVSGestureData, write_tiny
 from sltt_ext.data.events import bytes_at_48_pixels
 from sltt_ext.data.recordings import integrate_by_number
-from sltt_ext.errors import ConfigurationError, DataError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, DataError, SLTTWarning, WriteError
 
 MODULES = {"dvs_gesture": DVSGestureData, "cifar10_dvs": CIFAR10DVSData}
 THEIRS = {"dvs_gesture": ("dvs128_gesture", "DVS128Gesture"), "cifar10_dvs": ("cifar10_dvs", "CIFAR10DVS")}
@@ -132,13 +134,60 @@ def test_a_corrupt_recording(tmp_path):
     write_tiny("dvs_gesture", tmp_path)
     path = tmp_path / "extract" / "DvsGesture" / "user02_led.aedat"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DataError, match=rf"on_corrupt='skip':\n  {path}: it ends in an event"):
+    with pytest.raises(DataError, match=rf"on_corrupt='skip':\n  {path}: it ends in a packet"):
         gesture(tmp_path).setup()
     data = gesture(tmp_path, on_corrupt="skip")
-    with pytest.warns(SLTTWarning, match=rf"skipped: {path}: it ends in an event"):
+    with pytest.warns(SLTTWarning, match=rf"skipped: {path}: it ends in a packet"):
         data.setup()
     assert len(data.train_set) == 11
     with pytest.raises(DataError, match=rf"were skipped .* delete .*events_np .*\n  {path}"):
+        gesture(tmp_path).setup()
+
+
+def test_a_recording_without_its_last_gesture(tmp_path):
+    """Cut between two packets: the format has no number of them, but the labels tell."""
+    write_tiny("dvs_gesture", tmp_path)
+    path = tmp_path / "extract" / "DvsGesture" / "user24_led.aedat"
+    path.write_bytes(path.read_bytes()[: -28 - 600 * 8])
+    with pytest.raises(
+        DataError, match=rf"{path}: it has no events from 21000000 to 22000000 us, where user24"
+    ):
+        gesture(tmp_path).setup()
+    with pytest.warns(SLTTWarning, match="it has no events from"):
+        gesture(tmp_path, on_corrupt="skip").setup()
+    assert not list(tmp_path.glob("events_np/test/*/user24*"))
+
+
+@pytest.mark.parametrize("on_corrupt", ["raise", "skip"])
+@pytest.mark.parametrize("stage", ["events_np", f"frames_number_{T}_split_by_number"])
+def test_a_full_disk_is_not_the_recordings_fault(tmp_path, monkeypatch, stage, on_corrupt):
+    write_tiny("dvs_gesture", tmp_path)
+    save = np.savez_compressed
+
+    def fills_the_disk(target, **arrays):
+        if stage in str(target):
+            Path(target).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(target, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", fills_the_disk)
+        with pytest.raises(
+            WriteError, match=rf"{stage}.*npz cannot be written \(No space left .*free some space"
+        ):
+            gesture(tmp_path, on_corrupt=on_corrupt).setup()
+    assert not list(tmp_path.glob(f"{stage}*"))
+    assert len(gesture(tmp_path).test_set) == 11
+
+
+def test_a_folder_without_permission(tmp_path, monkeypatch):
+    write_tiny("dvs_gesture", tmp_path)
+
+    def refuses(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    with pytest.raises(WriteError, match=r"events_np.unfinished cannot be written .* change its permissions"):
         gesture(tmp_path).setup()
 
 

@@ -141,6 +141,13 @@ def test_a_damaged_pickle_is_named(tmp_path, name):
         module(tmp_path).setup()
 
 
+def test_a_pickle_of_something_else(tmp_path):
+    options = write_tiny("cifar10", tmp_path)
+    (tmp_path / FIRST["cifar10"]).write_bytes(pickle.dumps({"labels": []}))
+    with pytest.raises(DataError, match=rf"{tmp_path} cannot be read \(KeyError: 'data'\)"):
+        CIFAR10Data(tmp_path, **options).setup()
+
+
 def test_labels_and_images_that_do_not_match(tmp_path):
     options = write_tiny("cifar100", tmp_path)
     path = tmp_path / FIRST["cifar100"]

@@ -46,6 +46,12 @@ def test_the_embedded_sets(data, shape):
     assert (data.time_steps, data.time_dim) == ((4, 1) if len(shape) == 4 else (None, None))
 
 
+def test_evaluation_draws_no_random_number_of_training():
+    state = torch.get_rng_state()
+    assert len(list(DigitsData().test_dataloader())) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_only_the_training_set_is_shuffled():
     data = DigitsData()
     assert torch.equal(next(iter(data.val_dataloader()))[1], next(iter(data.test_dataloader()))[1])
