@@ -1,6 +1,7 @@
 import copy
 import importlib
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,15 @@ def test_predict_is_the_mean_output():
     actual = module()
     x, _ = networks.images()
     assert torch.equal(actual(x), copy.deepcopy(actual.online).predict(x))
+
+
+def test_a_module_goes_through_pickle():
+    """As ``ddp_spawn`` sends it."""
+    sent = pickle.loads(pickle.dumps(module({"k": 2})))
+    assert sent.online.net is sent.net
+    assert sent.online.backward.__self__ is sent
+    x, _ = networks.images()
+    assert torch.equal(sent(x), module()(x))
 
 
 def test_options_that_are_lightnings():
