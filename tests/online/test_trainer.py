@@ -315,7 +315,7 @@ BAD_CALLS = {
         {"loss_fn": lambda o, y: F.cross_entropy(o.detach(), y)},
         lambda: X, TARGET, LossError, "needs no gradient",
     ),
-    "output is no tensor": ({"output": lambda o: {"o": o}}, lambda: X, TARGET, LossError, "is a dict.*output="),
+    "output is no tensor": ({"output": lambda o: {"o": 1}}, lambda: X, TARGET, LossError, "is a dict.*output="),
     "schedule out of range": (
         {"schedule": lambda *_: [T]}, lambda: X, TARGET, ConfigurationError, "from 0 to 5",
     ),
