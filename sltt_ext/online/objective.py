@@ -81,7 +81,8 @@ def back_propagate(loss: Tensor, backward: Backward | None) -> None:
         raise LossError(
             "the loss reaches back to an earlier time step: a module carries a tensor from step to step that "
             "the conversion does not see. Register it as state (SpikingJelly: register_memory), or detach it "
-            "before the module keeps it"
+            "before the module keeps it. (Or the frames, the target or the loss have a graph of their own that all steps "
+            "share: detach() them)"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,12 +17,14 @@ from sltt_ext.online import options
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
+    has_static_graph,
     is_distributed,
     no_synchronisation,
     synchronised_once,
 )
 from sltt_ext.online.frames import frames
 from sltt_ext.online.grouping import Grouping
+from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay, has_graph, shares_graph
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.objective import (
@@ -34,7 +36,7 @@ from sltt_ext.online.objective import (
     total_loss,
 )
 from sltt_ext.online.outputs import Output, output_sequence
-from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, through_time
+from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
 from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.speed_ups import speed_ups_of
@@ -182,9 +184,11 @@ class OnlineTrainer:
                 several batches, False in all but the last, as with ``no_sync()``.
 
         Raises:
-            InputError: If ``x`` or the target does not have ``time_steps`` steps, or is empty.
-            ConfigurationError: If ``chunk`` or the schedule does not fit.
-            LossError: If the loss is not a scalar tensor, or depends on nothing that can be trained.
+            InputError: If ``x`` or the target does not have ``time_steps`` steps, is empty, or has a graph that
+                every time step would free.
+            ConfigurationError: If ``chunk`` or the schedule does not fit, or another pass runs in the middle.
+            LossError: If the loss is not a scalar tensor, or depends on nothing that can be trained, or an optimizer
+                updates the network in the middle.
 
         After any exception the gradients are what they were before the call, and the state is reset.
         """
@@ -204,7 +208,7 @@ class OnlineTrainer:
             if self.loss_on == "mean":
                 loss, output = self._two_passes(x, target, steps, divisor, step)
             else:
-                loss, output = self._run(x, stop, steps, loss_of_call, step)
+                loss, output = self._run(x, stop, steps, loss_of_call, step, self._guards(x, target))
         assert loss is not None  # the schedule selects at least one step
         return OnlineResult(loss, output, steps, stop)
 
@@ -262,6 +266,7 @@ class OnlineTrainer:
         steps: tuple[int, ...] = (),
         loss_of_call: Callable[[Any, Call], Tensor] | None = None,
         step: Step = no_synchronisation,
+        guards: Sequence[SpeedUp] = (),
     ) -> tuple[Tensor | None, Any]:
         """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated if there is a loss."""
         neurons, multi_step = self._neurons()
@@ -279,7 +284,7 @@ class OnlineTrainer:
         objective = None
         if loss_of_call is not None:
             objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
-        return through_time(one, objective, speed_ups)
+        return through_time(one, objective, (Alone(), *guards, *speed_ups))
 
     def _two_passes(
         self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
@@ -289,6 +294,8 @@ class OnlineTrainer:
             raise InputError(
                 "loss_on='mean' goes through the frames twice: give a tensor or a list, not an iterator"
             )
+        if has_graph(target):
+            raise InputError(shares_graph("the target"))
         before = Snapshot(self.net)
         with torch.no_grad():
             _, mean = self._run(x, self.time_steps, steps, step=step)
@@ -309,10 +316,19 @@ class OnlineTrainer:
             return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
         try:
-            self._run(x, steps[-1] + 1, steps, part_of_call, step)
+            self._run(x, steps[-1] + 1, steps, part_of_call, step, self._guards(x, None))
         finally:
             after.restore()
         return loss.detach(), tree_unflatten([head.detach() for head in heads], structure)
+
+    def _guards(self, x: Any, target: Any) -> list[SpeedUp]:
+        """What must not happen to an iteration that does not ask for it by an option."""
+        own_graph = isinstance(x, (Tensor, Mapping))  # frames may have one each
+        return [
+            *([WeightsStay(self.net)] if self.on_step is None else []),
+            *([OneBackward()] if self.on_step is None and has_static_graph(self.wrapper or self.net) else []),
+            *([GraphOfStep(x if own_graph else None, target)] if self.backward is None else []),
+        ]
 
     def _back_propagate(self, once: EvaluatedOnce, loss: Tensor) -> None:
         if self.backward is None or not self.cache_invariant:
