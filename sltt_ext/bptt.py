@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._pytree import tree_map
 
 from sltt_ext.conversion import convert, revert
 from sltt_ext.errors import LossError, SLTTWarning
@@ -90,12 +91,10 @@ class BPTTTrainer:
             loss = total_loss(self.loss_fn, output_seq, targets) / self.time_steps
             back_propagate(loss, self.backward)
         self._reset()
-        return OnlineResult(
-            loss.detach(), _mean(output_seq.detach()), tuple(range(self.time_steps)), self.time_steps
-        )
+        return OnlineResult(loss.detach(), _mean(output_seq), tuple(range(self.time_steps)), self.time_steps)
 
     @torch.no_grad()
-    def predict(self, x: Any) -> Tensor:
+    def predict(self, x: Any) -> Any:
         """The network's output averaged over all T steps, without gradients."""
         return _mean(self._all_steps(x))
 
@@ -106,17 +105,16 @@ class BPTTTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a trainer left off."""
 
-    def _all_steps(self, x: Any) -> Tensor:
+    def _all_steps(self, x: Any) -> Any:
         multi_step = self._reset()
         take = frames(x, self.time_steps, self.time_dim, multi_step).take
         size = self.time_steps if multi_step else 1
         with _state_with_its_graph(self.net):
-            return torch.cat(
-                [
-                    output_sequence(self.net(take(t, t + size)), size, self.output, multi_step)
-                    for t in range(0, self.time_steps, size)
-                ]
-            )
+            outputs = [
+                output_sequence(self.net(take(t, t + size)), size, self.output, multi_step)
+                for t in range(0, self.time_steps, size)
+            ]
+            return tree_map(lambda *parts: torch.cat(parts), *outputs)
 
     def _reset(self) -> bool:
         """Reset the network's state by the adapters' rules, which know every framework; whether it is multi-step."""
@@ -145,5 +143,5 @@ def _converted(net: nn.Module) -> nn.Module:
         return convert(net)
 
 
-def _mean(output_seq: Tensor) -> Tensor:
-    return output_seq.mean(0, dtype=state_dtype(output_seq.dtype))
+def _mean(output_seq: Any) -> Any:
+    return tree_map(lambda seq: seq.detach().mean(0, dtype=state_dtype(seq.dtype)), output_seq)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, InputError, SLTTWarning
 from sltt_ext.methods import GradientTrainer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online import OnlineTrainer
@@ -33,8 +34,8 @@ class OnlineModule(LightningModule):
     """A LightningModule whose training step is `OnlineTrainer.forward_backward`.
 
     Subclass it and override ``configure_optimizers``, with any optimizer and any scheduler, as in any
-    LightningModule. Batches are ``(x, target)``. Logged: ``train_loss``, ``val_loss`` and, for class indices
-    as targets, ``val_accuracy`` of the output averaged over time.
+    LightningModule. Batches are ``(x, target)``; for others, override ``unpack``. Logged: ``train_loss``,
+    ``val_loss`` and, for class indices as targets, ``val_accuracy`` of the output averaged over time.
 
     Its checkpoints have the states of torch's default random generators, those of each process: a run that is resumed
     at the end of an epoch goes on with the same order of the data, the same steps of SLTT-K and the same dropout.
@@ -78,18 +79,34 @@ class OnlineModule(LightningModule):
         self._resumed: tuple[int, dict[str, Any]] | None = None  # steps until then, random states
         online.backward = self._scaled_backward
 
-    def forward(self, x: Any) -> Tensor:
+    def forward(self, x: Any) -> Any:
         """The network's output averaged over time."""
         return self.online.predict(x)
 
+    def unpack(self, batch: Any) -> tuple[Any, Any]:
+        """Input and target of a batch of the data loader's.
+
+        Raises:
+            InputError: If the batch is no pair, and a subclass does not say what is in it.
+        """
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            got = f"a {type(batch).__name__}"
+            if isinstance(batch, Sized):
+                got += f" of {len(batch)}"
+            raise InputError(
+                f"OnlineModule takes batches (x, target), got {got}: override unpack(self, batch), which returns both"
+            )
+        x, target = batch
+        return x, target
+
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Accumulate one batch's gradient, and update where it is time to."""
-        x, target = batch
+        x, target = self.unpack(batch)
         update = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         model = self.trainer.strategy.model
         self.online.wrapper = model if model is not self else None
         result = self.online.forward_backward(x, target, sync=update)
-        self.log("train_loss", result.loss, prog_bar=True, batch_size=result.output.shape[0])
+        self.log("train_loss", result.loss, prog_bar=True, batch_size=_batch_size(result.output))
         if update:
             self._update()
 
@@ -199,11 +216,12 @@ class OnlineModule(LightningModule):
         return metrics[self.lr_monitor]
 
     def _evaluate(self, stage: str, batch: Any) -> None:
-        x, target = batch
+        x, target = self.unpack(batch)
         output = self(x)
-        size = output.shape[0]
+        size = _batch_size(output)
         self.log(f"{stage}_loss", self.online.loss_fn(output, target), batch_size=size, sync_dist=True)
-        if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
+        classes = isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point()
+        if classes and isinstance(output, Tensor):
             accuracy = (output.argmax(1) == target).float().mean()
             self.log(f"{stage}_accuracy", accuracy, prog_bar=True, batch_size=size, sync_dist=True)
 
@@ -224,6 +242,10 @@ def _draws_on_its_own(loader: Any) -> bool:
     order = getattr(getattr(loader, "sampler", None), "generator", None)
     workers_stay = getattr(loader, "persistent_workers", False)
     return order is not None or (workers_stay and loader.generator is None)
+
+
+def _batch_size(output: Any) -> int:
+    return int(tree_leaves(output)[0].shape[0])
 
 
 class NetworkMonitor(Callback):

@@ -1,6 +1,7 @@
 import copy
 import importlib
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -18,7 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import sltt_ext
 
 pl = pytest.importorskip("lightning.pytorch")
-from sltt_ext.errors import ConfigurationError, MissingDependencyError, SLTTWarning  # noqa: E402
+from sltt_ext.errors import (  # noqa: E402
+    ConfigurationError,
+    InputError,
+    MissingDependencyError,
+    SLTTWarning,
+)
 from sltt_ext.lightning import NetworkMonitor, OnlineModule  # noqa: E402
 
 T = 3
@@ -280,10 +286,58 @@ def test_weights_of_a_checkpoint_are_loaded_without_its_random_numbers(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Named(Module):
+    def unpack(self, batch):
+        return batch["x"], batch["y"]
+
+
+def test_batches_that_are_no_pair(tmp_path):
+    x, target = networks.images(8)
+    triples = DataLoader(TensorDataset(x, target, torch.arange(8)), batch_size=4)
+    dicts = DataLoader([{"x": a, "y": b} for a, b in zip(x, target)], batch_size=4)
+    for data, got in ((triples, "a list of 3"), (dicts, "a dict of 2")):
+        for fit in (True, False):
+            trainer = lightning_trainer(tmp_path)
+            run = trainer.fit if fit else trainer.test
+            with pytest.raises(InputError, match=rf"got {got}: override unpack\(self, batch\)"):
+                run(module(), data)
+    net = sltt_ext.convert(networks.conv_net())
+    actual = Named(sltt_ext.OnlineTrainer(net, F.cross_entropy, T))
+    lightning_trainer(tmp_path).fit(actual, dicts, dicts)
+    assert same(actual, by_hand(batches=list(loader(images=8))))
+
+
+def both_heads(output):
+    return {"classes": output, "scaled": 2 * output}
+
+
+def test_several_outputs(tmp_path):
+    net = sltt_ext.convert(networks.conv_net())
+
+    def loss_fn(outputs, target):
+        return F.cross_entropy(outputs["classes"], target) + 0 * outputs["scaled"].sum()
+
+    actual = Module(sltt_ext.OnlineTrainer(net, loss_fn, T, output=both_heads))
+    trainer = lightning_trainer(tmp_path)
+    trainer.fit(actual, loader(), loader())
+    assert same(actual, by_hand())
+    assert "val_loss" in trainer.callback_metrics
+    assert "val_accuracy" not in trainer.callback_metrics
+
+
 def test_predict_is_the_mean_output():
     actual = module()
     x, _ = networks.images()
     assert torch.equal(actual(x), copy.deepcopy(actual.online).predict(x))
+
+
+def test_a_module_goes_through_pickle():
+    """As ``ddp_spawn`` sends it."""
+    sent = pickle.loads(pickle.dumps(module({"k": 2})))
+    assert sent.online.net is sent.net
+    assert sent.online.backward.__self__ is sent
+    x, _ = networks.images()
+    assert torch.equal(sent(x), module()(x))
 
 
 def test_options_that_are_lightnings():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.modules import without_multi_step
@@ -183,7 +184,8 @@ def gradient_similarity(
                 result = trainer.forward_backward(batch_x, batch_target)
                 runs.append((gradients.parts, result.output))
         (sltt, sltt_output), (bptt, bptt_output) = runs
-        difference = max(difference, (sltt_output - bptt_output).abs().max().item())
+        for mine, other in zip(tree_leaves(sltt_output), tree_leaves(bptt_output), strict=True):
+            difference = max(difference, (mine - other).abs().max().item())
         for key, alignment in _compare(list(names), sltt, bptt, per_step):
             measured.setdefault(key, []).append(alignment)
         batches += 1

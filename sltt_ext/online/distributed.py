@@ -15,7 +15,14 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["Step", "common_generator", "is_distributed", "no_synchronisation", "synchronised_once"]
+__all__ = [
+    "Step",
+    "common_generator",
+    "has_static_graph",
+    "is_distributed",
+    "no_synchronisation",
+    "synchronised_once",
+]
 
 Step = Callable[[bool], AbstractContextManager[Any]]
 """``step(last)`` surrounds forward and backward of one step; ``last`` is whether its backward synchronises."""
@@ -29,6 +36,11 @@ def no_synchronisation(last: bool) -> AbstractContextManager[Any]:
 def is_distributed(net: nn.Module) -> bool:
     """Whether gradients of ``net`` are synchronised between processes."""
     return bool(_replicated(net) or _sharded(net))
+
+
+def has_static_graph(net: nn.Module) -> bool:
+    """Whether DistributedDataParallel was told that every iteration has the same graph, back-propagated once."""
+    return any(ddp.static_graph for ddp in _replicated(net))
 
 
 @contextmanager

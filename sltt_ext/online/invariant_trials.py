@@ -61,6 +61,17 @@ class InvariantModules:
             found.clear()
             found.update(modules[path] for path in state[name] if path in modules)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With the modules in lists: what is weak cannot be pickled."""
+        return {
+            name: list(value) if isinstance(value, WeakSet) else value for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        for name, value in state.items():
+            setattr(self, name, WeakSet(value) if isinstance(value, list) else value)
+
     def _found(self) -> list[tuple[str, WeakSet[nn.Module]]]:
         return [
             ("refused", self.refused),

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sltt_ext.errors import InputError, LossError
 
 __all__ = ["Backward", "LossFn", "back_propagate", "reaches_every_leaf", "targets_of_steps", "total_loss"]
 
-LossFn = Callable[[Tensor, Any], Tensor]
+LossFn = Callable[[Any, Any], Tensor]
 Backward = Callable[[Tensor], Any]
 
 
@@ -35,14 +36,14 @@ def targets_of_steps(target: Any, time_steps: int, target_time_dim: int | None) 
     return target.unbind(dim)
 
 
-def total_loss(loss_fn: LossFn, output_seq: Tensor, targets: Sequence[Any]) -> Tensor:
-    """The sum of the losses of outputs ``[C, N, ...]``, one step after the other.
+def total_loss(loss_fn: LossFn, output_seq: Any, targets: Sequence[Any]) -> Tensor:
+    """The sum of the losses of outputs ``[C, N, ...]``, one or several in a dict or tuple, one step after the other.
 
     Raises:
         LossError: If a loss is no scalar tensor, or needs no gradient.
     """
     with _says_what_caching_hides():
-        losses = [loss_fn(output, target) for output, target in zip(output_seq, targets, strict=True)]
+        losses = [loss_fn(output, target) for output, target in zip(_steps(output_seq), targets, strict=True)]
     for loss in losses:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -54,6 +55,13 @@ def total_loss(loss_fn: LossFn, output_seq: Tensor, targets: Sequence[Any]) -> T
             "loss detaches its output"
         )
     return total
+
+
+def _steps(output_seq: Any) -> list[Any]:
+    leaves, structure = tree_flatten(output_seq)
+    return [
+        tree_unflatten(parts, structure) for parts in zip(*(leaf.unbind() for leaf in leaves), strict=True)
+    ]
 
 
 def back_propagate(loss: Tensor, backward: Backward | None) -> None:
@@ -73,7 +81,8 @@ def back_propagate(loss: Tensor, backward: Backward | None) -> None:
         raise LossError(
             "the loss reaches back to an earlier time step: a module carries a tensor from step to step that "
             "the conversion does not see. Register it as state (SpikingJelly: register_memory), or detach it "
-            "before the module keeps it"
+            "before the module keeps it. (Or the frames, the target or the loss have a graph of their own that all steps "
+            "share: detach() them)"
         ) from error
 
 

@@ -80,7 +80,7 @@ class Pass:
         selected: The steps that are back-propagated, in order.
         learns: Whether they are in this pass; one that only looks ahead sends the same calls.
         sizes: How many steps share a call.
-        output: Outputs ``[C, N, ...]`` of C steps, from what the network returns.
+        output: Outputs ``[C, N, ...]`` of C steps, from what the network returns; one, or several in a dict or tuple.
     """
 
     net: nn.Module
@@ -91,7 +91,7 @@ class Pass:
     selected: tuple[int, ...]
     learns: bool
     sizes: CallSizes
-    output: Callable[[Any, int], Tensor]
+    output: Callable[[Any, int], Any]
 
     def calls(self) -> Iterator[Call]:
         """The calls, in order; each takes its frames when it is its turn."""
@@ -126,14 +126,14 @@ class Objective:
         after: Called when the call is over.
     """
 
-    loss: Callable[[Tensor, Call], Tensor]
+    loss: Callable[[Any, Call], Tensor]
     back_propagate: Callable[[Tensor], None]
     after: Callable[[Call], None]
 
 
 def through_time(
     one: Pass, objective: Objective | None, speed_ups: Sequence[SpeedUp]
-) -> tuple[Tensor | None, Tensor]:
+) -> tuple[Tensor | None, Any]:
     """Run a pass.
 
     Args:
@@ -160,7 +160,7 @@ def through_time(
                     objective.back_propagate(loss)
                     total = loss.detach() if total is None else total + loss.detach()
                     del loss
-                mean.add(output_seq.detach())
+                mean.add(output_seq)
                 del output_seq
                 for neuron in one.neurons:
                     neuron.detach_state()

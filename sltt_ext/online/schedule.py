@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -21,19 +22,19 @@ def random_steps(k: int) -> Schedule:
     Raises:
         ConfigurationError: When a draw would be captured in a CUDA graph, which freezes it.
     """
+    return partial(_drawn, k)
 
-    def schedule(time_steps: int, generator: torch.Generator | None) -> list[int]:
-        if capturing():
-            raise ConfigurationError(
-                "a CUDA graph replays the steps that were drawn while it was captured, the same ones in every iteration: "
-                "capture without k, or give a schedule= whose steps may be frozen"
-            )
-        device = "cpu" if generator is None else generator.device
-        with _disable_current_modes():  # real numbers also where the network runs on fake tensors
-            drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
-        return drawn
 
-    return schedule
+def _drawn(k: int, time_steps: int, generator: torch.Generator | None) -> list[int]:
+    if capturing():
+        raise ConfigurationError(
+            "a CUDA graph replays the steps that were drawn while it was captured, the same ones in every iteration: "
+            "capture without k, or give a schedule= whose steps may be frozen"
+        )
+    device = "cpu" if generator is None else generator.device
+    with _disable_current_modes():  # real numbers also where the network runs on fake tensors
+        drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
+    return drawn
 
 
 def selected_steps(schedule: Schedule, time_steps: int, generator: torch.Generator | None) -> tuple[int, ...]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
@@ -16,12 +17,14 @@ from sltt_ext.online import options
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
+    has_static_graph,
     is_distributed,
     no_synchronisation,
     synchronised_once,
 )
 from sltt_ext.online.frames import frames
 from sltt_ext.online.grouping import Grouping
+from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay, has_graph, shares_graph
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.objective import (
@@ -33,7 +36,7 @@ from sltt_ext.online.objective import (
     total_loss,
 )
 from sltt_ext.online.outputs import Output, output_sequence
-from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, through_time
+from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
 from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.speed_ups import speed_ups_of
@@ -49,14 +52,14 @@ class OnlineResult:
     Attributes:
         loss: The total loss, a detached scalar tensor.
         output: The network's output, averaged over the steps that were run; detached, float32 where the
-            network's is of half precision.
+            network's is of half precision. Where ``output`` returns several tensors, so many, held as they are.
         time_steps: The steps that were back-propagated, in order.
         output_steps: How many steps, from the first on, ``output`` is the mean of: T, or fewer with
             ``full_output=False``.
     """
 
     loss: Tensor
-    output: Tensor
+    output: Any
     time_steps: tuple[int, ...]
     output_steps: int
 
@@ -89,9 +92,11 @@ class OnlineTrainer:
         schedule: Instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate.
         generator: Source of the random steps; None is torch's default generator.
         time_dim: None shows the same ``x`` ``[N, ...]`` at every step; 0 or 1 is the axis of time in
-            ``x`` ``[T, N, ...]`` or ``[N, T, ...]``. Any other iterable is a stream of T frames.
+            ``x`` ``[T, N, ...]`` or ``[N, T, ...]``. A dict of tensors is one input, of several parts. Any other
+            iterable is a stream of T frames, each a tensor, or a dict or tuple of tensors.
         output: What the loss reads of the network's return value: None or ``"spike"`` takes the tensor
-            itself or the first of a tuple, ``"membrane"`` the last of a tuple, a function anything else.
+            itself or the first of a tuple, ``"membrane"`` the last of a tuple, a function anything else, also
+            several tensors in a dict, tuple or list.
         full_output: False stops after the last back-propagated step (same gradient, less time);
             ``result.output`` is then the mean over ``result.output_steps`` steps.
         backward: How a loss is back-propagated; default ``loss.backward()``. For mixed precision
@@ -179,9 +184,11 @@ class OnlineTrainer:
                 several batches, False in all but the last, as with ``no_sync()``.
 
         Raises:
-            InputError: If ``x`` or the target does not have ``time_steps`` steps, or is empty.
-            ConfigurationError: If ``chunk`` or the schedule does not fit.
-            LossError: If the loss is not a scalar tensor, or depends on nothing that can be trained.
+            InputError: If ``x`` or the target does not have ``time_steps`` steps, is empty, or has a graph that
+                every time step would free.
+            ConfigurationError: If ``chunk`` or the schedule does not fit, or another pass runs in the middle.
+            LossError: If the loss is not a scalar tensor, or depends on nothing that can be trained, or an optimizer
+                updates the network in the middle.
 
         After any exception the gradients are what they were before the call, and the state is reset.
         """
@@ -193,7 +200,7 @@ class OnlineTrainer:
         stop = self.time_steps if self.full_output or self.loss_on == "mean" else steps[-1] + 1
         targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
 
-        def loss_of_call(output_seq: Tensor, call: Call) -> Tensor:
+        def loss_of_call(output_seq: Any, call: Call) -> Tensor:
             return total_loss(self.loss_fn, output_seq, targets[call.start : call.stop]) / divisor
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
@@ -201,13 +208,13 @@ class OnlineTrainer:
             if self.loss_on == "mean":
                 loss, output = self._two_passes(x, target, steps, divisor, step)
             else:
-                loss, output = self._run(x, stop, steps, loss_of_call, step)
+                loss, output = self._run(x, stop, steps, loss_of_call, step, self._guards(x, target))
         assert loss is not None  # the schedule selects at least one step
         return OnlineResult(loss, output, steps, stop)
 
     @torch.no_grad()
-    def predict(self, x: Any) -> Tensor:
-        """The network's output averaged over all T steps, without gradients.
+    def predict(self, x: Any) -> Any:
+        """The network's output averaged over all T steps, without gradients; what ``output`` reads of it.
 
         Whether the network is in training or evaluation mode is the caller's choice.
 
@@ -257,9 +264,10 @@ class OnlineTrainer:
         x: Any,
         stop: int,
         steps: tuple[int, ...] = (),
-        loss_of_call: Callable[[Tensor, Call], Tensor] | None = None,
+        loss_of_call: Callable[[Any, Call], Tensor] | None = None,
         step: Step = no_synchronisation,
-    ) -> tuple[Tensor | None, Tensor]:
+        guards: Sequence[SpeedUp] = (),
+    ) -> tuple[Tensor | None, Any]:
         """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated if there is a loss."""
         neurons, multi_step = self._neurons()
         source = frames(x, self.time_steps, self.time_dim, multi_step)
@@ -276,33 +284,51 @@ class OnlineTrainer:
         objective = None
         if loss_of_call is not None:
             objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
-        return through_time(one, objective, speed_ups)
+        return through_time(one, objective, (Alone(), *guards, *speed_ups))
 
     def _two_passes(
         self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor | None, Any]:
         """Loss of the mean output, and the mean output; the gradient step by step, in a second pass."""
         if isinstance(x, Iterator):
             raise InputError(
                 "loss_on='mean' goes through the frames twice: give a tensor or a list, not an iterator"
             )
+        if has_graph(target):
+            raise InputError(shares_graph("the target"))
         before = Snapshot(self.net)
         with torch.no_grad():
             _, mean = self._run(x, self.time_steps, steps, step=step)
-        output = mean.requires_grad_()
-        loss = total_loss(self.loss_fn, output.unsqueeze(0), [target])
-        (gradient,) = torch.autograd.grad(loss, output)
+        heads, structure = tree_flatten(mean)
+        for head in heads:
+            head.requires_grad_()
+        loss = total_loss(self.loss_fn, tree_map(lambda head: head.unsqueeze(0), mean), [target])
+        gradients = torch.autograd.grad(loss, heads, allow_unused=len(heads) > 1)
         after = Snapshot(self.net)
         before.restore()
 
-        def part_of_call(output_seq: Tensor, call: Call) -> Tensor:
-            return (output_seq.to(gradient.dtype) * (gradient / divisor)).sum()
+        def part_of_call(output_seq: Any, call: Call) -> Tensor:
+            parts = [
+                (head_seq.to(gradient.dtype) * (gradient / divisor)).sum()
+                for head_seq, gradient in zip(tree_leaves(output_seq), gradients, strict=True)
+                if gradient is not None
+            ]
+            return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
         try:
-            self._run(x, steps[-1] + 1, steps, part_of_call, step)
+            self._run(x, steps[-1] + 1, steps, part_of_call, step, self._guards(x, None))
         finally:
             after.restore()
-        return loss.detach(), output.detach()
+        return loss.detach(), tree_unflatten([head.detach() for head in heads], structure)
+
+    def _guards(self, x: Any, target: Any) -> list[SpeedUp]:
+        """What must not happen to an iteration that does not ask for it by an option."""
+        own_graph = isinstance(x, (Tensor, Mapping))  # frames may have one each
+        return [
+            *([WeightsStay(self.net)] if self.on_step is None else []),
+            *([OneBackward()] if self.on_step is None and has_static_graph(self.wrapper or self.net) else []),
+            *([GraphOfStep(x if own_graph else None, target)] if self.backward is None else []),
+        ]
 
     def _back_propagate(self, once: EvaluatedOnce, loss: Tensor) -> None:
         if self.backward is None or not self.cache_invariant:
@@ -344,7 +370,7 @@ class OnlineTrainer:
         leaves: list[Tensor] = list(self.net.parameters())
         if isinstance(self.loss_fn, nn.Module):
             leaves += self.loss_fn.parameters()
-        return [*leaves, x] if isinstance(x, Tensor) else leaves
+        return [*leaves, *(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))]
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""

@@ -1,4 +1,4 @@
-"""snnTorch modules that SLTT cannot train: they compute all time steps in one call and carry no state."""
+"""snnTorch modules that SLTT cannot train: those that compute all time steps in one call, or learn nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from torch import nn
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import UnsupportedModuleError
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass
+from sltt_ext.snntorch.neurons import StepwiseNeuron
 
 _STEP_BY_STEP = "use a neuron that runs step by step, such as Leaky or RLeaky, or train with BPTT"
 
@@ -29,3 +31,15 @@ def _refuse(reason: str, cls: type[nn.Module]) -> None:
 for _name, _reason in _REASONS.items():
     if hasattr(snntorch, _name):  # snnTorch 0.9 has fewer
         _refuse(_reason, getattr(snntorch, _name))
+
+
+@register_adapter(snntorch.Lapicque)
+def _lapicque(module: nn.Module) -> type[SLTTNeuron]:
+    own = ("forward", "_base_state_function")
+    steps_as_ever = all(getattr(type(module), name) is getattr(snntorch.Lapicque, name) for name in own)
+    if isinstance(module.beta, nn.Parameter) and steps_as_ever:
+        raise UnsupportedModuleError(
+            "learn_beta=True learns nothing: R and C are computed of beta when the neuron is made, and its steps read these. "
+            "Use Leaky(learn_beta=True), or Lapicque with learn_beta=False"
+        )
+    return adapter_subclass(StepwiseNeuron, type(module))

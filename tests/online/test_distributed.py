@@ -9,7 +9,11 @@ import processes
 import pytest
 import torch
 from distributed_runs import T
+from torch import distributed
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from sltt_ext.errors import ConfigurationError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -155,3 +159,29 @@ def test_after_a_crash_the_gradient_is_that_of_a_fresh_network(wrapper):
     expected = expected_gradients({}, ALL)
     for gradients in results(2)[f"crash, {wrapper}"]:
         assert oracle.relative_error(gradients, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("step_mode", "options", "works"),
+    [
+        ("s", {}, False),
+        ("m", {"chunk": 2}, False),
+        ("m", {"chunk": T}, True),
+        ("s", {"k": 1}, True),
+        ("s", {"on_step": lambda t: None}, True),
+    ],
+    ids=str,
+)
+def test_a_static_graph_is_back_propagated_once(tmp_path, step_mode, options, works):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = DistributedDataParallel(runs.network(step_mode), static_graph=True)
+        online = runs.trainer(net, **options)
+        if works:
+            steps = online.forward_backward(*runs.batch(0, 1)).time_steps
+            assert oracle.relative_error(runs.gradients(net), expected_gradients({}, steps)) < 1e-6
+        else:
+            with pytest.raises(ConfigurationError, match="leave static_graph out"):
+                online.forward_backward(*runs.batch(0, 1))
+    finally:
+        distributed.destroy_process_group()

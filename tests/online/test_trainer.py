@@ -1,5 +1,6 @@
 import copy
 import operator
+import pickle
 
 import networks
 import oracle
@@ -314,7 +315,7 @@ BAD_CALLS = {
         {"loss_fn": lambda o, y: F.cross_entropy(o.detach(), y)},
         lambda: X, TARGET, LossError, "needs no gradient",
     ),
-    "output is no tensor": ({"output": lambda o: {"o": o}}, lambda: X, TARGET, LossError, "is a dict.*output="),
+    "output is no tensor": ({"output": lambda o: {"o": 1}}, lambda: X, TARGET, LossError, "is a dict.*output="),
     "schedule out of range": (
         {"schedule": lambda *_: [T]}, lambda: X, TARGET, ConfigurationError, "from 0 to 5",
     ),
@@ -419,3 +420,19 @@ def test_state_without_a_generator_for_a_trainer_with_one():
     saved = trainer(networks.conv_net(), k=2).state_dict()
     with pytest.raises(ConfigurationError, match="without generator="):
         trainer(networks.conv_net(), k=2, generator=torch.Generator()).load_state_dict(saved)
+
+
+def test_a_trainer_goes_through_pickle_with_all_it_has_found_out():
+    """As ``ddp_spawn`` and ``torch.multiprocessing`` send it."""
+    online = trainer(networks.conv_net(), k=2, generator=torch.Generator().manual_seed(1))
+    online.forward_backward(X, TARGET)
+    sent = pickle.loads(pickle.dumps(online))
+    found = [one.state_dict()["time-invariant"] for one in (online, sent)]
+    assert found[0] == found[1]
+    assert found[1]["proven"]
+    steps = []
+    for one in (online, sent):
+        one.net.zero_grad()
+        steps.append(one.forward_backward(X, TARGET).time_steps)
+    assert steps[0] == steps[1]
+    assert all(torch.equal(*pair) for pair in zip(oracle.gradients(online.net), oracle.gradients(sent.net)))

@@ -278,6 +278,19 @@ class Unresettable(snntorch.SpikingNeuron):
         return self.fire(input_)
 
 
+def test_a_lapicque_neuron_that_learns_nothing():
+    """snnTorch computes R and C of beta once, so that its steps do not read what is learned."""
+    with pytest.raises(ConversionError, match=r"learn_beta=True learns nothing.*Leaky\(learn_beta=True\)"):
+        sltt_ext.convert(snntorch.Lapicque(beta=0.8, learn_beta=True))
+
+    class ReadsBeta(snntorch.Lapicque):
+        def _base_state_function(self, input_):
+            return input_ + self.beta * self.mem
+
+    for neuron in (snntorch.Lapicque(beta=0.8), ReadsBeta(beta=0.8, learn_beta=True)):
+        assert sltt_ext.is_converted(sltt_ext.convert(neuron))
+
+
 def test_refusal_lists_every_module_and_changes_nothing():
     net = nn.ModuleDict({"good": snntorch.Leaky(beta=0.9), "own": Unresettable()})
     refused = {
