@@ -22,7 +22,14 @@ from sltt_ext.neuron import StatefulModule, state_dtype
 from sltt_ext.online import OnlineResult, options
 from sltt_ext.online.distributed import synchronised_once
 from sltt_ext.online.frames import frames
-from sltt_ext.online.objective import Backward, LossFn, back_propagate, targets_of_steps, total_loss
+from sltt_ext.online.objective import (
+    Backward,
+    IterationLoss,
+    LossFn,
+    back_propagate,
+    targets_of_steps,
+    total_loss,
+)
 from sltt_ext.online.outputs import Output, output_sequence
 from sltt_ext.online.states import all_or_nothing
 
@@ -67,7 +74,7 @@ class BPTTTrainer:
         wrapper: nn.Module | None = None,
     ) -> None:
         self.net = net
-        self.loss_fn = loss_fn
+        self.loss_fn = options.loss_of_a_step(loss_fn)
         self.time_steps = options.count("time_steps", time_steps)
         self.time_dim = options.axis("time_dim", time_dim)
         self.output = options.reads(output)
@@ -91,7 +98,9 @@ class BPTTTrainer:
             loss = total_loss(self.loss_fn, output_seq, targets) / self.time_steps
             back_propagate(loss, self.backward)
         self._reset()
-        return OnlineResult(loss.detach(), _mean(output_seq), tuple(range(self.time_steps)), self.time_steps)
+        return OnlineResult(
+            IterationLoss.of(loss), _mean(output_seq), tuple(range(self.time_steps)), self.time_steps
+        )
 
     @torch.no_grad()
     def predict(self, x: Any) -> Any:

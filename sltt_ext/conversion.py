@@ -84,7 +84,13 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
         SLTTWarning: Once, with every module that was left as it is, or that SLTT's gradient does not pass.
     """
     if not isinstance(net, nn.Module):
-        raise ConversionError(f"convert takes a torch.nn.Module, got {type(net).__name__}")
+        got = (
+            f"the class {net.__name__}: make one first"
+            if isinstance(net, type)
+            else f"a {type(net).__name__}"
+        )
+        cure = ": give it as nn.Sequential(*layers)" if isinstance(net, (list, tuple)) else ""
+        raise ConversionError(f"convert takes a torch.nn.Module, got {got}{cure}")
     check_backend(backend)
     _load_adapters()
     adapters: list[tuple[nn.Module, type[SLTTNeuron]]] = []

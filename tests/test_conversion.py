@@ -109,8 +109,15 @@ def test_without_neurons_beside_a_retired_package(monkeypatch):
 
 
 def test_what_is_no_module():
-    with pytest.raises(ConversionError, match="got function"):
-        sltt_ext.convert(lambda x: x)
+    layers = [nn.Linear(2, 2), neuron.LIFNode()]
+    for what, said in (
+        (lambda x: x, "got a function"),
+        (layers, r"got a list: give it as nn.Sequential\(\*layers\)"),
+        (neuron.LIFNode, "got the class LIFNode: make one first"),
+    ):
+        with pytest.raises(ConversionError, match=said):
+            sltt_ext.convert(what)
+    assert sltt_ext.is_converted(sltt_ext.convert(nn.Sequential(*layers)))
 
 
 class OverridesForward(neuron.LIFNode):

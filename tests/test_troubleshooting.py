@@ -1,13 +1,17 @@
 """Every error sltt_ext raises has a row in docs/troubleshooting.md or docs/data.md, and every row an error."""
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
+
+import pytest
 
 from sltt_ext import errors
 
 ROOT = Path(__file__).parent.parent
 FOREIGN = (
+    "No module named",
     "CuPy failed to load",
     "Failed to find CUDA",
     "CUDA_ERROR_NO_BINARY",
@@ -16,7 +20,7 @@ FOREIGN = (
     "invalid value",
     "failed to open",
 )
-"""How messages of CUDA's tools begin, which the backend's errors pass on."""
+"""How messages begin that are not of this package: CUDA's tools', which the backend's errors pass on, and Python's."""
 TYPED = {name for name, kind in vars(errors).items() if isinstance(kind, type)} | {"ArgumentTypeError"}
 LISTED = {"UnsupportedModuleError"}  # convert lists these below one message of its own
 SHORTEST = 7
@@ -90,3 +94,11 @@ def test_every_row_is_of_a_message():
     messages = texts()
     own = [key for key in rows() if not key.startswith(FOREIGN)]
     assert [key for key in own if not any(tells(key, pieces) for pieces in messages)] == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("spikingjelly.clock_driven") is not None, reason="it is there")
+def test_a_package_that_spikingjelly_is_without():
+    """What its import says is in the page, with the way in."""
+    with pytest.raises(ModuleNotFoundError) as raised:
+        importlib.import_module("spikingjelly.clock_driven")
+    assert str(raised.value) in rows()

@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sltt_ext.errors import InputError, LossError
+from sltt_ext.online.explanations import explaining_losses
 
-__all__ = ["Backward", "LossFn", "back_propagate", "reaches_every_leaf", "targets_of_steps", "total_loss"]
+__all__ = [
+    "Backward",
+    "IterationLoss",
+    "LossFn",
+    "back_propagate",
+    "reaches_every_leaf",
+    "targets_of_steps",
+    "total_loss",
+]
 
 LossFn = Callable[[Any, Any], Tensor]
 Backward = Callable[[Tensor], Any]
@@ -42,8 +51,10 @@ def total_loss(loss_fn: LossFn, output_seq: Any, targets: Sequence[Any]) -> Tens
     Raises:
         LossError: If a loss is no scalar tensor, or needs no gradient.
     """
-    with _says_what_caching_hides():
-        losses = [loss_fn(output, target) for output, target in zip(_steps(output_seq), targets, strict=True)]
+    losses = []
+    for output, target in zip(_steps(output_seq), targets, strict=True):
+        with _says_what_caching_hides(), explaining_losses(output, target):
+            losses.append(loss_fn(output, target))
     for loss in losses:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -62,6 +73,39 @@ def _steps(output_seq: Any) -> list[Any]:
     return [
         tree_unflatten(parts, structure) for parts in zip(*(leaf.unbind() for leaf in leaves), strict=True)
     ]
+
+
+class IterationLoss(Tensor):
+    """The loss of an iteration: a tensor like any other, but for `backward`. What is computed of it is a plain tensor."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is left to do.
+
+        Raises:
+            LossError: Always.
+        """
+        raise LossError(
+            "the gradients are in .grad already: forward_backward has back-propagated every step, so call optimizer.step() "
+            "and leave result.loss.backward() out"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Saved, sent and copied as a plain tensor."""
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
+        return repr(self.as_subclass(Tensor))
+
+    @classmethod
+    def of(cls, loss: Tensor) -> Tensor:
+        """``loss``, without its graph; other kinds of tensors (fake ones, say) stay what they are."""
+        loss = loss.detach()
+        return loss.as_subclass(cls) if type(loss) is Tensor else loss
 
 
 def back_propagate(loss: Tensor, backward: Backward | None) -> None:

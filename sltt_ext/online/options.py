@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,8 +19,10 @@ __all__ = [
     "TimeDim",
     "axis",
     "budget",
+    "called_with_one_input",
     "chunk_size",
     "count",
+    "loss_of_a_step",
     "one_of",
     "reads",
     "selection",
@@ -30,6 +33,8 @@ Scale = Literal["mean", "paper"]
 LossOn = Literal["step", "mean"]
 TimeDim = Literal[0, 1]
 Choice = TypeVar("Choice")
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def count(name: str, value: Any, at_most: int | None = None, otherwise: str = "") -> int:
@@ -87,6 +92,35 @@ def one_of(name: str, value: Any, choices: tuple[Choice, ...], text: str) -> Cho
     if isinstance(value, bool) or not any(value == choice for choice in choices):
         raise ConfigurationError(f"{name} must be {text}, got {value!r}")
     return next(choice for choice in choices if value == choice)
+
+
+def loss_of_a_step(value: Any) -> Any:
+    """``loss_fn``: a loss of the output of one step."""
+    if not callable(value) or isinstance(value, type):
+        kind = value.__name__ if isinstance(value, type) else type(value).__name__
+        raise ConfigurationError(f"loss_fn must be a function or a module, made already, got {kind}")
+    if type(value).__module__.startswith("snntorch.functional"):
+        name = type(value).__name__
+        raise ConfigurationError(
+            f"snnTorch's {name} is a loss of whole recordings [T, N, classes], and the trainer has one step's output: "
+            f"give loss_fn=sltt_ext.snntorch.step_loss({name}())"
+        )
+    return value
+
+
+def called_with_one_input(net: nn.Module) -> None:
+    """The network: the trainer calls it with the input of a step, and nothing else."""
+    try:
+        parameters = inspect.signature(net.forward).parameters.values()
+    except (TypeError, ValueError):  # a forward that is not of Python tells nothing
+        return
+    needed = [one.name for one in parameters if one.default is one.empty and one.kind not in _VARIADIC]
+    if len(needed) > 1:
+        raise ConfigurationError(
+            f"forward({', '.join(needed)}) of {type(net).__name__} needs {' and '.join(needed[1:])}, and the trainer calls it with "
+            "the input alone: where that is the state of the step before, wrap it, sltt_ext.snntorch.Stateful(net); several "
+            "inputs go in one dict or tuple"
+        )
 
 
 def reads(value: Any) -> Any:

@@ -22,6 +22,7 @@ from sltt_ext.online.distributed import (
     no_synchronisation,
     synchronised_once,
 )
+from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.frames import frames
 from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay, has_graph, shares_graph
@@ -29,6 +30,7 @@ from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.objective import (
     Backward,
+    IterationLoss,
     LossFn,
     back_propagate,
     reaches_every_leaf,
@@ -150,7 +152,7 @@ class OnlineTrainer:
         wrapper: nn.Module | None = None,
     ) -> None:
         self.net = net
-        self.loss_fn = loss_fn
+        self.loss_fn = options.loss_of_a_step(loss_fn)
         self.time_steps = options.count("time_steps", time_steps)
         self.chunk = options.chunk_size(chunk)
         self.scale = options.one_of("scale", scale, ("mean", "paper"), "'mean' or 'paper'")
@@ -173,6 +175,7 @@ class OnlineTrainer:
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
         self._modules = InvariantModules()
         self._neurons()
+        options.called_with_one_input(net)
 
     def forward_backward(self, x: Any, target: Any, *, sync: bool = True) -> OnlineResult:
         """Accumulate the gradient of one batch into ``.grad``.
@@ -210,7 +213,7 @@ class OnlineTrainer:
             else:
                 loss, output = self._run(x, stop, steps, loss_of_call, step, self._guards(x, target))
         assert loss is not None  # the schedule selects at least one step
-        return OnlineResult(loss, output, steps, stop)
+        return OnlineResult(IterationLoss.of(loss), output, steps, stop)
 
     @torch.no_grad()
     def predict(self, x: Any) -> Any:
@@ -284,7 +287,8 @@ class OnlineTrainer:
         objective = None
         if loss_of_call is not None:
             objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
-        return through_time(one, objective, (Alone(), *guards, *speed_ups))
+        with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
+            return through_time(one, objective, (Alone(), *guards, *speed_ups))
 
     def _two_passes(
         self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
