@@ -135,7 +135,7 @@ class SLTTNeuron(StatefulModule):
             node = waiting.pop()
             if node is None or node in seen:
                 continue
-            if self._mark in node.metadata:
+            if self._mark in _notes(node):
                 return True
             seen.add(node)
             waiting += [before for before, _ in node.next_functions]
@@ -152,7 +152,7 @@ class SLTTNeuron(StatefulModule):
             return
         for tensor in tensors_in(state):
             if tensor.grad_fn is not None:
-                tensor.grad_fn.metadata[self._mark] = True
+                _notes(tensor.grad_fn)[self._mark] = True
 
     def _begin_step(self, *state: Any) -> None:
         """Before a step from ``state``, the tensors that the module carries.
@@ -211,6 +211,11 @@ def _new_instance(adapter: type[SLTTNeuron], original: type[nn.Module]) -> SLTTN
 def constant(state: Any) -> Any:
     """A carried state as a constant for the gradient, also inside tuples, lists and dicts."""
     return _mapped(Tensor.detach, state)
+
+
+def _notes(node: torch.autograd.graph.Node) -> dict[Any, Any]:
+    """What a node of a graph carries for whoever reads it."""
+    return cast(dict[Any, Any], node.metadata)
 
 
 def _mapped(function: Callable[[Tensor], Tensor], state: Any) -> Any:

@@ -118,6 +118,7 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
 class FusedLeaky(StepwiseNeuron):
     """Leaky neurons through the fused operator."""
 
+    mem: Tensor
     _sltt_fused: bool = False
 
     @classmethod
