@@ -1,13 +1,15 @@
 """The interface every converted neuron satisfies, whatever framework it comes from.
 
-SLTT keeps a neuron's forward pass and drops the temporal part of its gradient: the state that
-enters time step t is a constant (Meng et al. 2023, Sec. 4.1). All that `sltt_ext.online` relies on
-is in `StatefulModule`; all that two adapters share is in this file.
+SLTT keeps a neuron's forward pass and drops the temporal part of its gradient: the state that an earlier step has
+left is a constant in time step t (Meng et al. 2023, Sec. 4.1). Any other state that enters, such as a learned initial
+state, keeps its gradient. All that `sltt_ext.online` relies on is in `StatefulModule`; all that two adapters share is in
+this file.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,7 @@ class SLTTNeuron(StatefulModule):
     sltt_backend: str = "auto"
     _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
     _sltt_left: tuple[int, ...] = ()
+    _sltt_steps: int | None = None
 
     @property
     def fires(self) -> bool:
@@ -86,6 +89,71 @@ class SLTTNeuron(StatefulModule):
         who reads it; a neuron that carries nothing else than what backward reads has nothing to do.
         """
 
+    def tell_steps(self, steps: int | None) -> None:
+        """Say that one call of the network begins, and of how many steps; None: that nobody says any more.
+
+        Who says so makes the state constant after the call, by `detach_state`. What the neuron leaves within the call
+        keeps its gradient until then: a neuron that runs twice in a step passes it on from one time to the other, as
+        between two layers. Where nobody says so, or a call of the neuron has another number of steps than that of the
+        network, it begins with another step.
+        """
+        self.__dict__["_sltt_steps"] = steps
+
+    @property
+    def told_steps(self) -> int | None:
+        """What `tell_steps` has said last."""
+        return self._sltt_steps
+
+    def _entering(self, state: Any) -> Any:
+        """``state`` as it enters a step: constant where an earlier step has left it."""
+        return _mapped(lambda tensor: tensor if self._keeps(tensor) else tensor.detach(), state)
+
+    def _keeps(self, state: Any, steps: int = 1) -> bool:
+        """Whether the gradient goes on into the ``state`` that enters a call of the module of so many steps."""
+        if not isinstance(state, Tensor) or not state.requires_grad or not torch.is_grad_enabled():
+            return False
+        return self._sltt_steps == steps or not self._has_left(state)
+
+    def _tell_own_step(self, t: int, steps: int, told: int | None) -> None:
+        """Say that step ``t`` of the module's own ``steps`` begins, which are all that it was ``told`` of, or others.
+
+        Only the first may go on from what the module has left in the same call of the network.
+        """
+        self._tell_again(1 if t == 0 and told == steps else None)
+
+    def _tell_again(self, steps: int | None) -> None:
+        for module in cast(nn.Module, self).modules():
+            if isinstance(module, SLTTNeuron):
+                module.tell_steps(steps)
+
+    def _has_left(self, state: Tensor) -> bool:
+        """Whether the module itself has computed ``state``, or what it follows from, in an earlier call."""
+        if torch.compiler.is_compiling():
+            return True  # a graph that is still traced cannot be asked
+        seen, waiting = set(), [state.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            if self._mark in _notes(node):
+                return True
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+        return False
+
+    @property
+    def _mark(self) -> tuple[str, int]:
+        """In the graph, at what the module has left."""
+        return "sltt_ext", id(self)
+
+    def _leave(self, state: Any) -> None:
+        """Mark ``state`` as what a step has left."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        for tensor in tensors_in(state):
+            if tensor.grad_fn is not None:
+                _notes(tensor.grad_fn)[self._mark] = True
+
     def _begin_step(self, *state: Any) -> None:
         """Before a step from ``state``, the tensors that the module carries.
 
@@ -102,10 +170,13 @@ class SLTTNeuron(StatefulModule):
                 "too, and SpikingJelly's memopt restores states)"
             )
 
-    def _end_step(self, *state: Any) -> None:
-        """After a step: the tensors that it has left in the place of those that entered."""
-        if not torch.compiler.is_compiling():
-            self.__dict__["_sltt_left"] = tuple(id(tensor) for tensor in state if isinstance(tensor, Tensor))
+    def _end_step(self, state: Any, entered: dict[int, tuple[Tensor, int]] | None = None) -> None:
+        """After a step: which tensors of ``state`` it has left, in the place of those that ``entered`` (a `snapshot`)."""
+        if torch.compiler.is_compiling():
+            return
+        left = [tensor for tensor in tensors_in(state) if not entered or _is_changed(tensor, entered)]
+        self.__dict__["_sltt_left"] = tuple(map(id, left))
+        self._leave(left)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deep-copy a class made at run time by what it was made from: it has no importable name."""
@@ -139,15 +210,49 @@ def _new_instance(adapter: type[SLTTNeuron], original: type[nn.Module]) -> SLTTN
 
 def constant(state: Any) -> Any:
     """A carried state as a constant for the gradient, also inside tuples, lists and dicts."""
+    return _mapped(Tensor.detach, state)
+
+
+def _notes(node: torch.autograd.graph.Node) -> dict[Any, Any]:
+    """What a node of a graph carries for whoever reads it."""
+    return cast(dict[Any, Any], node.metadata)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """``state`` with ``function`` of each tensor in it that requires a gradient."""
     if isinstance(state, Tensor):
-        return state.detach() if state.requires_grad else state
+        return function(state) if state.requires_grad else state
     if isinstance(state, tuple) and hasattr(state, "_fields"):
-        return type(state)(*map(constant, state))
+        return type(state)(*(_mapped(function, value) for value in state))
     if isinstance(state, (tuple, list)):
-        return type(state)(map(constant, state))
+        return type(state)(_mapped(function, value) for value in state)
     if isinstance(state, dict):
-        return {key: constant(value) for key, value in state.items()}
+        return {key: _mapped(function, value) for key, value in state.items()}
     return state
+
+
+def tensors_in(state: Any) -> Iterator[Tensor]:
+    """The tensors in a state, also inside tuples, lists and dicts."""
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, (tuple, list, dict)):
+        for value in state.values() if isinstance(state, dict) else state:
+            yield from tensors_in(value)
+
+
+def snapshot(state: Any) -> dict[int, tuple[Tensor, int]]:
+    """The tensors in a state, and how often each has been changed in place; held, so that no later one has its id."""
+    if torch.compiler.is_compiling():
+        return {}
+    return {id(tensor): (tensor, _version(tensor)) for tensor in tensors_in(state)}
+
+
+def _is_changed(tensor: Tensor, entered: dict[int, tuple[Tensor, int]]) -> bool:
+    return id(tensor) not in entered or entered[id(tensor)][1] != _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -21,7 +21,7 @@ from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.outputs import MeanOutput
 from sltt_ext.online.schedule import runs
-from sltt_ext.online.states import reset
+from sltt_ext.online.states import one_call, reset
 
 __all__ = ["Call", "CallSizes", "Objective", "Pass", "SpeedUp", "through_time"]
 
@@ -153,6 +153,7 @@ def through_time(
             with ExitStack() as around_call:
                 for speed_up in speed_ups:
                     around_call.enter_context(speed_up.around_call(call))
+                around_call.enter_context(one_call(one.neurons, call.steps))
                 with torch.set_grad_enabled(call.selected):
                     output_seq = one.output(one.net(call.frame), call.steps)
                 if call.selected and objective is not None:
@@ -162,8 +163,6 @@ def through_time(
                     del loss
                 mean.add(output_seq)
                 del output_seq
-                for neuron in one.neurons:
-                    neuron.detach_state()
             if call.selected and objective is not None:
                 objective.after(call)
     return total, mean.value()

@@ -1,4 +1,4 @@
-"""The neurons' states over a pass through time: reset before it, put back after a failure, lean within it."""
+"""The neurons' states over a pass through time: reset before it, constant after each call, lean within it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
-__all__ = ["all_or_nothing", "carrying_charged", "reset"]
+__all__ = ["all_or_nothing", "carrying_charged", "one_call", "reset"]
 
 
 def reset(neurons: Sequence[StatefulModule]) -> None:
@@ -37,6 +37,22 @@ def all_or_nothing(leaves: Iterable[Tensor], reset: Callable[[], Any]) -> Iterat
                 leaf.grad.copy_(grad)
         reset()
         raise
+
+
+@contextmanager
+def one_call(modules: Sequence[StatefulModule], steps: int) -> Iterator[None]:
+    """Tell neurons that what they do in here is one call of the network, of so many steps; then cut what it has left."""
+    neurons = [module for module in modules if isinstance(module, SLTTNeuron)]
+    before = [neuron.told_steps for neuron in neurons]
+    try:
+        for neuron in neurons:
+            neuron.tell_steps(steps)
+        yield
+        for module in modules:
+            module.detach_state()
+    finally:
+        for neuron, told in zip(neurons, before):
+            neuron.tell_steps(told)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Adapters for snnTorch's neurons.
 
-`StepwiseNeuron` is right for any of them: it makes the carried state constant on entry of every
-step, whether the caller passes it (``spk, mem = lif(cur, mem)``) or the module keeps it. `FusedLeaky`
-runs Leaky through the fused operator, and steps aside for any setting that operator does not cover.
+`StepwiseNeuron` is right for any of them: what a step has left is constant on entry of the next one, whether the
+caller passes it (``spk, mem = lif(cur, mem)``) or the module keeps it. `FusedLeaky` runs Leaky through the fused
+operator, and steps aside for any setting that operator does not cover.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sltt_ext.functional.inputs import broadcasts
 from sltt_ext.functional.leaky_operator import leaky_settings, run_leaky
 from sltt_ext.kernels import check_backend
 from sltt_ext.kernels.leaky import LEAKY, LeakySettings
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, snapshot, tensors_in
 from sltt_ext.snntorch.surrogates import known_surrogate
 
 __all__ = ["FusedLeaky", "SLTTLeaky", "StepwiseNeuron"]
@@ -31,14 +31,15 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
     """Any snnTorch neuron that steps through time, with SLTT's gradient.
 
-    Carried state is every further argument of ``forward``, and every tensor that an earlier step has
-    computed and the module has kept, as a buffer or as an attribute.
+    Carried state is every tensor that an earlier step has computed and that the module has kept, as a buffer or as an
+    attribute, or is passed again.
 
     Attributes:
         sltt_time_steps: T while `MultiStep` runs the neuron: its input is then ``[T * N, ...]``.
     """
 
     sltt_time_steps: int | None = None
+    _sltt_given: frozenset[str] = frozenset()
 
     @property
     def multi_step(self) -> bool:
@@ -51,13 +52,26 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
         self.reset_mem()
 
     def detach_state(self) -> None:
-        self._buffers.update({name: constant(self._buffers[name]) for name in _computed(self._buffers)})
+        self._keep(
+            {name: constant(value) for name, value in self._computed() if name not in self._sltt_given}
+        )
+
+    def _computed(self) -> list[tuple[str, Any]]:
+        """Names and values of all that the module keeps and that is, or holds, a tensor with a graph behind it."""
+        return [(name, value) for name, value in self._kept().items() if _has_graph(value)]
+
+    def _kept(self) -> dict[str, Any]:
+        """What the module keeps; among it, its state."""
         own = {name: value for name, value in vars(self).items() if name not in _OF_EVERY_MODULE}
-        self.__dict__.update({name: constant(own[name]) for name in _computed(own)})
+        return {**self._buffers, **own}
+
+    def _keep(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            (self._buffers if name in self._buffers else self.__dict__)[name] = value
 
     def forward(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
         if self.sltt_time_steps is None:
-            return self._step(input_, *constant(states), **constant(named_states))
+            return self._step(input_, *self._entering(states), **self._entering(named_states))
         if any(state is not None for state in (*states, *named_states.values())):
             raise ConfigurationError(
                 f"{self.original.__name__} is passed its state, and MultiStep runs a layer through all time steps "
@@ -66,34 +80,54 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
         return self._sequence(input_.unflatten(0, (self.sltt_time_steps, -1)))
 
     def _step(self, input_: Tensor, *states: Any, **named_states: Any) -> Any:
-        """One step; what is passed as state is constant."""
+        """One step."""
         if not any(isinstance(state, Tensor) for state in (*states, *named_states.values())):
-            self._begin_step(*self._tensors())
-        self.detach_state()
-        entering = set(map(id, self._tensors()))
+            self._begin_step(*self._kept().values())
+        self._keep({name: self._entering(value) for name, value in self._computed()})
+        entered, given = snapshot(self._kept()), self._given()
         output = super().forward(input_, *states, **named_states)
-        self._end_step(*(tensor for tensor in self._tensors() if id(tensor) not in entering))
+        self._end_step(self._kept(), entered)
+        self._leave(output)  # a state that is passed need not be kept
+        self.__dict__["_sltt_given"] = frozenset(
+            name for name, value in self._computed() if given.get(name) is value
+        )
         return output
 
-    def _tensors(self) -> list[Any]:
-        """What the module keeps; among it, its state."""
-        return [*self._buffers.values(), *vars(self).values()]
+    def _given(self) -> dict[str, Any]:
+        """What has a graph and is no state, such as a ``beta`` that the network computes before the step."""
+        if torch.compiler.is_compiling():
+            return {}
+        return {
+            name: value
+            for name, value in self._computed()
+            if not any(tensor.grad_fn is not None and self._has_left(tensor) for tensor in tensors_in(value))
+        }
 
     def _sequence(self, x_seq: Tensor) -> Any:
         """All steps of ``x_seq`` ``[T, N, ...]``; returns what a step does, time folded into the batch."""
-        steps = [self._step(x) for x in x_seq]
+        steps, told = [], self.told_steps
+        try:
+            for t, x in enumerate(x_seq):
+                self._tell_own_step(t, len(x_seq), told)
+                steps.append(self._step(x))
+        finally:
+            self._tell_again(told)
         return tree_map(lambda *parts: torch.cat(parts), *steps)
 
 
 class FusedLeaky(StepwiseNeuron):
     """Leaky neurons through the fused operator."""
 
+    mem: Tensor
     _sltt_fused: bool = False
 
     @classmethod
     def check_backend(cls, module: nn.Module, backend: str) -> None:
         if _settings(module) is not None:
             check_backend(backend, LEAKY)
+
+    def detach_state(self) -> None:
+        self.mem = constant(self.mem)
 
     def spikes(self, output: Any) -> tuple[Tensor, Tensor] | None:
         factor = self.graded_spikes_factor
@@ -105,18 +139,18 @@ class FusedLeaky(StepwiseNeuron):
     def _step(self, input_: Tensor, mem: Tensor | None = None) -> Any:  # type: ignore[override]
         passed_twice = self.init_hidden and mem is not None  # which snnTorch refuses
         settings = None if passed_twice else self._fused_settings(input_)
-        if settings is None:
+        if settings is None or self._keeps(self.mem if mem is None else mem):
             return super()._step(input_, mem)
-        mem = self._entering(input_, mem)
+        mem = self._mem_before(input_, mem)
         spk, self.mem = self._run_fused(input_, mem, settings, single_step=True)
         self._end_step(self.mem)
         return self._returned(spk * self.graded_spikes_factor, self.mem)
 
     def _sequence(self, x_seq: Tensor) -> Any:
         settings = self._fused_settings(x_seq[0])
-        if settings is None:
+        if settings is None or self._keeps(self.mem, len(x_seq)):
             return super()._sequence(x_seq)
-        mem = self._entering(x_seq[0], None)
+        mem = self._mem_before(x_seq[0], None)
         returns_mem = self.output or not self.init_hidden
         spk_seq, mem = self._run_fused(x_seq, mem, settings, return_mem_seq=returns_mem)
         self.mem = mem[-1].clone() if returns_mem else mem
@@ -138,7 +172,7 @@ class FusedLeaky(StepwiseNeuron):
             single_step=single_step,
         )  # fmt: skip
 
-    def _entering(self, x: Tensor, mem: Tensor | None) -> Tensor | None:
+    def _mem_before(self, x: Tensor, mem: Tensor | None) -> Tensor | None:
         """The state a step starts with; as in snnTorch, a batch of another shape starts from 0."""
         if mem is None:
             mem = self.mem
@@ -216,11 +250,6 @@ def _stepwise(module: nn.Module) -> type[SLTTNeuron]:
             "own neurons do"
         )
     return adapter_subclass(StepwiseNeuron, type(module))
-
-
-def _computed(values: dict[str, Any]) -> list[str]:
-    """Names of the values that are, or hold, a tensor with a graph behind it."""
-    return [name for name, value in values.items() if _has_graph(value)]
 
 
 def _has_graph(value: Any) -> bool:

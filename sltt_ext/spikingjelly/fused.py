@@ -98,14 +98,14 @@ class FusedNode(StepwiseNode):
 
     def single_step_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x)
-        if surrogate is None or self.store_v_seq or not self._covers_state(x.shape):
+        if surrogate is None or self.store_v_seq or self._keeps_state(1) or not self._covers_state(x.shape):
             self._settle()
             return super().single_step_forward(x, *args, **kwargs)
         return self._run_fused(x, surrogate, single_step=True)
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x_seq)
-        if surrogate is None or not self._covers_state(x_seq.shape[1:]):
+        if surrogate is None or self._keeps_state(len(x_seq)) or not self._covers_state(x_seq.shape[1:]):
             self._settle()
             return super().multi_step_forward(x_seq, *args, **kwargs)
         if not self.store_v_seq:
@@ -121,18 +121,20 @@ class FusedNode(StepwiseNode):
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
         surrogate = self._fused_surrogate(inputs[0])
-        if surrogate is None:
+        if surrogate is None or self._keeps(states[0]):
             return super().single_step_functional_forward(inputs, states, **kwargs)
         s, v = self._run(inputs[0], states[0], self._settings(surrogate), single_step=True)
+        self._leave(v)
         return (s,), (v, *states[1:])
 
     def multi_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
         surrogate = self._fused_surrogate(inputs[0])
-        if surrogate is None:
+        if surrogate is None or self._keeps(states[0], len(inputs[0])):
             return super().multi_step_functional_forward(inputs, states, **kwargs)
         s_seq, v = self._run(inputs[0], states[0], self._settings(surrogate), single_step=False)
+        self._leave(v)
         return (s_seq,), (v, *states[1:])
 
     def _run_fused(self, x: Tensor, surrogate: Surrogate, single_step: bool) -> Tensor:
@@ -185,6 +187,11 @@ class FusedNode(StepwiseNode):
         """Whether the neuron's parameters are the numbers that the operator takes: not learned, not one per channel."""
         v_reset = self.v_reset
         return _is_number(self.v_threshold) and (v_reset is None or _is_number(v_reset))
+
+    def _keeps_state(self, steps: int) -> bool:
+        """Whether the gradient goes on into the state of a call of so many steps, as it does not in the operator."""
+        held = self._charged()
+        return self._keeps(self._memories["v"] if held is None else held.h, steps)
 
     def _covers_state(self, step: torch.Size) -> bool:
         """Whether a step of that shape can start from the state; in 0.0.0.0.14 a smaller one broadcasts."""

@@ -17,7 +17,7 @@ __all__ = ["GatedLIF", "RecurrentCell", "Sequence", "WholeSequence"]
 
 
 class RecurrentCell(SLTTNeuron, nn.Module):
-    """A spiking RNN, LSTM or GRU cell: the state its caller passes is constant."""
+    """A spiking RNN, LSTM or GRU cell: the state that it has left is constant when its caller passes it again."""
 
     @property
     def multi_step(self) -> bool:
@@ -30,7 +30,9 @@ class RecurrentCell(SLTTNeuron, nn.Module):
         """Nothing to detach: the caller keeps the state."""
 
     def forward(self, x: Tensor, state: Any = None) -> Any:
-        return super().forward(x, constant(state))
+        output = super().forward(x, self._entering(state))
+        self._leave(output)
+        return output
 
 
 class Sequence(SLTTNeuron, nn.Module):

@@ -1,4 +1,4 @@
-"""The generic rule: carried state is constant on entry of every step, and a sequence runs step by step.
+"""The generic rule: what a step has left is constant on entry of the next one, and a sequence runs step by step.
 
 It is right for any stateful module of SpikingJelly, in both release lines: 2.x writes a step as
 ``single_step_functional_forward(inputs, states)``, 0.0.0.0.14 as ``single_step_forward(x)``.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, snapshot
 
 __all__ = ["FUNCTIONAL_FORM", "MaskedStepwiseNode", "States", "StepwiseNode", "Tensors", "stepwise"]
 
@@ -59,14 +59,19 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
                 setattr(self, name, constant(vars(self)[name]))
 
     def _hold_state(self) -> None:
+        """Make all of the state constant."""
         self._memories.update({name: constant(value) for name, value in self._memories.items()})
+
+    def _enter(self) -> None:
+        """Make constant what an earlier step has left."""
+        self._memories.update({name: self._entering(value) for name, value in self._memories.items()})
 
     def single_step_forward(self, *args: Any, **kwargs: Any) -> Any:
         self._begin_step(*self._memories.values())
-        self._hold_state()
-        entering = set(map(id, self._memories.values()))
+        self._enter()
+        entered = snapshot(self._memories)
         output = super().single_step_forward(*args, **kwargs)
-        self._end_step(*(value for value in self._memories.values() if id(value) not in entering))
+        self._end_step(self._memories, entered)
         return output
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -75,22 +80,37 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
         if getattr(self, "store_v_seq", False):
             self.v_seq = None  # 2.x: each single step appends its potential
         each_step = zip(x_seq, *args) if FUNCTIONAL_FORM else ((x, *args) for x in x_seq)
-        steps, records = [], []
-        for inputs in each_step:
-            steps.append(self.single_step_forward(*inputs, **kwargs))
-            records.append(self._record())
+        steps, records, told = [], [], self.told_steps
+        try:
+            for t, inputs in enumerate(each_step):
+                self._tell_own_step(t, len(x_seq), told)
+                steps.append(self.single_step_forward(*inputs, **kwargs))
+                records.append(self._record())
+        finally:
+            self._tell_again(told)
         self._store(records)
         return _stacked(steps)
 
     def single_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
-        return super().single_step_functional_forward(inputs, constant(states), **kwargs)
+        entering = self._entering(states)
+        outputs, left = super().single_step_functional_forward(inputs, entering, **kwargs)
+        self._leave([state for state, before in zip(left, entering) if state is not before])
+        return outputs, left
 
     def multi_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
-        return base.MemoryModule.multi_step_functional_forward(self, inputs, states, **kwargs)
+        steps, told = [], self.told_steps
+        try:
+            for t, step in enumerate(zip(*inputs)):
+                self._tell_own_step(t, len(inputs[0]), told)
+                outputs, states = self.single_step_functional_forward(step, states, **kwargs)
+                steps.append(outputs)
+        finally:
+            self._tell_again(told)
+        return _stacked(steps), states
 
     def _record(self) -> dict[str, Any]:
         """What the module was asked to keep of the step it just ran."""
