@@ -21,7 +21,7 @@ from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.outputs import MeanOutput
 from sltt_ext.online.schedule import runs
-from sltt_ext.online.states import one_call, reset
+from sltt_ext.online.states import detach, one_call, reset
 
 __all__ = ["Call", "CallSizes", "Objective", "Pass", "SpeedUp", "through_time"]
 
@@ -163,6 +163,7 @@ def through_time(
                     del loss
                 mean.add(output_seq)
                 del output_seq
+                detach(one.neurons)
             if call.selected and objective is not None:
                 objective.after(call)
     return total, mean.value()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
-__all__ = ["all_or_nothing", "carrying_charged", "one_call", "reset"]
+__all__ = ["all_or_nothing", "carrying_charged", "detach", "one_call", "reset"]
 
 
 def reset(neurons: Sequence[StatefulModule]) -> None:
@@ -41,18 +41,22 @@ def all_or_nothing(leaves: Iterable[Tensor], reset: Callable[[], Any]) -> Iterat
 
 @contextmanager
 def one_call(modules: Sequence[StatefulModule], steps: int) -> Iterator[None]:
-    """Tell neurons that what they do in here is one call of the network, of so many steps; then cut what it has left."""
+    """Tell neurons that what they do in here is one call of the network, of so many steps, whose end is told by `detach`."""
     neurons = [module for module in modules if isinstance(module, SLTTNeuron)]
     before = [neuron.told_steps for neuron in neurons]
     try:
         for neuron in neurons:
             neuron.tell_steps(steps)
         yield
-        for module in modules:
-            module.detach_state()
     finally:
         for neuron, told in zip(neurons, before):
             neuron.tell_steps(told)
+
+
+def detach(modules: Sequence[StatefulModule]) -> None:
+    """Make what a call has left a constant for the next one, and let go of its graph."""
+    for module in modules:
+        module.detach_state()
 
 
 @contextmanager
