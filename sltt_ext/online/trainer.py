@@ -300,9 +300,15 @@ class OnlineTrainer:
             )
         if has_graph(target):
             raise InputError(shares_graph("the target"))
-        before = Snapshot(self.net)
+        before, unchanged = Snapshot(self.net), _versions(x)
         with torch.no_grad():
             _, mean = self._run(x, self.time_steps, steps, step=step)
+        if _versions(x) != unchanged:
+            before.restore()
+            raise InputError(
+                "the network changes its input in place, and loss_on='mean' shows it the input twice: have its forward "
+                "compute out of place (x = x - mean, not x.sub_(mean))"
+            )
         heads, structure = tree_flatten(mean)
         for head in heads:
             head.requires_grad_()
@@ -398,3 +404,8 @@ class OnlineTrainer:
                         f"chunk={self.time_steps} (time_steps), and neither k nor schedule"
                     )
         return neurons, multi_step
+
+
+def _versions(x: Any) -> list[int]:
+    """How often each tensor of an input has been changed in place."""
+    return [leaf._version for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and not leaf.is_inference()]

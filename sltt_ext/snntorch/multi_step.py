@@ -147,7 +147,8 @@ class _Unfolding:
                 replaced.forward(module, Layer.STEPS, self._norm_of_each_step)
             elif isinstance(module, _NormBase) and (module.training or module.running_mean is None):
                 replaced.forward(module, Layer.STEPS, self._step_by_step)
-            elif type(module) is nn.Conv2d and module.weight.device.type == "cpu":
+            elif type(module) is nn.Conv2d and module.weight.device.type == "cpu" and self._batch > 1:
+                # of one sample, torch's instance norm misreads a gradient that is laid out so
                 replaced.attribute(module, "_conv_forward", partial(_channels_last, module))
 
     def _step_by_step(self, norm: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

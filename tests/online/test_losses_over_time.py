@@ -245,3 +245,21 @@ def test_bad_options(case):
 def test_targets_of_another_length(target):
     with pytest.raises(InputError, match="6 steps along target_time_dim=0"):
         trainer(networks.conv_net(), target_time_dim=0).forward_backward(X, target)
+
+
+class ChangesItsInput(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x.sub_(0.5))
+
+
+@pytest.mark.parametrize("time_dim", [None, 0])
+def test_an_input_that_would_be_another_one_in_the_second_pass(time_dim):
+    x, target = networks.images()
+    net = ChangesItsInput(sltt_ext.convert(networks.conv_net()))
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, 3, loss_on="mean", time_dim=time_dim)
+    with pytest.raises(InputError, match="out of place"):
+        online.forward_backward(x if time_dim is None else torch.stack([x] * 3), target)

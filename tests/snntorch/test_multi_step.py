@@ -161,9 +161,14 @@ def test_batch_norm_reads_the_statistics_of_each_step(training):
 
 
 @pytest.mark.parametrize("samples", [1, 2])
-def test_batch_norm_of_one_sample(samples):
-    net = tutorials.strong(tutorials.convolutional(norm=True))
-    check(net, sequence((1, 12, 12))[:, :samples])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_norms_of_one_sample(samples, norm):
+    torch.manual_seed(0)
+    norms = [norm(4, affine=True, track_running_stats=True) for _ in range(2)]
+    leaky = [snntorch.Leaky(beta=0.8, init_hidden=True, threshold=0.2) for _ in range(2)]
+    convs = [nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)]
+    net = nn.Sequential(convs[0], norms[0], leaky[0], convs[1], norms[1], leaky[1], nn.Flatten())
+    check(net, sequence((1, 6, 6))[:, :samples])
 
 
 class NormTwice(nn.Module):
