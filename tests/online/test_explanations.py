@@ -164,16 +164,16 @@ def test_what_is_no_loss(loss_fn, got):
         trainer(networks.conv_net(), loss_fn)
 
 
+@pytest.mark.parametrize("step_mode", ["s", "m"])
 @pytest.mark.parametrize(
-    "error", [RuntimeError("the disk is full"), ValueError("a label of another size"), KeyError("size")]
+    "error", [RuntimeError("the disk is full"), ValueError("no such label"), KeyError("size")]
 )
-def test_errors_that_nothing_explains_stay_what_they_are(error):
+def test_errors_that_nothing_explains_stay_what_they_are(error, step_mode):
     def fails(*_):
         raise error
 
-    with pytest.raises(type(error)) as raised:
-        trainer(networks.conv_net(), fails).forward_backward(X_SEQ[0], TARGET)
-    assert raised.value is error
-    with pytest.raises(type(error)) as raised:
-        trainer(Repeats(networks.conv_net(), fails)).forward_backward(X_SEQ[0], TARGET)
-    assert raised.value is error
+    net = networks.conv_net(step_mode=step_mode)
+    for online in (trainer(net, fails), trainer(Repeats(net, fails))):
+        with pytest.raises(type(error)) as raised:
+            online.forward_backward(X_SEQ[0], TARGET)
+        assert raised.value is error
