@@ -186,6 +186,22 @@ class SLTTNeuron(StatefulModule):
         return (_new_instance, self._made_from, *reduced[2:])
 
 
+CarriesState = Callable[[Any], bool]
+_CARRIES_STATE: dict[type[nn.Module], CarriesState] = {}
+
+
+def framework_neurons(cls: type[nn.Module], carries_state: CarriesState) -> None:
+    """Say which modules of a framework carry state: unless they are converted, the time loop does not know it."""
+    _CARRIES_STATE[cls] = carries_state
+
+
+def is_unconverted(module: nn.Module) -> bool:
+    """Whether a module carries state as a framework's neurons do, and is not converted."""
+    if isinstance(module, SLTTNeuron):
+        return False
+    return any(isinstance(module, cls) and carries(module) for cls, carries in _CARRIES_STATE.items())
+
+
 _MADE: dict[tuple[type[SLTTNeuron], type[nn.Module]], type[SLTTNeuron]] = {}
 
 

@@ -265,7 +265,9 @@ def test_a_checkpoint_without_this_runs_random_numbers(tmp_path, edit):
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_workers": 1, "persistent_workers": True}, {"generator": torch.Generator()}], ids=str
+    "options",
+    [{"num_workers": 1, "persistent_workers": True}, {"generator": torch.Generator()}],
+    ids=["workers", "generator"],
 )
 def test_a_loader_whose_random_numbers_are_in_no_checkpoint(tmp_path, options):
     with warnings.catch_warnings():

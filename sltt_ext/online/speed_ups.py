@@ -16,6 +16,7 @@ from sltt_ext.online.grouping import Grouping, Measuring
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.norms import NormsInParts
+from sltt_ext.online.outside import KeptTensors
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
 from sltt_ext.online.states import carrying_charged
@@ -65,6 +66,7 @@ class ChargedState(SpeedUp):
 def speed_ups_of(
     sizes: CallSizes,
     *,
+    kept: KeptTensors,
     step: Step,
     grouping: Grouping,
     measuring: bool,
@@ -77,6 +79,7 @@ def speed_ups_of(
 
     Args:
         sizes: How many steps share a call.
+        kept: Tensors that modules keep as plain attributes.
         step: What surrounds a call where several processes train.
         grouping: How many steps may share a call.
         measuring: Whether calls are measured for that, and the network watched.
@@ -91,6 +94,7 @@ def speed_ups_of(
     watching = [Watch(grouping.keep_apart)] if measuring else []
     counting = [NeuronSteps(grouping.keep_apart)] if measuring or shared else []
     return (
+        kept,
         Synchronisation(step),
         AutocastCache(),
         *([Measuring(grouping)] if measuring else []),

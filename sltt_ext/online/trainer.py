@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
+from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError, SLTTWarning, listed
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.distributed import (
@@ -38,6 +39,7 @@ from sltt_ext.online.objective import (
     total_loss,
 )
 from sltt_ext.online.outputs import Output, output_sequence
+from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
 from sltt_ext.online.snapshot import Snapshot
@@ -174,6 +176,8 @@ class OnlineTrainer:
         self._common: torch.Generator | None = None
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
         self._modules = InvariantModules()
+        self._kept = KeptTensors()
+        self._unknown: dict[str, str] = {}
         self._neurons()
         options.called_with_one_input(net)
 
@@ -196,6 +200,7 @@ class OnlineTrainer:
         After any exception the gradients are what they were before the call, and the state is reset.
         """
         neurons, _ = self._neurons()
+        self._say_what_is_unknown()
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         steps = self._steps()
@@ -281,7 +286,7 @@ class OnlineTrainer:
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         speed_ups, once = speed_ups_of(
-            sizes, step=step, grouping=self._grouping, measuring=measuring and learns, modules=self._modules, caches=caches,
+            sizes, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and learns, modules=self._modules, caches=caches,
             keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
         )  # fmt: skip
         objective = None
@@ -381,6 +386,14 @@ class OnlineTrainer:
         if isinstance(self.loss_fn, nn.Module):
             leaves += self.loss_fn.parameters()
         return [*leaves, *(leaf for leaf in tree_leaves(x) if isinstance(leaf, Tensor))]
+
+    def _say_what_is_unknown(self) -> None:
+        """Warn, once, of neurons that are neither reset nor made constant."""
+        unknown = unknown_neurons(self.net)
+        if unknown.keys() - self._unknown.keys():
+            message = "neurons carry their state on from batch to batch, as the trainer does not know them:"
+            warnings.warn(listed(message, unknown), SLTTWarning, stacklevel=3)
+        self._unknown |= unknown
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""

@@ -20,7 +20,7 @@ from sltt_ext.functional.inputs import broadcasts
 from sltt_ext.functional.leaky_operator import leaky_settings, run_leaky
 from sltt_ext.kernels import check_backend
 from sltt_ext.kernels.leaky import LEAKY, LeakySettings
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, snapshot, tensors_in
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot, tensors_in
 from sltt_ext.snntorch.surrogates import known_surrogate
 
 __all__ = ["FusedLeaky", "SLTTLeaky", "StepwiseNeuron"]
@@ -240,6 +240,9 @@ def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
         return SLTTLeaky
     own = {name for name in _DYNAMICS if getattr(cls, name) is not getattr(snntorch.Leaky, name)}
     return _stepwise(module) if own else adapter_subclass(FusedLeaky, cls)
+
+
+framework_neurons(snntorch.SpikingNeuron, lambda module: hasattr(module, "reset_mem"))
 
 
 @register_adapter(snntorch.SpikingNeuron)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, snapshot
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot
 
 __all__ = ["FUNCTIONAL_FORM", "MaskedStepwiseNode", "States", "StepwiseNode", "Tensors", "stepwise"]
 
@@ -153,6 +153,9 @@ def _stacked(steps: list[Any]) -> Any:
 _KNOWN_FORWARDS = [base.MemoryModule] + [
     getattr(neuron, name) for name in ("MPBNLIFNode", "FlexSN") if hasattr(neuron, name)
 ]
+
+
+framework_neurons(base.MemoryModule, lambda module: bool(module._memories))
 
 
 @register_adapter(base.MemoryModule)

@@ -170,7 +170,7 @@ def test_after_a_crash_the_gradient_is_that_of_a_fresh_network(wrapper):
         ("s", {"k": 1}, True),
         ("s", {"on_step": lambda t: None}, True),
     ],
-    ids=str,
+    ids=["steps", "chunks", "sequence", "SLTT-1", "updates"],
 )
 def test_a_static_graph_is_back_propagated_once(tmp_path, step_mode, options, works):
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
