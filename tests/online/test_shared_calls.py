@@ -258,7 +258,9 @@ CALLS = {
 @pytest.mark.parametrize(("options", "step_by_step"), CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("sizes", [(N,) * 4, (4, 4, 2, 3)], ids=["batches", "and smaller ones"])
 @pytest.mark.parametrize("name", [*SHARED, *KEPT_APART])
-@pytest.mark.filterwarnings("ignore:chunk='auto' keeps to one step a call")
+@pytest.mark.filterwarnings(
+    "ignore:chunk='auto' keeps to one step a call", "ignore:tensors are kept from step to step"
+)
 def test_nothing_changes(name, sizes, options, step_by_step):
     if sizes[-1] != N and name == "norm of each step":
         pytest.skip("it knows its batch size")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sltt_ext
+from sltt_ext.errors import LossError
 from sltt_ext.snntorch import MultiStep, Stateful
 
 T, N = 5, 4
@@ -185,6 +186,27 @@ def test_a_parameter_that_is_computed_is_no_state(name, parameter, own_loop):
     assert oracle.relative_error(oracle.gradients(net), want) < 1e-6
 
 
+def test_a_parameter_that_is_computed_once_is_not_cut():
+    """As without SLTT: a graph is gone after one backward pass."""
+    net = sltt_ext.convert(network(NEURONS["Synaptic"]))
+    raw = torch.ones((), requires_grad=True)
+    net[1].beta = raw.sigmoid()
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0)
+    with pytest.raises(LossError, match="reaches back to an earlier time step"):
+        online.forward_backward(X, TARGET)
+
+
+class KeepsNothing(snntorch.SpikingNeuron):
+    """All of its state comes and goes with the call."""
+
+    def reset_mem(self):
+        pass
+
+    def forward(self, x, mem):
+        mem = 0.9 * mem + x
+        return self.fire(mem), mem
+
+
 @pytest.mark.parametrize("own_loop", [False, True])
 @pytest.mark.parametrize("step_mode", ["s", "m"])
 @pytest.mark.parametrize("make", [StartsFrom, StartsFromToo])
@@ -212,7 +234,7 @@ class PassesItsState(nn.Module):
         self.start = nn.Parameter(torch.randn(16))
 
     def forward(self, x, state):
-        start = (self.start.expand(N, -1),) * (1 if isinstance(self.neuron, snntorch.Leaky) else 2)
+        start = (self.start.expand(N, -1),) * (2 if isinstance(self.neuron, snntorch.Synaptic) else 1)
         spk, *state = self.neuron(self.a(x), *(start if state is None else state))
         return self.c(spk), state
 
@@ -223,8 +245,8 @@ class PassesItsState(nn.Module):
 @pytest.mark.parametrize("own_loop", [False, True])
 @pytest.mark.parametrize(
     "make",
-    [lambda: snntorch.Leaky(beta=0.9), lambda: snntorch.Synaptic(alpha=0.8, beta=0.9)],
-    ids=["Leaky", "Synaptic"],
+    [lambda: snntorch.Leaky(beta=0.9), lambda: snntorch.Synaptic(alpha=0.8, beta=0.9), KeepsNothing],
+    ids=["Leaky", "Synaptic", "keeps nothing"],
 )
 def test_a_learned_initial_state_that_is_passed(make, own_loop, changes):
     net = PassesItsState(make)

@@ -361,16 +361,16 @@ def test_multi_step_network_that_averages_over_time():
 
 
 def test_state_that_the_conversion_does_not_see():
-    class PlainAttribute(nn.Module):
+    class InAList(nn.Module):
         def __init__(self):
             super().__init__()
-            self.previous = 0.0
+            self.previous = [0.0]
 
         def forward(self, x):
-            self.previous = 0.5 * self.previous + x
-            return self.previous
+            self.previous[0] = 0.5 * self.previous[0] + x
+            return self.previous[0]
 
-    net = networks.conv_net().append(PlainAttribute())
+    net = networks.conv_net().append(InAList())
     with pytest.raises(LossError, match="register_memory"):
         trainer(net).forward_backward(X, TARGET)
     assert oracle.gradients(net) == [None] * 6

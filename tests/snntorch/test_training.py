@@ -263,11 +263,11 @@ def test_a_state_carried_around_the_conversion_is_said():
     class Leaking(nn.Module):
         def __init__(self):
             super().__init__()
-            self.fc, self.lif, self.trace = nn.Linear(12, 5), snntorch.Leaky(beta=0.9, init_hidden=True), 0
+            self.fc, self.lif, self.trace = nn.Linear(12, 5), snntorch.Leaky(beta=0.9, init_hidden=True), [0]
 
         def forward(self, x):
-            self.trace = self.trace + self.lif(self.fc(x))
-            return self.trace
+            self.trace[0] = self.trace[0] + self.lif(self.fc(x))
+            return self.trace[0]
 
     online = sltt_ext.OnlineTrainer(sltt_ext.convert(Leaking()), F.cross_entropy, T)
     with pytest.raises(LossError, match="reaches back to an earlier time step"):
