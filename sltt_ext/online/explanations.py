@@ -20,6 +20,7 @@ from sltt_ext.errors import InputError, LossError, SLTTError, is_out_of_memory, 
 __all__ = ["explaining_losses", "explaining_steps"]
 
 _OF_SHAPES = re.compile(r"\bdim|shape|size|\dD\b", re.IGNORECASE)
+_OF_ONE_SAMPLE = "more than 1 value per channel"  # which says all there is to say
 _LAYERS = (_ConvNd, _BatchNorm, _AvgPoolNd, _MaxPoolNd)
 
 
@@ -37,7 +38,7 @@ def explaining_steps(
     except SLTTError:
         raise
     except (RuntimeError, ValueError, IndexError) as error:
-        if is_out_of_memory(error) or not _OF_SHAPES.search(str(error)):
+        if is_out_of_memory(error) or not _OF_SHAPES.search(str(error)) or _OF_ONE_SAMPLE in str(error):
             raise
         causes = [*_axis_of_time(x, time_steps, time_dim), *(_one_step_layers(net) if multi_step else [])]
         if multi_step and time_dim is None and not causes:

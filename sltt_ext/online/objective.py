@@ -101,6 +101,9 @@ class IterationLoss(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return repr(self.as_subclass(Tensor))
 
+    def __format__(self, format_spec: str) -> str:
+        return format(self.as_subclass(Tensor), format_spec)
+
     @classmethod
     def of(cls, loss: Tensor) -> Tensor:
         """``loss``, without its graph; other kinds of tensors (fake ones, say) stay what they are."""

@@ -19,6 +19,7 @@ __all__ = ["KeptTensors", "unknown_neurons"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _ABSENT: Any = object()
+_LOOKS = ("__get__", "is_inference", "untyped_storage")  # at .shape and the like: no numbers are read
 Key = tuple[nn.Module, str]
 
 
@@ -160,7 +161,7 @@ class _Reads(TorchFunctionMode):
         self.found: set[Key] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":  # .shape and the like
+        if getattr(func, "__name__", "") not in _LOOKS:
             read = map(id, tree_leaves((args, kwargs)))
             self.found |= {self._keys[one] for one in read if one in self._keys}
         return func(*args, **(kwargs or {}))

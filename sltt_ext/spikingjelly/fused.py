@@ -191,7 +191,11 @@ class FusedNode(StepwiseNode):
     def _keeps_state(self, steps: int) -> bool:
         """Whether the gradient goes on into the state of a call of so many steps, as it does not in the operator."""
         held = self._charged()
-        return self._keeps(self._memories["v"] if held is None else held.h, steps)
+        state = self._memories["v"] if held is None else held.h
+        if not self._keeps(state, steps):
+            return False
+        self._begin_step(state)  # before another tensor takes its place
+        return True
 
     def _covers_state(self, step: torch.Size) -> bool:
         """Whether a step of that shape can start from the state; in 0.0.0.0.14 a smaller one broadcasts."""
