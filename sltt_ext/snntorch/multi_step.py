@@ -87,7 +87,7 @@ class MultiStep(StatefulModule, nn.Module):
         Raises:
             InputError: If ``x_seq`` is no sequence, has another number of steps than a ``BatchNormTT`` list,
                 or the network returns a tensor that does not have the batch in front.
-            ConfigurationError: If a neuron is passed its state.
+            ConfigurationError: If a neuron is passed its state, or runs more than once in a step.
             SLTTError: If the network has been reverted.
         """
         if not any(isinstance(module, StepwiseNeuron) for module in self.net.modules()):
@@ -143,6 +143,8 @@ class _Unfolding:
         for module in net.modules():
             if isinstance(module, StepwiseNeuron):
                 replaced.attribute(module, "sltt_time_steps", self._time_steps)
+                if self._time_steps > 1:
+                    replaced.forward(module, Layer.STEPS, self._once)
             elif _is_list_of_batch_norms(module):
                 replaced.forward(module, Layer.STEPS, self._norm_of_each_step)
             elif isinstance(module, _NormBase) and (module.training or module.running_mean is None):
@@ -150,6 +152,15 @@ class _Unfolding:
             elif type(module) is nn.Conv2d and module.weight.device.type == "cpu" and self._batch > 1:
                 # of one sample, torch's instance norm misreads a gradient that is laid out so
                 replaced.attribute(module, "_conv_forward", partial(_channels_last, module))
+
+    def _once(self, neuron: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if neuron in self._seen:
+            raise ConfigurationError(
+                f"a {neuron.original.__name__} runs more than once in a step, and MultiStep would run all steps of the first "
+                "time before the second time: use chunk=1, or call the network step by step, without MultiStep"
+            )
+        self._seen.add(neuron)
+        return forward(*args, **kwargs)
 
     def _step_by_step(self, norm: Any, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self._in_step or len(x) == self._batch != self._time_steps * self._batch:  # the network's own loop

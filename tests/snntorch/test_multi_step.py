@@ -191,6 +191,23 @@ def test_a_norm_that_runs_twice_says_what_it_counts():
         net(sequence((12,)))
 
 
+class NeuronTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(12, 12), snntorch.Leaky(beta=0.8, init_hidden=True)
+
+    def forward(self, x):
+        return self.lif(3 * self.lif(self.fc(x)))
+
+
+def test_a_neuron_that_runs_twice_is_refused():
+    net = sltt_ext.convert(tutorials.strong(NeuronTwice()))
+    with pytest.raises(ConfigurationError, match="Leaky runs more than once in a step"):
+        MultiStep(net)(sequence((12,)))
+    utils.reset(net)
+    check(net, sequence((12,), 1))
+
+
 class NormsInAList(nn.Module):
     """A list of norms that has nothing to do with time."""
 
