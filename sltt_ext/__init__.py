@@ -2,6 +2,7 @@
 
 from sltt_ext.conversion import convert, is_converted, revert
 from sltt_ext.errors import ConversionError, SLTTError
+from sltt_ext.module_over_time import over_time
 from sltt_ext.online import CrossEntropyMSELoss, OnlineResult, OnlineTrainer
 
 __version__ = "0.1.0"
@@ -14,5 +15,6 @@ __all__ = [
     "SLTTError",
     "convert",
     "is_converted",
+    "over_time",
     "revert",
 ]

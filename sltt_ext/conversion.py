@@ -16,7 +16,7 @@ from torch import nn
 
 from sltt_ext.errors import BackendError, ConversionError, SLTTWarning, UnsupportedModuleError, listed
 from sltt_ext.kernels import check_backend
-from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.neuron import Reclassed, SLTTNeuron
 
 __all__ = ["convert", "is_converted", "register_adapter", "revert"]
 
@@ -130,12 +130,14 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
 
 
 def revert(net: Module) -> Module:
-    """Undo `convert`, in place: every neuron gets the class it had before.
+    """Undo `convert` and `over_time`, in place: every module gets the class it had before.
 
     Returns:
         ``net`` itself. A network that is not converted is returned as it is.
     """
     for module in net.modules():
+        if isinstance(module, Reclassed):
+            module.give_back_class()
         if isinstance(module, SLTTNeuron):
             module.carry_charged(False)
             for name in [name for name in vars(module) if name.startswith(("sltt_backend", "_sltt_"))]:

@@ -63,9 +63,12 @@ class Replacements:
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """Give an attribute of ``module`` itself another value."""
-        own = vars(module)
-        self._undo.append(partial(_put_back, own, name, own.get(name, _ABSENT)))
-        own[name] = value
+        self.entry(vars(module), name, value)
+
+    def entry(self, store: dict[str, Any], name: str, value: Any) -> None:
+        """Give an entry of a dict of a module's, such as one of its parameters, another value."""
+        self._undo.append(partial(_put_back, store, name, store.get(name, _ABSENT)))
+        store[name] = value
 
     def undo(self) -> None:
         """Put everything back, also when an interrupt comes in between."""

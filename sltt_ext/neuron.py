@@ -8,7 +8,7 @@ this file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, cast
 
 import torch
@@ -41,6 +41,18 @@ class StatefulModule:
         """Make the carried state a constant, and so let go of the graph that computed it."""
         raise NotImplementedError
 
+    def stores(self) -> Iterable[dict[str, Any]]:
+        """Where it carries state, besides its buffers and plain attributes."""
+        return ()
+
+
+class Reclassed:
+    """Mixin of a module whose class was exchanged, though it is no neuron."""
+
+    def give_back_class(self) -> None:
+        """Give the module the class it had before."""
+        raise NotImplementedError
+
 
 class SLTTNeuron(StatefulModule):
     """Mixin of every converted stateful module.
@@ -60,6 +72,7 @@ class SLTTNeuron(StatefulModule):
     _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
     _sltt_left: tuple[int, ...] = ()
     _sltt_steps: int | None = None
+    _sltt_task: int = -1
 
     @property
     def fires(self) -> bool:
@@ -98,6 +111,8 @@ class SLTTNeuron(StatefulModule):
         network, it begins with another step.
         """
         self.__dict__["_sltt_steps"] = steps
+        if not torch.compiler.is_compiling():
+            self.__dict__["_sltt_task"] = -1 if steps is None else torch._C._current_graph_task_id()
 
     @property
     def told_steps(self) -> int | None:
@@ -161,8 +176,8 @@ class SLTTNeuron(StatefulModule):
             ConfigurationError: If the step is run again in a backward pass, by checkpointing, from the state that its
                 first run has left behind. With the state restored, as SpikingJelly's memopt does, it may be.
         """
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() in (-1, self._sltt_task):
+            return  # forward, or the time loop's own second run
         if any(id(tensor) in self._sltt_left for tensor in state):
             raise ConfigurationError(
                 f"{self.original.__name__} runs again in the backward pass, where it would go on from the state it has "

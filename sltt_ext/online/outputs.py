@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
 
-__all__ = ["MeanOutput", "Output", "output_sequence"]
+__all__ = ["MeanOutput", "Output", "OutputSequence", "Outputs", "output_sequence"]
 
 Output = Literal["spike", "membrane"] | Callable[[Any], Any] | None
 
@@ -54,7 +55,14 @@ def output_sequence(returned: Any, steps: int, output: Output, multi_step: bool)
     return chosen
 
 
-class MeanOutput:
+class Outputs(Protocol):
+    """What becomes of the outputs of a pass."""
+
+    def add(self, output_seq: Any) -> None:
+        """Take the next C outputs ``[C, N, ...]`` in, without their graph."""
+
+
+class MeanOutput(Outputs):
     """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other; of half precision in float32.
 
     An output is a tensor, or several in a dict, tuple or list.
@@ -66,7 +74,6 @@ class MeanOutput:
         self._steps = 0
 
     def add(self, output_seq: Any) -> None:
-        """Take the next C outputs in, without their graph."""
         leaves, self._structure = tree_flatten(output_seq)
         parts = [leaf.detach().sum(0, dtype=state_dtype(leaf.dtype)) for leaf in leaves]
         self._sums = (
@@ -77,3 +84,19 @@ class MeanOutput:
     def value(self) -> Any:
         """The mean ``[N, ...]`` of all so far."""
         return tree_unflatten([sum_ / self._steps for sum_ in self._sums], self._structure)
+
+
+class OutputSequence(Outputs):
+    """The outputs of all steps ``[T, N, ...]``, of several heads each."""
+
+    def __init__(self) -> None:
+        self._parts: list[list[Tensor]] = []
+        self._structure: Any = None
+
+    def add(self, output_seq: Any) -> None:
+        leaves, self._structure = tree_flatten(output_seq)
+        self._parts.append([leaf.detach() for leaf in leaves])
+
+    def value(self) -> Any:
+        """All so far."""
+        return tree_unflatten([torch.cat(parts) for parts in zip(*self._parts, strict=True)], self._structure)

@@ -75,7 +75,7 @@ class KeptTensors(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Start from rest, and see what is carried."""
         self._net, self._calls, self._set, known = one.net, 0, {}, len(self._rest)
-        for key in self._rest:
+        for key in self._rest if one.from_rest else ():
             self._put_back(*key)
         self._before = {module: _own(module) for module in one.net.modules()} if self._watches else {}
         try:

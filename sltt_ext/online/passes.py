@@ -1,6 +1,6 @@
 """The time loop: one pass through time, call by call, as the paper has it (Meng et al. 2023, Sec. 4).
 
-A *pass* shows the network T steps, from rest. A *call* of the network takes one of them, or several in a row. For each
+A *pass* shows the network T steps, from rest or from where the last one ended. A *call* of the network takes one of them, or several in a row. For each
 call the network runs, its loss is back-propagated if the call is selected, its output is added to the mean, and its
 state becomes a constant, so that nothing of the call is kept.
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.frames import Frames
-from sltt_ext.online.outputs import MeanOutput
+from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.schedule import runs
 from sltt_ext.online.states import detach, one_call, reset
 
@@ -52,6 +52,7 @@ class Call:
         selected: Whether it is back-propagated.
         last: Whether it is the last one that is.
         frame: What the network is shown.
+        differentiable: Whether it runs with a graph.
     """
 
     start: int
@@ -60,6 +61,7 @@ class Call:
     selected: bool
     last: bool
     frame: Any
+    differentiable: bool
 
     @property
     def steps(self) -> int:
@@ -69,10 +71,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Pass:
-    """One run through time, from rest.
+    """One run through time.
 
     Attributes:
         net: The network.
+        run: Calls it with a frame.
         neurons: All of it that carries state.
         multi_step: Whether it takes sequences ``[C, N, ...]`` rather than single steps ``[N, ...]``.
         source: Its input over time.
@@ -81,9 +84,13 @@ class Pass:
         learns: Whether they are in this pass; one that only looks ahead sends the same calls.
         sizes: How many steps share a call.
         output: Outputs ``[C, N, ...]`` of C steps, from what the network returns; one, or several in a dict or tuple.
+        from_rest: Whether states are reset first.
+        differentiable: Whether the selected calls run with a graph, also where they are not back-propagated here.
+        again: Only the selected calls, which have run before.
     """
 
     net: nn.Module
+    run: Callable[[Any], Any]
     neurons: Sequence[StatefulModule]
     multi_step: bool
     source: Frames
@@ -92,16 +99,22 @@ class Pass:
     learns: bool
     sizes: CallSizes
     output: Callable[[Any, int], Any]
+    from_rest: bool = True
+    differentiable: bool = False
+    again: bool = False
 
     def calls(self) -> Iterator[Call]:
         """The calls, in order; each takes its frames when it is its turn."""
         sizes = self.sizes
         for start, stop, selected in runs(self.stop, self.selected, sizes.chunk, sizes.group):
+            if self.again and not selected:
+                continue
             whole, rest = divmod(stop - start, sizes.part)
             parts = (*[sizes.part] * whole, *[rest] * bool(rest))
             learns = self.learns and selected
             last = learns and stop > self.selected[-1]
-            yield Call(start, stop, parts, learns, last, self.source.take(start, stop))
+            graph = learns or (self.differentiable and selected)
+            yield Call(start, stop, parts, learns, last, self.source.take(start, stop), graph)
 
 
 class SpeedUp:
@@ -132,20 +145,22 @@ class Objective:
 
 
 def through_time(
-    one: Pass, objective: Objective | None, speed_ups: Sequence[SpeedUp]
-) -> tuple[Tensor | None, Any]:
+    one: Pass, objective: Objective | None, speed_ups: Sequence[SpeedUp], outputs: Outputs
+) -> Tensor | None:
     """Run a pass.
 
     Args:
         one: The pass.
         objective: None where nothing is learned.
         speed_ups: From the outermost to the innermost.
+        outputs: Where the outputs go, without their graphs.
 
     Returns:
-        The sum of the losses, detached, and the mean output.
+        The sum of the losses, detached.
     """
-    mean, total = MeanOutput(), None
-    reset(one.neurons)
+    total = None
+    if one.from_rest:
+        reset(one.neurons)
     with ExitStack() as around_pass:
         for speed_up in speed_ups:
             around_pass.enter_context(speed_up.around_pass(one))
@@ -154,16 +169,16 @@ def through_time(
                 for speed_up in speed_ups:
                     around_call.enter_context(speed_up.around_call(call))
                 around_call.enter_context(one_call(one.neurons, call.steps))
-                with torch.set_grad_enabled(call.selected):
-                    output_seq = one.output(one.net(call.frame), call.steps)
+                with torch.set_grad_enabled(call.differentiable):
+                    output_seq = one.output(one.run(call.frame), call.steps)
                 if call.selected and objective is not None:
                     loss = objective.loss(output_seq, call)
                     objective.back_propagate(loss)
                     total = loss.detach() if total is None else total + loss.detach()
                     del loss
-                mean.add(output_seq)
+                outputs.add(output_seq)
                 del output_seq
                 detach(one.neurons)
             if call.selected and objective is not None:
                 objective.after(call)
-    return total, mean.value()
+    return total

@@ -1,40 +1,114 @@
-"""What a pass through time changes besides the neurons' states, so that it can run twice as if once."""
+"""What a pass through time changes besides gradients, so that it can run twice as if once."""
 
 from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from sltt_ext.neuron import StatefulModule
+
 __all__ = ["Snapshot"]
+
+_NOT_TAKEN = frozenset({*vars(nn.Module()), "forward"})  # which is replaced by whoever runs the pass
+_DEPTH = 2  # a list or dict that is an attribute, and one in that
+_ABSENT: Any = object()
 
 
 class Snapshot:
-    """A copy of a network's buffers and of the states of torch's random number generators it draws from.
+    """What a network holds and draws from at one moment: buffers, carried states, plain attributes, random numbers.
+
+    Lists and dicts are taken with what is in them. Objects of other kinds are taken as they are. Parameters and hooks
+    are not taken.
 
     Args:
         net: The network.
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._buffers = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in net.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
-        with _disable_current_modes():  # real states also where the network runs on fake tensors
-            self._random: Tensor = torch.get_rng_state()
-            self._random_cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+        self._undo: list[Callable[[], None]] = []
+        for module in net.modules():
+            buffers: Any = module._buffers
+            self._keep(buffers, buffers)
+            own = vars(module)
+            self._keep(own, {name: value for name, value in own.items() if name not in _NOT_TAKEN})
+            if isinstance(module, StatefulModule):
+                for store in module.stores():
+                    self._keep(store, store)
+        self._undo.append(random_numbers(net))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make buffers and generators what they were."""
-        for module, name, buffer, value in self._buffers:
-            buffer.data.copy_(value)  # unseen by autograd: a graph may need the buffer as it was
-            module._buffers[name] = buffer
+        """Make everything what it was."""
+        for undo in self._undo:
+            undo()
+
+    def _keep(self, store: dict[Any, Any], now: dict[Any, Any], depth: int = _DEPTH) -> None:
+        """Take what is ``now`` in a dict."""
+        self._undo.append(partial(_put_back, store, dict(now)))
+        for value in now.values():
+            self._keep_content(value, depth)
+
+    def _keep_content(self, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            if not isinstance(value, nn.Parameter) and _can_change(value):
+                self._undo.append(partial(_write, value, value.detach().clone()))
+        elif isinstance(value, torch.Generator):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif depth and type(value) is list:
+            self._undo.append(partial(_refill, value, list(value)))
+            for element in value:
+                self._keep_content(element, depth - 1)
+        elif depth and isinstance(value, dict):
+            self._keep(value, value, depth - 1)
+
+
+def random_numbers(net: nn.Module) -> Callable[[], None]:
+    """A function that has the generators draw the same again: those of torch, of Python, and of NumPy where it is used."""
+    devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
+    with _disable_current_modes():  # real states also where the network runs on fake tensors
+        state = torch.get_rng_state()
+        cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+    python, numpy = random.getstate(), getattr(sys.modules.get("numpy"), "random", None)
+    numbers = None if numpy is None else numpy.get_state()
+
+    def draw_again() -> None:
         with _disable_current_modes():
-            torch.set_rng_state(self._random)
-            for device, state in self._random_cuda.items():
-                torch.cuda.set_rng_state(state, device)
+            torch.set_rng_state(state)
+            for device, of_device in cuda.items():
+                torch.cuda.set_rng_state(of_device, device)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(numbers)
+
+    return draw_again
+
+
+def _put_back(store: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Give a dict the entries that it had; what is of every module stays as it is."""
+    for name in [name for name in store if name not in before and name not in _NOT_TAKEN]:
+        del store[name]
+    for name, value in before.items():
+        if store.get(name, _ABSENT) is not value:
+            store[name] = value
+
+
+def _refill(kept: list[Any], before: list[Any]) -> None:
+    kept[:] = before
+
+
+def _write(tensor: Tensor, value: Tensor) -> None:
+    tensor.data.copy_(value)  # unseen by autograd: a graph may need the tensor as it was
+
+
+def _can_change(tensor: Tensor) -> bool:
+    """Whether a tensor can be written to: not one of inference mode, nor one that repeats its memory."""
+    if tensor.is_inference() or tensor.layout is not torch.strided:
+        return False
+    return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape))

@@ -48,10 +48,10 @@ class AutocastCache(SpeedUp):
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
-        """Have weights cast again in the first back-propagated call after one that is not."""
-        if call.selected and self._cast_without_gradients:
+        """Have weights cast again in the first call with gradients after one without."""
+        if call.differentiable and self._cast_without_gradients:
             torch.clear_autocast_cache()
-        self._cast_without_gradients = not call.selected
+        self._cast_without_gradients = not call.differentiable
         yield
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError, SLTTWarning, listed
-from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarning, listed
+from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.distributed import (
     Step,
@@ -29,6 +29,7 @@ from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay, has_graph, shares_graph
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.network import neurons_of, whole_sequences
 from sltt_ext.online.objective import (
     Backward,
     IterationLoss,
@@ -38,7 +39,7 @@ from sltt_ext.online.objective import (
     targets_of_steps,
     total_loss,
 )
-from sltt_ext.online.outputs import Output, output_sequence
+from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
@@ -282,7 +283,7 @@ class OnlineTrainer:
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
         learns = loss_of_call is not None
         output = partial(output_sequence, output=self.output, multi_step=multi_step)
-        one = Pass(self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
+        one = Pass(self.net, self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         speed_ups, once = speed_ups_of(
@@ -293,7 +294,9 @@ class OnlineTrainer:
         if loss_of_call is not None:
             objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
         with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
-            return through_time(one, objective, (Alone(), *guards, *speed_ups))
+            mean = MeanOutput()
+            loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
+            return loss, mean.value()
 
     def _two_passes(
         self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
@@ -397,25 +400,10 @@ class OnlineTrainer:
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""
-        neurons: list[StatefulModule] = [
-            module for module in self.net.modules() if isinstance(module, StatefulModule)
-        ]
-        if not any(isinstance(neuron, SLTTNeuron) for neuron in neurons):
-            raise SLTTError(f"{type(self.net).__name__} is not converted: call sltt_ext.convert(net) first")
-        multi_step = any(neuron.multi_step for neuron in neurons)
-        if isinstance(self.chunk, int) and self.chunk > 1 and not multi_step:
-            raise ConfigurationError(
-                f"chunk={self.chunk} needs a multi-step network, and this one takes single steps: use chunk=1, or "
-                "set the network to multi-step mode (SpikingJelly: functional.set_step_mode(net, 'm'); snnTorch: "
-                "sltt_ext.snntorch.MultiStep(net))"
-            )
-        if self.schedule is not None or (isinstance(self.chunk, int) and self.chunk < self.time_steps):
-            for neuron in neurons:
-                if neuron.whole_sequence:
-                    raise ConfigurationError(
-                        f"{type(neuron).__name__} takes its whole sequence in one call: use "
-                        f"chunk={self.time_steps} (time_steps), and neither k nor schedule"
-                    )
+        chosen = None if self.chunk == "auto" else self.chunk
+        neurons, multi_step = neurons_of(self.net, chosen or 1)
+        chunk = chosen or self.time_steps
+        whole_sequences(neurons, self.time_steps, chunk, self.schedule is not None)
         return neurons, multi_step
 
 

@@ -58,6 +58,9 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
             if name in vars(self):
                 setattr(self, name, constant(vars(self)[name]))
 
+    def stores(self) -> tuple[dict[str, Any]]:
+        return (self._memories,)
+
     def _hold_state(self) -> None:
         """Make all of the state constant."""
         self._memories.update({name: constant(value) for name, value in self._memories.items()})

@@ -1,0 +1,83 @@
+"""Leaves that stand in for what a network is given from outside, so that a pass of its own gathers their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sltt_ext.forwards import Replacements
+from sltt_ext.neuron import SLTTNeuron, StatefulModule
+
+__all__ = ["StandIns", "outer_tensors"]
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def outer_tensors(net: nn.Module) -> list[Tensor]:
+    """Everything that ``net`` holds and that wants a gradient: parameters, and tensors computed before it is called."""
+    found = {id(tensor): tensor for _, _, tensor in _places(net)}
+    return list(found.values())
+
+
+class StandIns:
+    """A leaf of the same memory in the place of each tensor.
+
+    The gradient of a pass is gathered by the leaves. Hooks on the tensors' own gradients, and wrappers that wait for
+    them, see the one sum that autograd hands on.
+
+    Args:
+        net: The network that reads the tensors.
+        tensors: The tensors.
+    """
+
+    def __init__(self, net: nn.Module, tensors: Iterable[Tensor]) -> None:
+        self._net = net
+        self._leaves = {id(tensor): _leaf(tensor) for tensor in tensors}
+
+    def of(self, tensor: Any) -> Any:
+        """What stands in for a tensor; anything else is returned as it is."""
+        return self._leaves.get(id(tensor), tensor)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Have the network read the leaves."""
+        with Replacements() as replaced:
+            for store, name, tensor in _places(self._net):
+                if id(tensor) in self._leaves:
+                    replaced.entry(store, name, self._leaves[id(tensor)])
+            yield
+
+    def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of these tensors."""
+        return [self._leaves[id(tensor)].grad for tensor in tensors]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    leaf = tensor.detach()
+    if isinstance(tensor, nn.Parameter):
+        leaf = nn.Parameter(leaf)
+        vars(leaf).update(vars(tensor))
+    return leaf.requires_grad_()
+
+
+def _places(net: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where ``net`` holds tensors that want a gradient, and are not what a step has left."""
+    for module in net.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                yield module._parameters, name, parameter
+        own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+        for store in (module._buffers, own):
+            for name, value in store.items():
+                if isinstance(value, Tensor) and value.requires_grad and not _is_left(module, value):
+                    yield (vars(module) if store is own else module._buffers), name, value
+
+
+def _is_left(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether a tensor is the state of a module, which an earlier step has left."""
+    if isinstance(module, SLTTNeuron):
+        return module._has_left(tensor)
+    return isinstance(module, StatefulModule)
