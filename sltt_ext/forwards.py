@@ -2,7 +2,7 @@
 
 Some speed-ups stand between a module and its ``forward``. Each of them is one layer around it::
 
-    caller -> the user's hooks -> STEPS -> PARTS -> ONCE -> OWN -> the module's own forward
+    caller -> the user's hooks -> TIME -> STEPS -> PARTS -> ONCE -> OWN -> the module's own forward
 
 Layers are ordered by what they do, not by who came first. A layer is written down before it is put in place, and
 taking it away twice does no harm: an exception at any moment leaves the module as it was.
@@ -36,6 +36,8 @@ class Layer(IntEnum):
     """Splits a call of several steps into the calls that it stands for."""
     STEPS = 3
     """Unfolds time from the batch."""
+    TIME = 4
+    """Runs the network over time."""
 
 
 class Replacements:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from sltt_ext.conversion import convert, is_converted
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.neuron import Reclassed
 from sltt_ext.online import options
+from sltt_ext.online.heads import Returns
 from sltt_ext.online.inputs import TimeDims
 from sltt_ext.online.schedule import Schedule
-from sltt_ext.online.time_loop import Returns, Settings, TimeLoop
+from sltt_ext.online.time_loop import Settings, TimeLoop
 
 __all__ = ["over_time"]
 
@@ -80,7 +81,8 @@ class OverTime(Reclassed, nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deep-copy by the class that was exchanged: this one has no importable name."""
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
             arguments = (self._sltt_original, *arguments[1:])
         return _new_over_time, (make, arguments), *rest

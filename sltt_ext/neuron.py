@@ -112,7 +112,7 @@ class SLTTNeuron(StatefulModule):
         """
         self.__dict__["_sltt_steps"] = steps
         if not torch.compiler.is_compiling():
-            self.__dict__["_sltt_task"] = -1 if steps is None else torch._C._current_graph_task_id()
+            self.__dict__["_sltt_task"] = torch._C._current_graph_task_id()
 
     @property
     def told_steps(self) -> int | None:

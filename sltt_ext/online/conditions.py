@@ -18,14 +18,13 @@ class Conditions:
 
     Args:
         net: The network.
-        devices: The kinds of devices that it computes on.
     """
 
-    def __init__(self, net: nn.Module, devices: set[str]) -> None:
+    def __init__(self, net: nn.Module) -> None:
         self._net = net
         self._autocast = [
             (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in sorted(devices)
+            for kind in sorted({"cpu", *(parameter.device.type for parameter in net.parameters())})
             if torch.amp.is_autocast_available(kind)
         ]
         self._caches = torch.is_autocast_cache_enabled()
@@ -45,7 +44,9 @@ class Conditions:
                     f"forward hooks of {name or 'the network'!r} were added or removed between forward and backward, which runs "
                     "the time steps again: call backward() first"
                 )
-        others = [(module, module.training) for module, training in self._modes if module.training != training]
+        others = [
+            (module, module.training) for module, training in self._modes if module.training != training
+        ]
         with ExitStack() as contexts:
             for kind, enabled, dtype in self._autocast:
                 contexts.enter_context(torch.autocast(kind, dtype, enabled, self._caches))

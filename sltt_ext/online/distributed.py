@@ -15,6 +15,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sltt_ext.forwards import Layer, Replacements
+
 __all__ = [
     "Step",
     "common_generator",
@@ -22,6 +24,7 @@ __all__ = [
     "is_distributed",
     "no_synchronisation",
     "synchronised_once",
+    "unwrapped",
 ]
 
 Step = Callable[[bool], AbstractContextManager[Any]]
@@ -75,6 +78,25 @@ def synchronised_once(net: nn.Module, sync: bool, every_step: bool = False) -> I
                 ddp.require_forward_param_sync = False
 
         yield step
+
+
+def unwrapped(net: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
+    """The network inside of DistributedDataParallel, and how to run it over time through the wrapper.
+
+    Returns:
+        The network, and a function ``(outputs, x) -> outputs(forward, x)``, where ``forward`` is that of one call.
+    """
+    if not isinstance(net, DistributedDataParallel):
+        return net, lambda outputs, x: outputs(net, x)
+    inner: nn.Module = net.module
+
+    def call(outputs: Callable[..., Any], x: Any) -> Any:
+        """The wrapper is called once, and gets its gradients once."""
+        with Replacements() as replaced:
+            replaced.forward(inner, Layer.TIME, lambda module, forward, x: outputs(forward, x))
+            return net(x)
+
+    return inner, call
 
 
 def common_generator(net: nn.Module, generator: torch.Generator | None) -> torch.Generator:

@@ -65,18 +65,21 @@ class Arguments:
                     f"an input is empty: shape {list(tensor.shape)}; skip empty batches (drop_last=True in the DataLoader)"
                 )
         if len(lengths) > 1 or 0 in lengths:
-            raise InputError(f"the inputs' axes of time have {sorted(lengths)} steps: give each the same number, 1 or more")
+            raise InputError(
+                f"the inputs' axes of time have {sorted(lengths)} steps: give each the same number, 1 or more"
+            )
         found = lengths.pop() if lengths else None
-        if time_steps is None and found is None:
+        steps = found if time_steps is None else time_steps
+        if steps is None:
             raise InputError(
                 "nothing says how many time steps there are: give time_steps=, or time_dim= where an input has an axis of time"
             )
-        if time_steps is not None and found is not None and found != time_steps:
+        if found not in (None, steps):
             raise InputError(
                 f"an input has {found} steps along its axis of time, and time_steps={time_steps}: leave time_steps out for "
                 "sequences of any length, or say which axis is time (time_dim=)"
             )
-        return time_steps if found is None else found
+        return steps
 
     def frames(self, tensors: Sequence[Tensor], keeps_axis: bool, repeats: bool) -> Frames:
         """The arguments of each call, with ``tensors`` in the place of `tensors`.

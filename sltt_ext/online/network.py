@@ -19,9 +19,7 @@ def neurons_of(net: nn.Module, chunk: int = 1) -> tuple[list[StatefulModule], bo
         SLTTError: If the network is not converted.
         ConfigurationError: If it takes single steps, and a call was to have more.
     """
-    neurons: list[StatefulModule] = [
-        module for module in net.modules() if isinstance(module, StatefulModule)
-    ]
+    neurons: list[StatefulModule] = [module for module in net.modules() if isinstance(module, StatefulModule)]
     if not any(isinstance(neuron, SLTTNeuron) for neuron in neurons):
         raise SLTTError(f"{type(net).__name__} is not converted: call sltt_ext.convert(net) first")
     multi_step = any(neuron.multi_step for neuron in neurons)

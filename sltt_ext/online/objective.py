@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "LossFn",
     "back_propagate",
     "reaches_every_leaf",
+    "sum_of_losses",
     "targets_of_steps",
     "total_loss",
 ]
@@ -51,8 +52,17 @@ def total_loss(loss_fn: LossFn, output_seq: Any, targets: Sequence[Any]) -> Tens
     Raises:
         LossError: If a loss is no scalar tensor, or needs no gradient.
     """
+    return sum_of_losses(loss_fn, zip(_steps(output_seq), targets, strict=True))
+
+
+def sum_of_losses(loss_fn: LossFn, outputs_and_targets: Iterable[tuple[Any, Any]]) -> Tensor:
+    """The sum of the losses of these outputs.
+
+    Raises:
+        LossError: If a loss is no scalar tensor, or needs no gradient.
+    """
     losses = []
-    for output, target in zip(_steps(output_seq), targets, strict=True):
+    for output, target in outputs_and_targets:
         with _says_what_caching_hides(), explaining_losses(output, target):
             losses.append(loss_fn(output, target))
     for loss in losses:

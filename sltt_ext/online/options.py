@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
@@ -23,14 +22,14 @@ __all__ = [
     "chunk_size",
     "count",
     "loss_of_a_step",
+    "one_loss",
     "one_of",
     "reads",
     "selection",
-    "trains_network_only",
 ]
 
 Scale = Literal["mean", "paper"]
-LossOn = Literal["step", "mean"]
+LossOn = Literal["step", "mean", "sequence"]
 TimeDim = Literal[0, 1]
 Choice = TypeVar("Choice")
 
@@ -75,7 +74,7 @@ def budget(value: Any, chunk: Any) -> int | str | None:
     )
 
 
-def selection(k: Any, schedule: Schedule | None, time_steps: int) -> Schedule | None:
+def selection(k: Any, schedule: Schedule | None, time_steps: int | None) -> Schedule | None:
     """``k`` or ``schedule``: which steps are back-propagated; None is all of them."""
     if k is not None and schedule is not None:
         raise ConfigurationError("give k or schedule, not both")
@@ -130,14 +129,9 @@ def reads(value: Any) -> Any:
     return one_of("output", value, ("spike", "membrane"), "None, 'spike', 'membrane' or a function")
 
 
-def trains_network_only(loss_fn: Callable[..., Any], target_time_dim: Any, on_step: Any) -> None:
-    """What ``loss_on="mean"`` goes with."""
+def one_loss(loss_on: str, target_time_dim: Any, on_step: Any) -> None:
+    """What a single loss for all steps goes with."""
     if target_time_dim is not None or on_step is not None:
         raise ConfigurationError(
-            "loss_on='mean' has one loss for all steps: it goes with neither target_time_dim nor on_step"
-        )
-    if isinstance(loss_fn, nn.Module) and any(parameter.requires_grad for parameter in loss_fn.parameters()):
-        raise ConfigurationError(
-            "loss_on='mean' trains the network only, and loss_fn has parameters that require a gradient: "
-            "freeze them, or use loss_on='step'"
+            f"loss_on={loss_on!r} has one loss for all steps: it goes with neither target_time_dim nor on_step"
         )

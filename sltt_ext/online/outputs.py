@@ -74,6 +74,7 @@ class MeanOutput(Outputs):
         self._steps = 0
 
     def add(self, output_seq: Any) -> None:
+        """Add the next C outputs up."""
         leaves, self._structure = tree_flatten(output_seq)
         parts = [leaf.detach().sum(0, dtype=state_dtype(leaf.dtype)) for leaf in leaves]
         self._sums = (
@@ -94,6 +95,7 @@ class OutputSequence(Outputs):
         self._structure: Any = None
 
     def add(self, output_seq: Any) -> None:
+        """Keep the next C outputs."""
         leaves, self._structure = tree_flatten(output_seq)
         self._parts.append([leaf.detach() for leaf in leaves])
 

@@ -17,26 +17,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import LossError
+from sltt_ext.errors import InputError, LossError
 from sltt_ext.online.conditions import Conditions
 from sltt_ext.online.frames import Frames
+from sltt_ext.online.heads import Heads
 from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.snapshot import Snapshot
-from sltt_ext.online.stand_ins import StandIns
+from sltt_ext.online.stand_ins import StandIns, outer_tensors
 
-__all__ = ["GraphsDropped", "Moments", "Recording", "with_backward"]
+__all__ = ["Recording", "recorded"]
 
 SpeedUps = Callable[[Pass], Sequence[SpeedUp]]
-Share = Callable[[Tensor, Call, int], Tensor]
-"""``(gradient, call, head) -> `` the part of a call's outputs ``[C, N, ...]`` in the gradient of an output."""
+Source = Callable[[Sequence[Tensor]], Frames]
+"""``tensors -> `` the network's input over time, with these in the place of the tensors in its arguments."""
 
 
-class GraphsDropped(SpeedUp):
+class _GraphsDropped(SpeedUp):
     """Calls that run again later run with a graph, so that they compute the same, and keep nothing for it."""
 
     @contextmanager
@@ -61,7 +61,7 @@ def _refuse(dropped: None) -> Tensor:
     )
 
 
-class Moments(SpeedUp):
+class _Moments(SpeedUp):
     """What the network held before each call that runs again, unless the call before it does."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Moments(SpeedUp):
 class _Again(SpeedUp):
     """The calls of a second run start from what they started from in the first, and leave no trace."""
 
-    def __init__(self, moments: Moments) -> None:
+    def __init__(self, moments: _Moments) -> None:
         self._moments = moments
 
     @contextmanager
@@ -112,33 +112,64 @@ class _Again(SpeedUp):
         yield
 
 
+def recorded(
+    one: Pass,
+    heads: Heads,
+    inputs: Sequence[Tensor],
+    source: Source,
+    speed_ups: SpeedUps,
+    wanting: Sequence[Tensor],
+) -> list[Tensor]:
+    """Run a pass, such that its outputs can be back-propagated.
+
+    Args:
+        one: The pass; nothing is learned in it.
+        heads: Its outputs.
+        inputs: The tensors in the network's arguments.
+        source: The input over time, of other tensors in their place.
+        speed_ups: Those of a pass.
+        wanting: The tensors, of the arguments and the network, that want a gradient; none where there is no backward.
+
+    Returns:
+        The outputs, as autograd's function of ``wanting``.
+    """
+    moments = _Moments()
+    again = Recording(one, heads, moments, source, speed_ups)
+    versions = [_version(tensor) for tensor in inputs]
+    through_time(one, None, (*speed_ups(one), moments, _GraphsDropped()), heads.outputs)
+    outputs = heads.values()
+    if not wanting:
+        return outputs
+    if [_version(tensor) for tensor in inputs] != versions:
+        raise InputError(
+            "the network changes its input in place, and the time steps run again in backward: have its forward compute out of "
+            "place (x = x - mean, not x.sub_(mean))"
+        )
+    wanting = _still_there(one.net, inputs, wanting)
+    others = [tensor for tensor in inputs if all(tensor is not one for one in wanting)]
+    return list(_RunAgain.apply(again, inputs, len(outputs), *outputs, *others, *wanting))
+
+
 class Recording:
     """One pass that has run, and all it takes to run its selected calls again.
 
     Args:
         one: The pass.
-        moments: What the network held.
-        conditions: Under which it ran.
-        source: ``tensors -> `` its input over time, with these tensors in the place of the inputs.
+        heads: Its outputs.
+        moments: What the network holds before the calls that run again.
+        source: Its input over time.
         speed_ups: Those of a pass.
-        share: What each call has in the gradients of the outputs.
     """
 
     def __init__(
-        self,
-        one: Pass,
-        moments: Moments,
-        conditions: Conditions,
-        source: Callable[[Sequence[Tensor]], Frames],
-        speed_ups: SpeedUps,
-        share: Share,
+        self, one: Pass, heads: Heads, moments: _Moments, source: Source, speed_ups: SpeedUps
     ) -> None:
         self._pass = one
+        self._heads = heads
         self._moments = moments
-        self._conditions = conditions
+        self._conditions = Conditions(one.net)
         self._source = source
         self._speed_ups = speed_ups
-        self._share = share
 
     def gradients(
         self, inputs: Sequence[Tensor], wanting: Sequence[Tensor], gradients: Sequence[Tensor | None]
@@ -147,7 +178,7 @@ class Recording:
 
         Args:
             inputs: The tensors in the network's arguments.
-            wanting: Those tensors, of the arguments and the network, that want a gradient.
+            wanting: Those tensors, of the arguments and the network, that want a gradient now.
             gradients: Those of the outputs.
 
         Returns:
@@ -160,18 +191,17 @@ class Recording:
         )
 
         def product(output_seq: Any, call: Call) -> Tensor:
-            """What has, by the outputs of a call, the gradients that were given."""
+            """A loss whose gradient, by the outputs of a call, is what was given."""
             parts = [
-                (head_seq.to(gradient.dtype) * self._share(gradient, call, index)).sum()
-                for index, (head_seq, gradient) in enumerate(zip(tree_leaves(output_seq), gradients, strict=True))
+                (head_seq.to(gradient.dtype) * self._heads.share(gradient, call)).sum()
+                for head_seq, gradient in zip(output_seq, gradients, strict=True)
                 if gradient is not None and head_seq.requires_grad
             ]
-            return parts[0] if len(parts) == 1 else torch.stack([*parts, torch.zeros(())]).sum()
+            return sum(parts[1:], parts[0]) if parts else torch.zeros(())
 
         with torch.enable_grad(), stand_ins.in_place(), self._conditions.restored():
             objective = Objective(product, _back_propagate, lambda call: None)
-            speed_ups = (*self._speed_ups(one), _Again(self._moments))
-            through_time(one, objective, speed_ups, _Nowhere())
+            through_time(one, objective, (*self._speed_ups(one), _Again(self._moments)), _Nowhere())
         return stand_ins.gradients(wanting)
 
 
@@ -183,15 +213,6 @@ def _back_propagate(product: Tensor) -> None:
 class _Nowhere(Outputs):
     def add(self, output_seq: Any) -> None:
         """They are known."""
-
-
-def with_backward(
-    recording: Recording, outputs: Sequence[Tensor], inputs: Sequence[Tensor], wanting: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The outputs of a recording, as autograd's function of what wants a gradient."""
-    others = [tensor for tensor in inputs if all(tensor is not one for one in wanting)]
-    returned = _RunAgain.apply(recording, inputs, len(outputs), *outputs, *others, *wanting)
-    return returned  # type: ignore[no-any-return]
 
 
 class _RunAgain(torch.autograd.Function):
@@ -210,7 +231,7 @@ class _RunAgain(torch.autograd.Function):
         return tuple(one.view_as(one) for one in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if torch.is_grad_enabled():
             raise LossError(
                 "create_graph=True asks for the gradient of a gradient, and the time steps are run again without it: use "
@@ -220,8 +241,7 @@ class _RunAgain(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3 + ctx.number :]
         wanting = [tensor for tensor, wants in zip(read, wanted) if wants]
         found = iter(ctx.recording.gradients([read[place] for place in ctx.places], wanting, gradients))
-        of_read = [next(found) if wants else None for wants in wanted]
-        return (None,) * (3 + ctx.number) + tuple(of_read)
+        return *([None] * (3 + ctx.number)), *(next(found) if wants else None for wants in wanted)
 
 
 def _unchanged(ctx: Any) -> Sequence[Tensor]:
@@ -244,3 +264,16 @@ def _unchanged(ctx: Any) -> Sequence[Tensor]:
             ) from error
         raise
     return saved
+
+
+def _still_there(net: nn.Module, inputs: Sequence[Tensor], wanting: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Without what the network held, and has computed anew itself, such as a weight of which a hook makes another."""
+    given = set(map(id, inputs))
+    if all(tensor.is_leaf or id(tensor) in given for tensor in wanting):
+        return wanting
+    held = {*given, *map(id, outer_tensors(net))}
+    return [tensor for tensor in wanting if tensor.is_leaf or id(tensor) in held]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

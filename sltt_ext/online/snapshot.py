@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from collections.abc import Callable
@@ -32,7 +33,7 @@ class Snapshot:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
         for module in net.modules():
             buffers: Any = module._buffers
             self._keep(buffers, buffers)
@@ -67,6 +68,9 @@ class Snapshot:
                 self._keep_content(element, depth - 1)
         elif depth and isinstance(value, dict):
             self._keep(value, value, depth - 1)
+        elif depth and dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                self._keep_content(getattr(value, field.name), depth - 1)
 
 
 def random_numbers(net: nn.Module) -> Callable[[], None]:

@@ -6,33 +6,28 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarning, listed
-from sltt_ext.neuron import StatefulModule
-from sltt_ext.online.conditions import Conditions
-from sltt_ext.online.distributed import common_generator, no_synchronisation
+from sltt_ext.errors import SLTTWarning, listed
+from sltt_ext.online.distributed import no_synchronisation
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.guards import Alone
+from sltt_ext.online.heads import Heads, Returns, tensors_over_time
 from sltt_ext.online.inputs import Arguments, TimeDims
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.network import neurons_of, whole_sequences
-from sltt_ext.online.outputs import MeanOutput, OutputSequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
-from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp, through_time
-from sltt_ext.online.recording import GraphsDropped, Moments, Recording, with_backward
+from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
+from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
-from sltt_ext.online.structures import Rebuild, flatten
 
-__all__ = ["Returns", "TimeLoop"]
-
-Returns = Literal["mean", "sequence"]
+__all__ = ["Settings", "TimeLoop"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,8 @@ class TimeLoop:
         wanting = self._wanting(net, arguments)
         learns = bool(wanting)
         steps = self._steps(time_steps) if learns else ()
-        heads = _Heads(settings.returns, time_steps, len(steps), multi_step)
+        read = partial(tensors_over_time, multi_step=multi_step)
+        heads = Heads(settings.returns, time_steps, len(steps), read)
         source = partial(arguments.frames, keeps_axis=multi_step, repeats=multi_step)
         one = Pass(
             net,
@@ -104,15 +100,10 @@ class TimeLoop:
             from_rest=not settings.carry,
             differentiable=learns,
         )
-        moments = Moments()
-        recording = Recording(
-            one, moments, Conditions(net, _devices(arguments.tensors, net)), source, self._speed_ups, heads.share
-        )
-        with explaining_steps(net, _first(arguments.tensors), time_steps, _axis(settings.time_dim), multi_step):
-            through_time(one, None, (*self._speed_ups(one), moments, GraphsDropped()), heads.outputs)
-        outputs = heads.values()
-        if learns:
-            outputs = with_backward(recording, outputs, arguments.tensors, wanting)
+        with explaining_steps(
+            net, _first(arguments.tensors), time_steps, _axis(settings.time_dim), multi_step
+        ):
+            outputs = recorded(one, heads, arguments.tensors, source, self._speed_ups, wanting)
         return heads.rebuild(outputs)
 
     def _wanting(self, net: nn.Module, arguments: Arguments) -> list[Tensor]:
@@ -144,65 +135,6 @@ class TimeLoop:
             message = "neurons carry their state on from batch to batch, as the time loop does not know them:"
             warnings.warn(listed(message, unknown), SLTTWarning, stacklevel=5)
         self._unknown |= unknown
-
-
-class _Heads:
-    """The tensors that a network returns, over time.
-
-    Args:
-        returns: Their mean over time, or all steps.
-        time_steps: T.
-        selected: How many steps are back-propagated.
-        multi_step: Whether the network returns sequences.
-    """
-
-    def __init__(self, returns: Returns, time_steps: int, selected: int, multi_step: bool) -> None:
-        self.outputs: MeanOutput | OutputSequence = MeanOutput() if returns == "mean" else OutputSequence()
-        self.rebuild: Rebuild = tuple
-        self._returns = returns
-        self._time_steps = time_steps
-        self._selected = selected
-        self._multi_step = multi_step
-        self._dtypes: list[torch.dtype] = []
-
-    def of_call(self, returned: Any, steps: int) -> list[Tensor]:
-        """Each of them ``[C, N, ...]``, of what a call of C steps has returned.
-
-        Raises:
-            LossError: If there is none, or one is no sequence, or has no mean.
-        """
-        tensors, self.rebuild = flatten(returned)
-        if not tensors:
-            raise LossError(f"the network returned a {type(returned).__name__} without a tensor: return what the loss reads")
-        if self._returns == "mean" and not all(tensor.is_floating_point() for tensor in tensors):
-            kinds = ", ".join(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-            raise LossError(f"an output has no mean over time, got {kinds}: say returns='sequence', or return floats only")
-        self._dtypes = [tensor.dtype for tensor in tensors]
-        if not self._multi_step:
-            return [tensor.unsqueeze(0) for tensor in tensors]
-        for tensor in tensors:
-            if tensor.dim() and tensor.shape[0] != steps:
-                raise LossError(
-                    f"a multi-step network has to return [T, N, ...], here with T={steps}, got {list(tensor.shape)}: name what "
-                    "holds its number of steps, time_inside=, if it repeats its input or averages over time itself"
-                )
-        return [tensor if tensor.dim() else tensor.expand(steps) for tensor in tensors]
-
-    def values(self) -> list[Tensor]:
-        """What the caller gets."""
-        values: list[Tensor] = self.outputs.value()
-        return [value.to(dtype) for value, dtype in zip(values, self._dtypes, strict=True)]
-
-    def share(self, gradient: Tensor, call: Call, head: int) -> Tensor:
-        """What a call has in the gradient of an output; with K steps, the part of K steps times T / K."""
-        if self._returns == "mean":
-            return gradient / self._selected
-        part = gradient[call.start : call.stop]
-        return part if self._selected == self._time_steps else part * (self._time_steps / self._selected)
-
-
-def _devices(tensors: Sequence[Tensor], net: nn.Module) -> set[str]:
-    return {"cpu", *(tensor.device.type for tensor in (*tensors, *net.parameters()))} - {"meta"}
 
 
 def _first(tensors: Sequence[Tensor]) -> Tensor | None:

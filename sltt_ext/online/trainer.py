@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarning, listed
 from sltt_ext.neuron import StatefulModule
@@ -22,11 +22,13 @@ from sltt_ext.online.distributed import (
     is_distributed,
     no_synchronisation,
     synchronised_once,
+    unwrapped,
 )
 from sltt_ext.online.explanations import explaining_steps
-from sltt_ext.online.frames import frames
+from sltt_ext.online.frames import Frames, frames
 from sltt_ext.online.grouping import Grouping
-from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay, has_graph, shares_graph
+from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay
+from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.network import neurons_of, whole_sequences
@@ -36,16 +38,19 @@ from sltt_ext.online.objective import (
     LossFn,
     back_propagate,
     reaches_every_leaf,
+    sum_of_losses,
     targets_of_steps,
     total_loss,
 )
 from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
+from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
-from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.speed_ups import speed_ups_of
+from sltt_ext.online.stand_ins import outer_tensors
 from sltt_ext.online.states import all_or_nothing, reset
+from sltt_ext.online.structures import flatten
 
 __all__ = ["OnlineResult", "OnlineTrainer"]
 
@@ -165,11 +170,13 @@ class OnlineTrainer:
         self.output = options.reads(output)
         self.full_output = full_output
         self.backward = backward
-        self.loss_on = options.one_of("loss_on", loss_on, ("step", "mean"), "'step' or 'mean'")
+        self.loss_on = options.one_of(
+            "loss_on", loss_on, ("step", "mean", "sequence"), "'step', 'mean' or 'sequence'"
+        )
         self.target_time_dim = options.axis("target_time_dim", target_time_dim)
         self.on_step = on_step
-        if self.loss_on == "mean":
-            options.trains_network_only(loss_fn, target_time_dim, on_step)
+        if self.loss_on != "step":
+            options.one_loss(self.loss_on, target_time_dim, on_step)
         self.cache_invariant = cache_invariant
         self.pack_spikes = pack_spikes
         self.wrapper = wrapper
@@ -206,16 +213,17 @@ class OnlineTrainer:
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         steps = self._steps()
         divisor = len(steps) if self.scale == "mean" else self.time_steps
-        stop = self.time_steps if self.full_output or self.loss_on == "mean" else steps[-1] + 1
+        stop = self.time_steps if self.full_output or self.loss_on != "step" else steps[-1] + 1
         targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
 
         def loss_of_call(output_seq: Any, call: Call) -> Tensor:
             return total_loss(self.loss_fn, output_seq, targets[call.start : call.stop]) / divisor
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
+        loss: Tensor | None
         with all_or_nothing(self._leaves(x), partial(reset, neurons)), synchronised as step:
-            if self.loss_on == "mean":
-                loss, output = self._two_passes(x, target, steps, divisor, step)
+            if self.loss_on != "step":
+                loss, output = self._whole(x, target, steps, divisor, step)
             else:
                 loss, output = self._run(x, stop, steps, loss_of_call, step, self._guards(x, target))
         assert loss is not None  # the schedule selects at least one step
@@ -284,12 +292,7 @@ class OnlineTrainer:
         learns = loss_of_call is not None
         output = partial(output_sequence, output=self.output, multi_step=multi_step)
         one = Pass(self.net, self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
-        # weights have to stay as they are, and versions to be counted
-        caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
-        speed_ups, once = speed_ups_of(
-            sizes, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and learns, modules=self._modules, caches=caches,
-            keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
-        )  # fmt: skip
+        speed_ups, once = self._speed_ups(one, step, measuring)
         objective = None
         if loss_of_call is not None:
             objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
@@ -298,46 +301,59 @@ class OnlineTrainer:
             loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
             return loss, mean.value()
 
-    def _two_passes(
+    def _speed_ups(self, one: Pass, step: Step, measuring: bool) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
+        # weights have to stay as they are, and versions to be counted
+        caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
+        return speed_ups_of(
+            one.sizes, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
+            modules=self._modules, caches=caches, keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
+        )  # fmt: skip
+
+    def _whole(
         self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
-    ) -> tuple[Tensor | None, Any]:
-        """Loss of the mean output, and the mean output; the gradient step by step, in a second pass."""
+    ) -> tuple[Tensor, Any]:
+        """One loss of the outputs of all steps, and their mean; backward runs the steps again."""
         if isinstance(x, Iterator):
             raise InputError(
-                "loss_on='mean' goes through the frames twice: give a tensor or a list, not an iterator"
+                f"loss_on={self.loss_on!r} goes through the frames twice: give a tensor or a list, not an iterator"
             )
-        if has_graph(target):
-            raise InputError(shares_graph("the target"))
-        before, unchanged = Snapshot(self.net), _versions(x)
-        with torch.no_grad():
-            _, mean = self._run(x, self.time_steps, steps, step=step)
-        if _versions(x) != unchanged:
-            before.restore()
-            raise InputError(
-                "the network changes its input in place, and loss_on='mean' shows it the input twice: have its forward "
-                "compute out of place (x = x - mean, not x.sub_(mean))"
+        neurons, multi_step = self._neurons()
+        net, call = unwrapped(self.net)
+        heads = Heads(
+            "sequence" if self.loss_on == "sequence" else "mean",
+            self.time_steps,
+            divisor,
+            lambda returned, calls: flatten(output_sequence(returned, calls, self.output, multi_step)),
+            keeps_dtype=False,
+        )
+
+        def outputs(forward: Callable[[Any], Any], x: Any) -> list[Tensor]:
+            inputs, rebuild = flatten(x)
+
+            def source(tensors: Sequence[Tensor]) -> Frames:
+                return frames(rebuild(tensors), self.time_steps, self.time_dim, multi_step)
+
+            given = source(inputs)
+            sizes, measuring = self._sizes(
+                neurons, multi_step, given.elements, longest_runs(self.time_steps, steps)
             )
-        heads, structure = tree_flatten(mean)
-        for head in heads:
-            head.requires_grad_()
-        loss = total_loss(self.loss_fn, tree_map(lambda head: head.unsqueeze(0), mean), [target])
-        gradients = torch.autograd.grad(loss, heads, allow_unused=len(heads) > 1)
-        after = Snapshot(self.net)
-        before.restore()
+            one = Pass(
+                net, forward, neurons, multi_step, given, self.time_steps, steps, False, sizes, heads.of_call, differentiable=True
+            )  # fmt: skip
+            wanting = [tensor for tensor in (*inputs, *outer_tensors(net)) if tensor.requires_grad]
 
-        def part_of_call(output_seq: Any, call: Call) -> Tensor:
-            parts = [
-                (head_seq.to(gradient.dtype) * (gradient / divisor)).sum()
-                for head_seq, gradient in zip(tree_leaves(output_seq), gradients, strict=True)
-                if gradient is not None
-            ]
-            return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+            def speed_ups(one: Pass) -> Sequence[SpeedUp]:
+                return Alone(), *self._speed_ups(one, no_synchronisation, measuring)[0]
 
-        try:
-            self._run(x, steps[-1] + 1, steps, part_of_call, step, self._guards(x, None))
-        finally:
-            after.restore()
-        return loss.detach(), tree_unflatten([head.detach() for head in heads], structure)
+            with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
+                return recorded(one, heads, inputs, source, speed_ups, wanting)
+
+        with step(True):
+            tensors = call(outputs, x)
+            output = heads.rebuild(tensors)
+            loss = sum_of_losses(self.loss_fn, [(output, target)])
+            back_propagate(loss, self.backward)
+        return loss.detach(), heads.rebuild([heads.mean(tensor) for tensor in tensors])
 
     def _guards(self, x: Any, target: Any) -> list[SpeedUp]:
         """What must not happen to an iteration that does not ask for it by an option."""
@@ -405,8 +421,3 @@ class OnlineTrainer:
         chunk = chosen or self.time_steps
         whole_sequences(neurons, self.time_steps, chunk, self.schedule is not None)
         return neurons, multi_step
-
-
-def _versions(x: Any) -> list[int]:
-    """How often each tensor of an input has been changed in place."""
-    return [leaf._version for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and not leaf.is_inference()]

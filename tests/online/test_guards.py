@@ -130,8 +130,6 @@ WITH_GRAPH = {
     "x": (lambda: (encoder()(X).tanh(), TARGET), {}, "x has a graph"),
     "a sequence": (lambda: (encoder()(X).tanh().expand(T, *X.shape), TARGET), {"time_dim": 0}, "x has a graph"),
     "the target": (lambda: (X, soft(TARGET)), {}, "the target has a graph"),
-    "the target of the mean": (lambda: (X, soft(TARGET)), {"loss_on": "mean"}, "the target has a graph"),
-    "x, of the mean": (lambda: (encoder()(X).tanh(), TARGET), {"loss_on": "mean"}, "x has a graph"),
 }  # fmt: skip
 
 
@@ -142,6 +140,33 @@ def test_inputs_that_have_a_graph(name):
     with pytest.raises(InputError, match=rf"{message}.*torch.no_grad\(\), or detach\(\)"):
         online.forward_backward(*give())
     assert untouched(online.net)
+
+
+@pytest.mark.parametrize("loss_on", ["mean", "sequence"])
+def test_one_loss_trains_what_is_in_front_and_in_the_loss(loss_on):
+    """As one network, whose first and last layers belong to others."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, output, target):
+            output = output if loss_on == "mean" else output.mean(0)
+            return F.cross_entropy(self.factor * output, target) + 0.1 * net[0].weight.square().sum()
+
+    net, first, loss_fn = networks.conv_net(), encoder(), Scaled()
+    trainer(net, loss_fn=loss_fn, loss_on=loss_on).forward_backward(first(X).tanh(), TARGET)
+    actual = [parameter.grad for part in (first, net, loss_fn) for parameter in part.parameters()]
+    net, first, loss_fn = networks.conv_net(), encoder(), Scaled()
+    outputs = []
+    for _ in range(T):
+        outputs.append(net(first(X).tanh()))
+        functional.detach_net(net)
+    mean = torch.stack(outputs)
+    loss_fn(mean.mean(0) if loss_on == "mean" else mean, TARGET).backward()
+    expected = [parameter.grad for part in (first, net, loss_fn) for parameter in part.parameters()]
+    assert oracle.relative_error(actual, expected) < 1e-6
 
 
 def test_frames_that_share_a_graph():
