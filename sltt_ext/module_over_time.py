@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sltt_ext.conversion import convert, is_converted
 from sltt_ext.errors import ConfigurationError
@@ -17,7 +18,8 @@ from sltt_ext.online import options
 from sltt_ext.online.heads import Returns
 from sltt_ext.online.inputs import TimeDims
 from sltt_ext.online.schedule import Schedule
-from sltt_ext.online.time_loop import Settings, TimeLoop
+from sltt_ext.online.time_inside import TimeInside
+from sltt_ext.online.time_loop import Forward, Settings, TimeLoop
 
 __all__ = ["over_time"]
 
@@ -31,10 +33,12 @@ def over_time(
     k: int | None = None,
     chunk: int = 1,
     time_dim: TimeDims = None,
-    returns: Returns = "mean",
+    time_inside: str | Sequence[str] | None = None,
+    returns: Returns | None = None,
     carry: bool = False,
     schedule: Schedule | None = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | str | None = None,
     pack_spikes: bool = False,
     cache_invariant: bool = True,
     backend: str = "auto",
@@ -43,27 +47,58 @@ def over_time(
 
     >>> import sltt_ext, snntorch, torch
     """
-    if not isinstance(net, nn.Module):
-        raise ConfigurationError(f"over_time takes a torch.nn.Module, got a {type(net).__name__}")
+    _check(net)
+    inside = None
+    if time_inside is not None:
+        names = [time_inside] if isinstance(time_inside, str) else list(time_inside)
+        inside = TimeInside(net, names)
+        time_steps = inside.time_steps if time_steps is None else time_steps
+    steps = None if time_steps is None else options.count("time_steps", time_steps)
     settings = Settings(
-        time_steps=None if time_steps is None else options.count("time_steps", time_steps),
-        schedule=options.selection(k, schedule, time_steps),
+        time_steps=steps,
+        schedule=options.selection(k, schedule, steps),
         chunk=options.count("chunk", chunk),
-        time_dim=time_dim,
-        returns=options.one_of("returns", returns, ("mean", "sequence"), "'mean' or 'sequence'"),
+        time_dim=options.axes("time_dim", time_dim),
+        time_inside=inside,
+        returns=returns and options.one_of("returns", returns, ("mean", "sequence"), "'mean' or 'sequence'"),
         carry=carry,
         generator=generator,
+        memory_budget=options.room(memory_budget),
         pack_spikes=pack_spikes,
         cache_invariant=cache_invariant,
     )
     if not is_converted(net):
         convert(net, backend=backend)
+    if isinstance(net, OverTime):
+        net._sltt_time_loop = TimeLoop(settings)
+        return net
     own = vars(net)
     if "forward" in own:
         own["_sltt_own_forward"] = own.pop("forward")
     own["_sltt_time_loop"] = TimeLoop(settings)
     net.__class__ = _class_over_time(type(net))  # type: ignore[assignment]
     return net
+
+
+def _check(net: Any) -> None:
+    """What can run over time.
+
+    Raises:
+        ConfigurationError: If ``net`` cannot.
+    """
+    if not isinstance(net, nn.Module):
+        raise ConfigurationError(f"over_time takes a torch.nn.Module, got a {type(net).__name__}")
+    if isinstance(net, (DistributedDataParallel, nn.DataParallel)) or hasattr(net, "_orig_mod"):
+        raise ConfigurationError(
+            f"over_time takes the network itself, got a {type(net).__name__} around it: call over_time first, and wrap or "
+            "compile what it returns"
+        )
+    within = [path for path, module in net.named_modules() if isinstance(module, OverTime) and path]
+    if within:
+        raise ConfigurationError(
+            f"{within[0]!r} runs over time already, and the network around it would run it T times: sltt_ext.revert it, or "
+            "leave the network around it as it is"
+        )
 
 
 class OverTime(Reclassed, nn.Module):
@@ -100,8 +135,11 @@ def _class_over_time(original: type[nn.Module]) -> type[OverTime]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()  # what the loop calls is compiled, and not the loop
-        step = vars(self).get("_sltt_own_forward") or functools.partial(original.forward, self)
-        return self._sltt_time_loop.run(self, step, args, kwargs)
+        return self._sltt_time_loop.run(self, forward_of, args, kwargs)
+
+    def forward_of(net: nn.Module) -> Forward:
+        """What the network does when it does not run over time."""
+        return vars(net).get("_sltt_own_forward") or functools.partial(original.forward, net)
 
     namespace = {
         "__module__": original.__module__,

@@ -26,10 +26,11 @@ from sltt_ext.online.compiled import is_compiled
 from sltt_ext.online.gradient_hooks import has_gradient_hooks
 from sltt_ext.online.memory import ActivationMeter
 from sltt_ext.online.norms import untold_norm
+from sltt_ext.online.options import SIZE
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
 from sltt_ext.online.watching import layers_tell_calls_apart
 
-__all__ = ["Grouping", "Measuring"]
+__all__ = ["Grouping", "Measuring", "in_bytes"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Grouping:
     def _allowed(self, net: nn.Module) -> int:
         """The budget in bytes. What else comes to use the device later changes no sizes: calls stay what they were."""
         if self._bytes is None:
-            self._bytes, least = _in_bytes(self.budget, net), self._needs[True].of(1)
+            self._bytes, least = in_bytes(self.budget, net), self._needs[True].of(1)
             if least > self._bytes:
                 warnings.warn(
                     f"one time step needs {least / 2**20:.0f} MiB, more than memory_budget={self.budget!r} "
@@ -234,10 +235,12 @@ class Measuring(SpeedUp):
         self._before = meter.peak_bytes = meter.live_bytes
 
 
-def _in_bytes(budget: int | str, net: nn.Module) -> int:
+def in_bytes(budget: int | str, net: nn.Module) -> int:
     """The budget; a part of what is free on a CUDA device, and of all memory of the machine on the CPU."""
     if not isinstance(budget, str):
         return budget
+    if (size := SIZE.fullmatch(budget)) is not None:
+        return int(float(size[1]) * 1024 ** (1 + "KMGT".index(size[2])))
     device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)

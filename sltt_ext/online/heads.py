@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
-from sltt_ext.online.outputs import MeanOutput, OutputSequence
+from sltt_ext.online.outputs import MeanOutput, OutputSequence, weights_like
 from sltt_ext.online.passes import Call
 from sltt_ext.online.structures import Rebuild, flatten
 
@@ -30,15 +30,25 @@ class Heads:
         divisor: How many steps the gradient is the mean of.
         read: What is an output.
         keeps_dtype: Whether a mean has the outputs' own dtype; that of half precision is computed in float32.
+        weights: What each step of each sample counts in the mean, ``[T, N]``; None where all count the same.
 
     Attributes:
         outputs: Where they go.
     """
 
     def __init__(
-        self, returns: Returns, time_steps: int, divisor: int, read: Read, keeps_dtype: bool = True
+        self,
+        returns: Returns,
+        time_steps: int,
+        divisor: int,
+        read: Read,
+        keeps_dtype: bool = True,
+        weights: Tensor | None = None,
     ) -> None:
-        self.outputs: MeanOutput | OutputSequence = MeanOutput() if returns == "mean" else OutputSequence()
+        self.outputs: MeanOutput | OutputSequence = (
+            MeanOutput(weights) if returns == "mean" else OutputSequence()
+        )
+        self._weights = weights
         self._returns = returns
         self._time_steps = time_steps
         self._divisor = divisor
@@ -92,9 +102,12 @@ class Heads:
 
     def share(self, gradient: Tensor, call: Call) -> Tensor:
         """What a call has in the gradient of an output: with K of T steps, its own part times T / K."""
-        if self._returns == "mean":
+        if self._returns == "mean" and self._weights is None:
             return gradient / self._divisor
-        part = gradient[call.start : call.stop]
+        if self._weights is not None:
+            part = gradient * weights_like(gradient.unsqueeze(0), self._weights[call.start : call.stop])
+        else:
+            part = gradient[call.start : call.stop]
         return part if self._divisor == self._time_steps else part * (self._time_steps / self._divisor)
 
 

@@ -35,6 +35,7 @@ class InvariantTensor:
         reads: What else it follows from.
         time: How the steps of a call share it.
         counted: The running statistics that every step counts in, of a batch norm in training.
+        cuts: Whether it is cut from its graph; if not, autograd adds up the steps' gradients itself.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class InvariantTensor:
         reads: Reads | None = None,
         time: Time = Time.NONE,
         counted: BatchStatistics | None = None,
+        cuts: bool = True,
     ) -> None:
         self.reads = reads
         self.time = time
         self.counted = counted
         self._evaluate = evaluate
-        self._keeps_graph = keeps_graph
+        self._keeps_graph = keeps_graph and cuts
+        self._cuts = cuts
         self._graph: Tensor | None = None
         self._gated: Tensor | None = None
         self._leaf: Tensor | None = None
@@ -58,7 +61,7 @@ class InvariantTensor:
         self._hook: RemovableHandle | None = None
 
     def leaf(self) -> Tensor:
-        """The tensor, cut from its graph."""
+        """The tensor, cut from its graph if need be."""
         if self._leaf is None:
             tensor = self._evaluate()
             self._graph = tensor if self._keeps_graph else None
@@ -82,7 +85,7 @@ class InvariantTensor:
         return self._gated
 
     def _cut(self, tensor: Tensor) -> None:
-        self._leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+        self._leaf = tensor.detach().requires_grad_(tensor.requires_grad) if self._cuts else tensor
         self._version = self._leaf._version
 
     def back_propagate_early(self) -> None:
@@ -101,7 +104,7 @@ class InvariantTensor:
 
     def _gather(self) -> None:
         """Take the gradients from the leaf, where autograd has added them up; sums of half precision in float32."""
-        if self._leaf is None or self._leaf.grad is None:
+        if not self._cuts or self._leaf is None or self._leaf.grad is None:
             return
         if self._gradient is None:
             self._gradient = self._leaf.grad.to(state_dtype(self._leaf.dtype))
@@ -117,7 +120,9 @@ class InvariantTensor:
 
     def is_waiting(self) -> bool:
         """Whether there are gradients that have not been back-propagated."""
-        return self._gradient is not None or (self._leaf is not None and self._leaf.grad is not None)
+        return self._cuts and (
+            self._gradient is not None or (self._leaf is not None and self._leaf.grad is not None)
+        )
 
     def end_of_call(self, last: bool) -> None:
         """Keep no more than later steps need; in half precision, no more than one call's gradients add up in the leaf."""

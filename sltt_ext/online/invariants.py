@@ -18,6 +18,8 @@ The gradient is the sum over the steps, as before, added up at the invariant out
 parametrisation's backward runs as soon as the last step's has reached its weight, so that what it saved is free before
 the next layer's turn; that of a stem after the step, in reverse order of evaluation.
 
+Where the graphs of all steps are kept for one backward pass, nothing is cut: the steps share one graph.
+
 Wrappers that synchronise gradients free the weights behind each layer, and send its gradient before the next one's. There
 no graph is kept: the last step evaluates the module once more, behind a gate that adds what the leaf has gathered::
 
@@ -99,6 +101,7 @@ class EvaluatedOnce(SpeedUp):
         self._static: StaticInput | None = None
         self._call: Call | None = None
         self._differentiable = self._gates = self._evaluating = False
+        self._learns = self._cuts = True
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
@@ -106,7 +109,8 @@ class EvaluatedOnce(SpeedUp):
         static = one.source.static
         if static is not None and not (static.is_inference() or gradient_hooks(static)):  # see Reads.usable
             self._static = StaticInput(static, one.multi_step)
-        self._differentiable = one.learns
+        self._learns, self._cuts = one.learns, one.keeps_from is None or one.again
+        self._differentiable = one.learns or not self._cuts
         with Replacements() as replaced:
             try:
                 for module in eager_modules(one.net) if self._enabled else ():
@@ -212,7 +216,9 @@ class EvaluatedOnce(SpeedUp):
             self._handed_out[id(argument)].passed_on = True
         if tensor is None:
             evaluate, counted = self._evaluation(module, forward, asked, asked.differentiable)
-            tensor = InvariantTensor(evaluate, self._keeps_graphs, asked.reads, asked.time, counted)
+            tensor = InvariantTensor(
+                evaluate, self._keeps_graphs, asked.reads, asked.time, counted, cuts=self._cuts
+            )
         self._tensors[asked.key] = tensor  # in order of evaluation
         return self._read(tensor, early=isinstance(module, ParametrizationList) and not self._evaluating)
 
@@ -280,7 +286,7 @@ class EvaluatedOnce(SpeedUp):
     def _judge_pass(self) -> None:
         for trial in self._trials.values():
             if trial.has_passed():
-                self._modules.prove(trial.module, self._differentiable)
+                self._modules.prove(trial.module, self._learns)
 
     def _finish(self) -> None:
         """Back-propagate what leaves still hold, in reverse order of evaluation."""

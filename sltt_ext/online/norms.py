@@ -20,7 +20,7 @@ from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import folds_time, is_batch_norm
 
-__all__ = ["NormsInParts", "untold_norm"]
+__all__ = ["NormsInParts", "norms_over_time", "untold_norm"]
 
 
 class NormsInParts(SpeedUp):
@@ -74,6 +74,11 @@ class NormsInParts(SpeedUp):
 def untold_norm(net: nn.Module) -> str | None:
     """The path of a norm that reads batch statistics, and nobody tells where it has its time; None if there is none."""
     return next((path for path, norm, folded in _norms(net) if not (folded or _takes_sequences(norm))), None)
+
+
+def norms_over_time(net: nn.Module) -> dict[str, str]:
+    """The norms that read the batch statistics of all steps of a call at once, by path."""
+    return {path: f"a {type(norm).__name__}" for path, norm, _ in _norms(net)}
 
 
 def _norms(net: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:

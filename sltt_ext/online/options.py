@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
@@ -13,9 +15,11 @@ from sltt_ext.errors import ConfigurationError
 from sltt_ext.online.schedule import Schedule, random_steps
 
 __all__ = [
+    "SIZE",
     "LossOn",
     "Scale",
     "TimeDim",
+    "axes",
     "axis",
     "budget",
     "called_with_one_input",
@@ -25,6 +29,7 @@ __all__ = [
     "one_loss",
     "one_of",
     "reads",
+    "room",
     "selection",
 ]
 
@@ -33,6 +38,7 @@ LossOn = Literal["step", "mean", "sequence"]
 TimeDim = Literal[0, 1]
 Choice = TypeVar("Choice")
 
+SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT])iB")
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -63,14 +69,21 @@ def budget(value: Any, chunk: Any) -> int | str | None:
         return None
     if chunk != "auto":
         raise ConfigurationError("memory_budget goes with chunk='auto': leave it out, or say chunk='auto'")
+    return room(value)
+
+
+def room(value: Any) -> int | str | None:
+    """Memory: bytes, text with a unit, a part of the device's memory as text, or None."""
+    if value is None:
+        return None
     if isinstance(value, str):
         with suppress(ValueError):
-            if 0 < float(value) <= 1:
+            if SIZE.fullmatch(value) or 0 < float(value) <= 1:
                 return value
     elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     raise ConfigurationError(
-        f"memory_budget must be a number of bytes, or a part of the device's memory as text, '0.8', got {value!r}"
+        f"memory_budget must be a number of bytes, or a part of the device's memory as text, '0.8' or '6GiB', got {value!r}"
     )
 
 
@@ -84,6 +97,13 @@ def selection(k: Any, schedule: Schedule | None, time_steps: int | None) -> Sche
 def axis(name: str, value: Any) -> TimeDim | None:
     """An axis of time."""
     return one_of(name, value, (None, 0, 1), "None, 0 or 1")
+
+
+def axes(name: str, value: Any) -> Any:
+    """An axis of time, or one for each input."""
+    if not isinstance(value, Mapping):
+        return axis(name, value)
+    return {key: axis(f"{name}[{key!r}]", one) for key, one in value.items()}
 
 
 def one_of(name: str, value: Any, choices: tuple[Choice, ...], text: str) -> Choice:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
 
-__all__ = ["MeanOutput", "Output", "OutputSequence", "Outputs", "output_sequence"]
+__all__ = ["MeanOutput", "Output", "OutputSequence", "Outputs", "output_sequence", "weights_like"]
 
 Output = Literal["spike", "membrane"] | Callable[[Any], Any] | None
 
@@ -66,9 +66,13 @@ class MeanOutput(Outputs):
     """Mean over time of outputs ``[C, N, ...]`` that arrive one after the other; of half precision in float32.
 
     An output is a tensor, or several in a dict, tuple or list.
+
+    Args:
+        weights: What each step of each sample counts, ``[T, N]``; None where all count the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Tensor | None = None) -> None:
+        self._weights = weights
         self._sums: list[Tensor] = []
         self._structure: Any = None
         self._steps = 0
@@ -76,15 +80,34 @@ class MeanOutput(Outputs):
     def add(self, output_seq: Any) -> None:
         """Add the next C outputs up."""
         leaves, self._structure = tree_flatten(output_seq)
-        parts = [leaf.detach().sum(0, dtype=state_dtype(leaf.dtype)) for leaf in leaves]
+        steps, parts = leaves[0].shape[0], [leaf.detach() for leaf in leaves]
+        if self._weights is not None:
+            weights = self._weights[self._steps : self._steps + steps]
+            parts = [part * weights_like(part, weights) for part in parts]
+        parts = [part.sum(0, dtype=state_dtype(part.dtype)) for part in parts]
         self._sums = (
             [sum_ + part for sum_, part in zip(self._sums, parts, strict=True)] if self._sums else parts
         )
-        self._steps += leaves[0].shape[0]
+        self._steps += steps
 
     def value(self) -> Any:
         """The mean ``[N, ...]`` of all so far."""
-        return tree_unflatten([sum_ / self._steps for sum_ in self._sums], self._structure)
+        divisor = self._steps if self._weights is None else 1
+        return tree_unflatten([sum_ / divisor for sum_ in self._sums], self._structure)
+
+
+def weights_like(output_seq: Tensor, weights: Tensor) -> Tensor:
+    """Weights ``[C, N]`` of the steps of each sample, to multiply an output ``[C, N, ...]`` with.
+
+    Raises:
+        LossError: If the output does not have the batch in front.
+    """
+    if output_seq.dim() < 2 or output_seq.shape[1] != weights.shape[1]:
+        raise LossError(
+            f"lengths= has {weights.shape[1]} samples, and an output of one step is {list(output_seq.shape[1:])}: return outputs "
+            "[N, ...], or use returns='sequence' and weigh the steps in the loss"
+        )
+    return weights.to(output_seq.device).view(*weights.shape, *([1] * (output_seq.dim() - 2)))
 
 
 class OutputSequence(Outputs):

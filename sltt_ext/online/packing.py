@@ -60,8 +60,8 @@ class PackedSpikes(SpeedUp):
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
-        """Pack what a call saves, if it is back-propagated."""
-        if not (self._enabled and call.selected):
+        """Pack what a call saves, if its graph is kept."""
+        if not (self._enabled and call.keeps_graph):
             yield
             return
         with self.saving():

@@ -53,6 +53,7 @@ class Call:
         last: Whether it is the last one that is.
         frame: What the network is shown.
         differentiable: Whether it runs with a graph.
+        keeps_graph: Whether a backward pass through that graph is to come.
     """
 
     start: int
@@ -62,6 +63,7 @@ class Call:
     last: bool
     frame: Any
     differentiable: bool
+    keeps_graph: bool
 
     @property
     def steps(self) -> int:
@@ -86,7 +88,8 @@ class Pass:
         output: Outputs ``[C, N, ...]`` of C steps, from what the network returns; one, or several in a dict or tuple.
         from_rest: Whether states are reset first.
         differentiable: Whether the selected calls run with a graph, also where they are not back-propagated here.
-        again: Only the selected calls, which have run before.
+        keeps_from: The step from which on these graphs are kept; the others are dropped.
+        again: Only the selected calls up to there, which have run before.
     """
 
     net: nn.Module
@@ -101,20 +104,26 @@ class Pass:
     output: Callable[[Any, int], Any]
     from_rest: bool = True
     differentiable: bool = False
+    keeps_from: int | None = None
     again: bool = False
+
+    def keeps(self, start: int) -> bool:
+        """Whether the graph of a call from ``start`` on is kept for later."""
+        return self.keeps_from is not None and start >= self.keeps_from
 
     def calls(self) -> Iterator[Call]:
         """The calls, in order; each takes its frames when it is its turn."""
         sizes = self.sizes
         for start, stop, selected in runs(self.stop, self.selected, sizes.chunk, sizes.group):
-            if self.again and not selected:
+            if self.again and (not selected or self.keeps(start)):
                 continue
             whole, rest = divmod(stop - start, sizes.part)
             parts = (*[sizes.part] * whole, *[rest] * bool(rest))
             learns = self.learns and selected
             last = learns and stop > self.selected[-1]
             graph = learns or (self.differentiable and selected)
-            yield Call(start, stop, parts, learns, last, self.source.take(start, stop), graph)
+            kept = learns or (graph and self.keeps(start))
+            yield Call(start, stop, parts, learns, last, self.source.take(start, stop), graph, kept)
 
 
 class SpeedUp:

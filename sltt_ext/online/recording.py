@@ -6,21 +6,24 @@ is given: its parameters, and those inputs that want a gradient::
     inputs, parameters -> [ T steps ] -> outputs -> any loss
 
 Backward gets the gradient of the outputs and runs the selected steps again, one after the other, each with its graph,
-from the state that it had. Stand-ins for inputs and parameters gather the gradients, and autograd takes the sum on.
+from the state that it had. Stand-ins for inputs and parameters gather the gradients, and autograd takes the sum on. Where
+there is room for the graphs of the last steps, these are kept instead.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sltt_ext.errors import InputError, LossError
+from sltt_ext.errors import InputError, LossError, SLTTWarning
 from sltt_ext.online.conditions import Conditions
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.heads import Heads
@@ -29,28 +32,228 @@ from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.stand_ins import StandIns, outer_tensors
 
-__all__ = ["Recording", "recorded"]
+__all__ = ["Found", "recorded"]
 
 SpeedUps = Callable[[Pass], Sequence[SpeedUp]]
 Source = Callable[[Sequence[Tensor]], Frames]
 """``tensors -> `` the network's input over time, with these in the place of the tensors in its arguments."""
 
 
-class _GraphsDropped(SpeedUp):
-    """Calls that run again later run with a graph, so that they compute the same, and keep nothing for it."""
+class Found:
+    """What recordings of one network have found out.
+
+    Attributes:
+        bytes: How much autograd has saved in a call, at most.
+        compares: Whether outputs of the second run are still compared with those of the first.
+    """
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.compares = True
+
+
+def recorded(
+    one: Pass,
+    heads: Heads,
+    inputs: Sequence[Tensor],
+    source: Source,
+    speed_ups: SpeedUps,
+    wanting: Sequence[Tensor],
+    found: Found,
+) -> list[Tensor]:
+    """Run a pass, such that its outputs can be back-propagated.
+
+    Args:
+        one: The pass; nothing is learned in it.
+        heads: Its outputs.
+        inputs: The tensors in the network's arguments.
+        source: The input over time, of other tensors in their place.
+        speed_ups: Those of a pass.
+        wanting: The tensors, of the arguments and the network, that want a gradient; none where there is no backward.
+        found: What was found out.
+
+    Returns:
+        The outputs, as autograd's function of ``wanting``.
+    """
+    versions = [_version(tensor) for tensor in inputs]
+    stand_ins = StandIns(one.net, wanting) if one.keeps_from is not None else None
+    if stand_ins is not None:
+        one = replace(one, source=source([stand_ins.of(tensor) for tensor in inputs]))
+    recording = _Recording(one, heads, stand_ins, source, speed_ups, found)
+    recording.run()
+    outputs = heads.values()
+    if not wanting:
+        return outputs
+    if [_version(tensor) for tensor in inputs] != versions:
+        raise InputError(
+            "the network changes its input in place, and the time steps run again in backward: have its forward compute out of "
+            "place (x = x - mean, not x.sub_(mean))"
+        )
+    wanting = _still_there(one.net, inputs, wanting)
+    others = [tensor for tensor in inputs if all(tensor is not one for one in wanting)]
+    return list(_RunAgain.apply(recording, inputs, len(outputs), *outputs, *others, *wanting))
+
+
+class _Recording:
+    """One pass that runs, and all it takes to run its selected calls again.
+
+    Args:
+        one: The pass.
+        heads: Its outputs.
+        stand_ins: What the graphs that are kept start from, if there are any.
+        source: Its input over time.
+        speed_ups: Those of a pass.
+        found: What was found out.
+    """
+
+    def __init__(
+        self,
+        one: Pass,
+        heads: Heads,
+        stand_ins: StandIns | None,
+        source: Source,
+        speed_ups: SpeedUps,
+        found: Found,
+    ) -> None:
+        self._pass = one
+        self._heads = heads
+        self._stand_ins = stand_ins
+        self._conditions = Conditions(one.net)
+        self._source = source
+        self._speed_ups = speed_ups
+        self._moments = _Moments()
+        self._graphs = _Graphs(heads.outputs, found)
+
+    def run(self) -> None:
+        """Run the pass."""
+        in_place = nullcontext() if self._stand_ins is None else self._stand_ins.in_place()
+        with in_place:
+            around = (*self._speed_ups(self._pass), self._moments, self._graphs)
+            through_time(self._pass, None, around, self._graphs)
+
+    def gradients(
+        self,
+        inputs: Sequence[Tensor],
+        wanting: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        once: bool,
+    ) -> list[Tensor | None]:
+        """Back-propagate the calls whose graphs were kept, and run the other selected ones again.
+
+        Args:
+            inputs: The tensors in the network's arguments.
+            wanting: Those tensors, of the arguments and the network, that want a gradient now.
+            gradients: Those of the outputs.
+            once: Whether this is the last time.
+
+        Returns:
+            The gradients of ``wanting``.
+        """
+        stand_ins = self._stand_ins or StandIns(self._pass.net, wanting)
+        stand_ins.forget_gradients()
+
+        def product(output_seq: Any, call: Call) -> Tensor:
+            """A loss whose gradient, by the outputs of a call, is what was given."""
+            parts = [
+                (head_seq.to(gradient.dtype) * self._heads.share(gradient, call)).sum()
+                for head_seq, gradient in zip(output_seq, gradients, strict=True)
+                if gradient is not None and head_seq.requires_grad
+            ]
+            return sum(parts[1:], parts[0]) if parts else torch.zeros(())
+
+        with torch.enable_grad():
+            if self._graphs.kept:
+                kept = [product(output_seq, call) for call, output_seq in self._graphs.kept]
+                torch.autograd.backward([one for one in kept if one.requires_grad], retain_graph=not once)
+                if once:
+                    self._graphs.kept.clear()
+            if any(not self._pass.keeps(t) for t in self._pass.selected):
+                self._run_again(stand_ins, inputs, Objective(product, _back_propagate, lambda call: None))
+        return stand_ins.gradients(wanting)
+
+    def _run_again(self, stand_ins: StandIns, inputs: Sequence[Tensor], objective: Objective) -> None:
+        source = self._source([stand_ins.of(tensor) for tensor in inputs])
+        one = replace(
+            self._pass, source=source, learns=True, differentiable=False, from_rest=False, again=True
+        )
+        with stand_ins.in_place(), self._conditions.restored():
+            around = (*self._speed_ups(one), _Again(self._moments))
+            through_time(one, objective, around, self._graphs.comparison())
+
+
+class _Graphs(SpeedUp, Outputs):
+    """Graphs of calls that run again are dropped; what autograd saves for them is counted. The others are kept.
+
+    Calls that run again have a graph the first time, too: so they compute the same.
+
+    Args:
+        outputs: Where the outputs go.
+        found: What was found out.
+
+    Attributes:
+        kept: Calls whose graphs are kept, with their outputs.
+    """
+
+    def __init__(self, outputs: Outputs, found: Found) -> None:
+        self.kept: list[tuple[Call, Any]] = []
+        self._outputs = outputs
+        self._found = found
+        self._call: Call | None = None
+        self._first_run: list[list[Tensor]] = []
+        self._weights: set[int] = set()
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """See what is saved anyway."""
+        self._weights = {_storage(parameter) for parameter in one.net.parameters()}
+        yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
-        """Drop what autograd saves."""
-        if not call.differentiable:
+        """Drop what autograd saves, or keep it."""
+        self._call = call
+        dropping: AbstractContextManager[Any] = nullcontext()
+        saved = _Saved(self._weights)
+        if call.differentiable and not call.keeps_graph:
+            dropping = saved_tensors_hooks(saved.drop, _refuse)
+        with dropping:
             yield
-            return
-        with saved_tensors_hooks(_drop, _refuse):
-            yield
+        self._found.bytes = max(self._found.bytes, saved.bytes)
+
+    def add(self, output_seq: Any) -> None:
+        """Take in the outputs of the call."""
+        call = self._call
+        assert call is not None
+        if call.keeps_graph:
+            self.kept.append((call, output_seq))
+        elif call.differentiable and self._found.compares:
+            self._first_run.append([head_seq.detach() for head_seq in output_seq])
+        self._outputs.add(output_seq)
+
+    def comparison(self) -> Outputs:
+        """Where the outputs of the second run go."""
+        first_run, self._first_run = self._first_run, []
+        self._found.compares = False
+        return _Compared(first_run)
 
 
-def _drop(tensor: Tensor) -> None:
-    return None
+class _Saved:
+    """What autograd would save in a call.
+
+    Args:
+        weights: Memory that does not count.
+    """
+
+    def __init__(self, weights: set[int]) -> None:
+        self.bytes = 0
+        self._seen = set(weights)
+
+    def drop(self, tensor: Tensor) -> None:
+        """Count a tensor, and let it go."""
+        storage = _storage(tensor)
+        if storage not in self._seen:
+            self._seen.add(storage)
+            self.bytes += tensor.untyped_storage().nbytes() if storage else tensor.numel() * tensor.itemsize
 
 
 def _refuse(dropped: None) -> Tensor:
@@ -59,6 +262,34 @@ def _refuse(dropped: None) -> Tensor:
         "attribute has gathered it), whose graph is not kept: return it as a part of the output, in a dict or tuple, or use "
         "an OnlineTrainer with a loss of each step (loss_on='step')"
     )
+
+
+class _Compared(Outputs):
+    """The outputs of a second run, which have to be those of the first.
+
+    Args:
+        first_run: Those.
+    """
+
+    def __init__(self, first_run: Sequence[Sequence[Tensor]]) -> None:
+        self._first_run = iter(first_run)
+
+    def add(self, output_seq: Any) -> None:
+        """Compare the outputs of the next call."""
+        for first, second in zip(next(self._first_run, ()), output_seq):
+            if isinstance(first, FakeTensor) or first.shape != second.shape:
+                continue
+            tolerance = 1e-3 * float(first.abs().max()) if first.numel() else 0.0
+            if not torch.allclose(first, second.detach(), atol=tolerance, rtol=0.0, equal_nan=True):
+                warnings.warn(
+                    "the network computes something else when its time steps run again in backward, so that the gradient is "
+                    "that of other outputs: have it draw from torch's, NumPy's or Python's own generators, and leave nothing "
+                    "in places that are not the network's own",
+                    SLTTWarning,
+                    stacklevel=2,
+                )
+                self._first_run = iter(())
+                return
 
 
 class _Moments(SpeedUp):
@@ -78,7 +309,7 @@ class _Moments(SpeedUp):
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Take a snapshot where one is needed."""
-        if call.differentiable:
+        if call.differentiable and not call.keeps_graph:
             if call.start != self._next:
                 self._before[call.start] = Snapshot(self._net)
             self._next = call.stop
@@ -112,107 +343,9 @@ class _Again(SpeedUp):
         yield
 
 
-def recorded(
-    one: Pass,
-    heads: Heads,
-    inputs: Sequence[Tensor],
-    source: Source,
-    speed_ups: SpeedUps,
-    wanting: Sequence[Tensor],
-) -> list[Tensor]:
-    """Run a pass, such that its outputs can be back-propagated.
-
-    Args:
-        one: The pass; nothing is learned in it.
-        heads: Its outputs.
-        inputs: The tensors in the network's arguments.
-        source: The input over time, of other tensors in their place.
-        speed_ups: Those of a pass.
-        wanting: The tensors, of the arguments and the network, that want a gradient; none where there is no backward.
-
-    Returns:
-        The outputs, as autograd's function of ``wanting``.
-    """
-    moments = _Moments()
-    again = Recording(one, heads, moments, source, speed_ups)
-    versions = [_version(tensor) for tensor in inputs]
-    through_time(one, None, (*speed_ups(one), moments, _GraphsDropped()), heads.outputs)
-    outputs = heads.values()
-    if not wanting:
-        return outputs
-    if [_version(tensor) for tensor in inputs] != versions:
-        raise InputError(
-            "the network changes its input in place, and the time steps run again in backward: have its forward compute out of "
-            "place (x = x - mean, not x.sub_(mean))"
-        )
-    wanting = _still_there(one.net, inputs, wanting)
-    others = [tensor for tensor in inputs if all(tensor is not one for one in wanting)]
-    return list(_RunAgain.apply(again, inputs, len(outputs), *outputs, *others, *wanting))
-
-
-class Recording:
-    """One pass that has run, and all it takes to run its selected calls again.
-
-    Args:
-        one: The pass.
-        heads: Its outputs.
-        moments: What the network holds before the calls that run again.
-        source: Its input over time.
-        speed_ups: Those of a pass.
-    """
-
-    def __init__(
-        self, one: Pass, heads: Heads, moments: _Moments, source: Source, speed_ups: SpeedUps
-    ) -> None:
-        self._pass = one
-        self._heads = heads
-        self._moments = moments
-        self._conditions = Conditions(one.net)
-        self._source = source
-        self._speed_ups = speed_ups
-
-    def gradients(
-        self, inputs: Sequence[Tensor], wanting: Sequence[Tensor], gradients: Sequence[Tensor | None]
-    ) -> list[Tensor | None]:
-        """Run the selected calls again.
-
-        Args:
-            inputs: The tensors in the network's arguments.
-            wanting: Those tensors, of the arguments and the network, that want a gradient now.
-            gradients: Those of the outputs.
-
-        Returns:
-            The gradients of ``wanting``.
-        """
-        stand_ins = StandIns(self._pass.net, wanting)
-        source = self._source([stand_ins.of(tensor) for tensor in inputs])
-        one = replace(
-            self._pass, source=source, learns=True, differentiable=False, from_rest=False, again=True
-        )
-
-        def product(output_seq: Any, call: Call) -> Tensor:
-            """A loss whose gradient, by the outputs of a call, is what was given."""
-            parts = [
-                (head_seq.to(gradient.dtype) * self._heads.share(gradient, call)).sum()
-                for head_seq, gradient in zip(output_seq, gradients, strict=True)
-                if gradient is not None and head_seq.requires_grad
-            ]
-            return sum(parts[1:], parts[0]) if parts else torch.zeros(())
-
-        with torch.enable_grad(), stand_ins.in_place(), self._conditions.restored():
-            objective = Objective(product, _back_propagate, lambda call: None)
-            through_time(one, objective, (*self._speed_ups(one), _Again(self._moments)), _Nowhere())
-        return stand_ins.gradients(wanting)
-
-
 def _back_propagate(product: Tensor) -> None:
     if product.requires_grad:
         product.backward()
-
-
-class _Nowhere(Outputs):
-    def add(self, output_seq: Any) -> None:
-        """They are known."""
 
 
 class _RunAgain(torch.autograd.Function):
@@ -220,14 +353,16 @@ class _RunAgain(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, recording: Recording, inputs: Sequence[Tensor], number: int, *tensors: Tensor
+        ctx: Any, recording: _Recording, inputs: Sequence[Tensor], number: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         outputs, read = tensors[:number], tensors[number:]
         ctx.recording, ctx.number = recording, number
         ctx.places = [next(i for i, tensor in enumerate(read) if tensor is one) for one in inputs]
         ctx.save_for_backward(*read)  # by which autograd sees that they stay as they are
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(one for one in outputs if not one.is_floating_point()))
+        ctx.mark_non_differentiable(
+            *(one for one in outputs if not (one.is_floating_point() or one.is_complex()))
+        )
         return tuple(one.view_as(one) for one in outputs)
 
     @staticmethod
@@ -240,7 +375,9 @@ class _RunAgain(torch.autograd.Function):
         read = _unchanged(ctx)
         wanted = ctx.needs_input_grad[3 + ctx.number :]
         wanting = [tensor for tensor, wants in zip(read, wanted) if wants]
-        found = iter(ctx.recording.gradients([read[place] for place in ctx.places], wanting, gradients))
+        inputs = [read[place] for place in ctx.places]
+        once = not torch._C._autograd._get_current_graph_task_keep_graph()
+        found = iter(ctx.recording.gradients(inputs, wanting, gradients, once))
         return *([None] * (3 + ctx.number)), *(next(found) if wants else None for wants in wanted)
 
 
@@ -273,6 +410,14 @@ def _still_there(net: nn.Module, inputs: Sequence[Tensor], wanting: Sequence[Ten
         return wanting
     held = {*given, *map(id, outer_tensors(net))}
     return [tensor for tensor in wanting if tensor.is_leaf or id(tensor) in held]
+
+
+def _storage(tensor: Tensor) -> int:
+    """The identity of a tensor's memory; 0 where it has none of its own."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except NotImplementedError:  # a tensor of other tensors
+        return 0
 
 
 def _version(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from sltt_ext.neuron import StatefulModule
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "random_numbers"]
 
 _NOT_TAKEN = frozenset({*vars(nn.Module()), "forward"})  # which is replaced by whoever runs the pass
 _DEPTH = 2  # a list or dict that is an attribute, and one in that

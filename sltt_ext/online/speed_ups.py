@@ -74,6 +74,7 @@ def speed_ups_of(
     caches: bool,
     keeps_graphs: bool,
     packs: bool,
+    charges: bool = True,
 ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
     """The speed-ups of one pass, and the one among them that evaluates once.
 
@@ -87,6 +88,8 @@ def speed_ups_of(
         caches: Whether they are evaluated once.
         keeps_graphs: See `EvaluatedOnce`.
         packs: Whether spikes are saved as bits.
+        charges: Whether neurons carry what their backward reads, which the next step writes over: not where the graph of a call
+            is kept longer than the call.
     """
     packed = PackedSpikes(packs)
     once = EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
@@ -98,7 +101,7 @@ def speed_ups_of(
         Synchronisation(step),
         AutocastCache(),
         *([Measuring(grouping)] if measuring else []),
-        ChargedState(),
+        *([ChargedState()] if charges else []),
         once,
         NormsInParts(once.evaluates),
         *watching,

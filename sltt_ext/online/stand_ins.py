@@ -50,6 +50,11 @@ class StandIns:
                     replaced.entry(store, name, self._leaves[id(tensor)])
             yield
 
+    def forget_gradients(self) -> None:
+        """Begin anew."""
+        for leaf in self._leaves.values():
+            leaf.grad = None
+
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of these tensors."""
         return [self._leaves[id(tensor)].grad for tensor in tensors]

@@ -45,7 +45,7 @@ from sltt_ext.online.objective import (
 from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
-from sltt_ext.online.recording import recorded
+from sltt_ext.online.recording import Found, recorded
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
@@ -185,6 +185,7 @@ class OnlineTrainer:
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
         self._modules = InvariantModules()
         self._kept = KeptTensors()
+        self._found = Found()
         self._unknown: dict[str, str] = {}
         self._neurons()
         options.called_with_one_input(net)
@@ -346,7 +347,7 @@ class OnlineTrainer:
                 return Alone(), *self._speed_ups(one, no_synchronisation, measuring)[0]
 
             with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
-                return recorded(one, heads, inputs, source, speed_ups, wanting)
+                return recorded(one, heads, inputs, source, speed_ups, wanting, self._found)
 
         with step(True):
             tensors = call(outputs, x)

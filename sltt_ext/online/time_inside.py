@@ -1,0 +1,225 @@
+"""Networks that run over time inside their own forward: they hold the number of steps in an attribute.
+
+Such a network repeats its input T times, or loops over T, and often averages over time in the end. With the attribute
+set to a smaller number, it runs so many steps. Once, the outputs of all steps are compared with what the network gives
+as it is: what is computed of the average has to be linear.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sltt_ext.errors import ConfigurationError, LossError
+from sltt_ext.forwards import Replacements
+from sltt_ext.neuron import StatefulModule
+from sltt_ext.online.passes import Call, SpeedUp
+from sltt_ext.online.snapshot import random_numbers
+from sltt_ext.online.structures import Rebuild, flatten
+
+__all__ = ["StepsInside", "TimeInside"]
+
+Run = Callable[[nn.Module, int, int], Any]
+"""``(net, start, stop) -> `` what the network returns for these steps."""
+_AVERAGED = -1
+_COMPARISONS = 10  # at most, as long as all steps give the same
+
+
+class TimeInside:
+    """Where a network holds its number of steps.
+
+    Args:
+        net: The network.
+        names: Attributes, ``"T"``, also of submodules, ``"*.T"`` or ``"encoder.T"``.
+
+    Attributes:
+        time_steps: T, as the network has it.
+
+    Raises:
+        ConfigurationError: If a name names nothing, or no number of steps.
+    """
+
+    def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        found: dict[str, int] = {}
+        for name in names:
+            places = {path: value for path, value in _numbers(net) if fnmatchcase(path, name)}
+            if not places:
+                numbers = ", ".join(sorted({path for path, _ in _numbers(net)})[:10]) or "none"
+                raise ConfigurationError(
+                    f"time_inside={name!r} names no attribute of {type(net).__name__} that is a number of steps: it has {numbers}"
+                )
+            found |= places
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{path} = {value}" for path, value in found.items())
+            raise ConfigurationError(
+                f"time_inside names attributes that differ, {listed}: name those that hold T"
+            )
+        self.time_steps = next(iter(found.values()))
+        self._paths = set(found)
+        self._axes: list[int] | None = None
+        self._comparisons = _COMPARISONS
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_axes": None, "_comparisons": _COMPARISONS}
+
+    @contextmanager
+    def steps(self, net: nn.Module, steps: int) -> Iterator[None]:
+        """Have the network run so many."""
+        with Replacements() as replaced:
+            for path, module in net.named_modules():
+                for name in vars(module):
+                    if f"{path}.{name}".lstrip(".") in self._paths:
+                        replaced.entry(vars(module), name, steps)
+            yield
+
+    def tensors(self, returned: Any, steps: int) -> tuple[list[Tensor], Rebuild]:
+        """All tensors that the network returns for C steps, each ``[C, N, ...]``; an average counts C times."""
+        tensors, rebuild = flatten(returned)
+        assert self._axes is not None
+        return [
+            tensor.expand(steps, *tensor.shape) if axis == _AVERAGED else tensor.movedim(axis, 0)
+            for tensor, axis in zip(tensors, self._axes, strict=True)
+        ], rebuild
+
+    def returned(self, tensor: Tensor, head: int) -> Tensor:
+        """An output as the network itself returns it, of ``[T, N, ...]`` or the mean ``[N, ...]``."""
+        assert self._axes is not None
+        axis = self._axes[head]
+        return tensor if axis == _AVERAGED else tensor.movedim(0, axis)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the network averages all of its outputs over time itself."""
+        assert self._axes is not None
+        return all(axis == _AVERAGED for axis in self._axes)
+
+    def compare(self, net: nn.Module, time_steps: int, run: Run) -> None:
+        """See once that the network, step by step, gives what it gives as it is.
+
+        Args:
+            net: The network.
+            time_steps: T.
+            run: Runs it, in float64.
+
+        Raises:
+            ConfigurationError: If its outputs have another shape, or other numbers.
+        """
+        if not self._comparisons:
+            return
+        draw_again = random_numbers(net)
+        try:
+            with torch.no_grad(), torch.autocast(next(net.parameters()).device.type, enabled=False):
+                whole, parts = self._both(_copied(net), time_steps, run)
+        finally:
+            draw_again()
+        self._axes = [_axis(a, b, time_steps) for a, b in zip(whole, parts[0], strict=True)]
+        for head, axis in enumerate(self._axes):
+            steps = [part[head] for part in parts]
+            joined = torch.stack(steps).mean(0) if axis == _AVERAGED else torch.cat(steps, axis)
+            scale = float(whole[head].abs().max()) if whole[head].numel() else 0.0
+            if axis == _AVERAGED and any(not torch.equal(step, steps[0]) for step in steps):
+                self._comparisons = 1  # which tells: an average of equal steps does not
+            if not torch.allclose(joined, whole[head], rtol=0.0, atol=1e-6 * scale, equal_nan=True):
+                self._axes = None
+                raise ConfigurationError(
+                    f"{type(net).__name__} gives other outputs step by step than as it is: it computes something that is not "
+                    "linear of the average over time (put over_time on the part before it), mixes time steps, or resets its "
+                    "neurons in forward (convert alone, and a loop of your own, is right for it)"
+                )
+        self._comparisons = self._comparisons - 1 if any(axis == _AVERAGED for axis in self._axes) else 0
+
+    def _both(self, net: nn.Module, time_steps: int, run: Run) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """What the network returns for all steps at once, and for one after the other."""
+        _reset(net)
+        with self.steps(net, time_steps), _measuring_statistics(net):
+            run(net, 0, time_steps)
+        net.eval()
+        _reset(net)
+        with self.steps(net, time_steps):
+            whole, _ = flatten(run(net, 0, time_steps))
+        _reset(net)
+        parts = []
+        with self.steps(net, 1):
+            for t in range(time_steps):
+                parts.append(flatten(run(net, t, t + 1))[0])
+        if not whole or len(whole) != len(parts[0]):
+            raise LossError(
+                f"the network returned a {type(net).__name__} without a tensor: return what the loss reads"
+            )
+        return whole, parts
+
+
+class StepsInside(SpeedUp):
+    """Has a network run the steps of each call."""
+
+    def __init__(self, inside: TimeInside, net: nn.Module) -> None:
+        self._inside = inside
+        self._net = net
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Say how many they are."""
+        with self._inside.steps(self._net, call.steps):
+            yield
+
+
+def _numbers(net: nn.Module) -> Iterator[tuple[str, int]]:
+    """Whole numbers that modules hold, by path."""
+    for path, module in net.named_modules():
+        for name, value in vars(module).items():
+            if (
+                isinstance(value, int)
+                and not isinstance(value, bool)
+                and value > 0
+                and not name.startswith("_")
+            ):
+                yield f"{path}.{name}".lstrip("."), value
+
+
+def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int:
+    """The axis of time of an output, by what it is for all steps and for one."""
+    if whole.shape == part.shape:
+        return _AVERAGED
+    axes = (
+        [axis for axis, (a, b) in enumerate(zip(whole.shape, part.shape)) if a != b]
+        if whole.dim() == part.dim()
+        else []
+    )
+    if len(axes) != 1 or part.shape[axes[0]] != 1 or whole.shape[axes[0]] != time_steps:
+        raise ConfigurationError(
+            f"with time_inside set to 1, an output is {list(part.shape)} instead of {list(whole.shape)}: time_inside has to name "
+            "what holds the number of steps, and nothing else"
+        )
+    return axes[0]
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    """The network in float64, where a spike does not depend on rounding."""
+    alone = copy.deepcopy(net)
+    for parameter in alone.parameters():
+        parameter.grad = None
+    return alone.double().train()
+
+
+def _reset(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, StatefulModule):
+            module.reset_state()
+
+
+@contextmanager
+def _measuring_statistics(net: nn.Module) -> Iterator[None]:
+    """Have batch norms take over the statistics of what they see: a network as it is made may be silent without."""
+    with Replacements() as replaced:
+        for module in net.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                replaced.entry(vars(module), "momentum", 1.0)
+        yield
