@@ -56,6 +56,7 @@ def over_time(
     steps = None if time_steps is None else options.count("time_steps", time_steps)
     settings = Settings(
         time_steps=steps,
+        k=k,
         schedule=options.selection(k, schedule, steps),
         chunk=options.count("chunk", chunk),
         time_dim=options.axes("time_dim", time_dim),

@@ -82,7 +82,8 @@ class KeptTensors(SpeedUp):
             yield
         finally:
             self._watches = self._watches and not self._has_seen
-            self._left = {(module, name): vars(module).get(name, _ABSENT) for module, name in self._rest}
+            if not one.again:  # what runs again leaves no trace
+                self._left = {(module, name): vars(module).get(name, _ABSENT) for module, name in self._rest}
             self._before, self._set = {}, {}
         self._say([*self._rest][known:])
 

@@ -169,7 +169,9 @@ class _Recording:
                     self._graphs.kept.clear()
             if any(not self._pass.keeps(t) for t in self._pass.selected):
                 self._run_again(stand_ins, inputs, Objective(product, _back_propagate, lambda call: None))
-        return stand_ins.gradients(wanting)
+        found = stand_ins.gradients(wanting)
+        stand_ins.forget_gradients()  # which are autograd's from here on
+        return found
 
     def _run_again(self, stand_ins: StandIns, inputs: Sequence[Tensor], objective: Objective) -> None:
         source = self._source([stand_ins.of(tensor) for tensor in inputs])
@@ -177,7 +179,7 @@ class _Recording:
             self._pass, source=source, learns=True, differentiable=False, from_rest=False, again=True
         )
         with stand_ins.in_place(), self._conditions.restored():
-            around = (*self._speed_ups(one), _Again(self._moments))
+            around = (_Again(self._moments), *self._speed_ups(one))
             through_time(one, objective, around, self._graphs.comparison())
 
 

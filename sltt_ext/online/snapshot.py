@@ -25,8 +25,8 @@ _ABSENT: Any = object()
 class Snapshot:
     """What a network holds and draws from at one moment: buffers, carried states, plain attributes, random numbers.
 
-    Lists and dicts are taken with what is in them. Objects of other kinds are taken as they are. Parameters and hooks
-    are not taken.
+    Lists and dicts are taken with what is in them. Objects of other kinds are taken as they are. Parameters, hooks and
+    what has a graph are not taken.
 
     Args:
         net: The network.
@@ -68,7 +68,7 @@ class Snapshot:
                 self._keep_content(element, depth - 1)
         elif depth and isinstance(value, dict):
             self._keep(value, value, depth - 1)
-        elif depth and dataclasses.is_dataclass(value):
+        elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
             for field in dataclasses.fields(value):
                 self._keep_content(getattr(value, field.name), depth - 1)
 
@@ -99,7 +99,10 @@ def _put_back(store: dict[Any, Any], before: dict[Any, Any]) -> None:
     for name in [name for name in store if name not in before and name not in _NOT_TAKEN]:
         del store[name]
     for name, value in before.items():
-        if store.get(name, _ABSENT) is not value:
+        given = (
+            isinstance(value, Tensor) and value.requires_grad
+        )  # not left by a step; something may stand in for it
+        if not given and store.get(name, _ABSENT) is not value:
             store[name] = value
 
 

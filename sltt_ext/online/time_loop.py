@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import InputError, SLTTWarning, listed
+from sltt_ext.online import options
 from sltt_ext.online.distributed import no_synchronisation
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.grouping import Grouping, in_bytes
@@ -40,6 +41,7 @@ class Settings:
     """How a network runs over time; see `sltt_ext.over_time`."""
 
     time_steps: int | None
+    k: int | None
     schedule: Schedule | None
     chunk: int
     time_dim: TimeDims
@@ -166,6 +168,8 @@ class TimeLoop:
         """The steps to back-propagate."""
         if self.settings.schedule is None:
             return tuple(range(time_steps))
+        if self.settings.k is not None:
+            options.count("k", self.settings.k, at_most=time_steps)
         return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
 
     def _speed_ups(self, net: nn.Module, one: Pass) -> Sequence[SpeedUp]:

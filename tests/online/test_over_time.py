@@ -1,0 +1,723 @@
+"""`over_time`: any loss of a network over time, with an ordinary backward; against the original network and one graph."""
+
+import copy
+import pickle
+from collections import namedtuple
+from dataclasses import dataclass
+
+import networks
+import oracle
+import pytest
+import snntorch
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+from torch.nn import functional as F
+
+import sltt_ext
+from sltt_ext.analysis import peak_activation_bytes
+from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarning
+from sltt_ext.snntorch import MultiStep
+
+T = 5
+X, TARGET = networks.images()
+
+
+def detach(net):
+    """What each neuron carries, for both frameworks."""
+    oracle.detach_memories(net)
+    for module in net.modules():
+        if isinstance(module, snntorch.SpikingNeuron):
+            for store in (module._buffers, vars(module)):
+                for name, value in list(store.items()):
+                    if isinstance(value, torch.Tensor):
+                        store[name] = value.detach()
+
+
+def reset(net):
+    for module in net.modules():
+        for name in ("reset", "reset_mem"):
+            if hasattr(module, name):
+                getattr(module, name)()
+
+
+def original(net, frames, selected=None):
+    """All steps of the original network, single-step, each from a constant state; T / K times the gradient of K of them."""
+    outputs = []
+    reset(net)
+    for t, frame in enumerate(frames):
+        output = net(frame)
+        if selected is not None:
+            constant = output.detach()
+            factor = len(frames) / len(selected)
+            output = constant + factor * (output - constant) if t in selected else constant
+        outputs.append(output)
+        detach(net)
+    return torch.stack(outputs)
+
+
+def gradients(*modules):
+    return [parameter.grad for module in modules for parameter in module.parameters()]
+
+
+def conv_snn():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        snntorch.Leaky(beta=0.9, init_hidden=True),
+        nn.Conv2d(6, 6, 3, padding=1),
+        snntorch.Synaptic(alpha=0.8, beta=0.7, init_hidden=True),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    return net
+
+
+def random_net():
+    """With batch norm and dropout, in training."""
+    net = networks.conv_net()
+    layers = [net[0], layer.BatchNorm2d(6), net[1], layer.Dropout(0.3), *net[2:]]
+    return nn.Sequential(*layers[:3], nn.Dropout(0.3), *layers[4:])
+
+
+LOSSES = {
+    "mean": lambda s: F.cross_entropy(s.mean(0), TARGET),
+    "max over time": lambda s: F.cross_entropy(s.max(0).values, TARGET),
+    "TET": lambda s: F.cross_entropy(s.flatten(0, 1), TARGET.repeat(len(s))),
+    "last step": lambda s: F.cross_entropy(s[-1], TARGET),
+    "spread over time": lambda s: s.var(0).mean() + F.cross_entropy(s.mean(0), TARGET),
+}
+MAKES = {
+    "fused": networks.conv_net,
+    "generic": lambda: networks.conv_net(neuron.QIFNode, v_c=0.5, v_threshold=0.8),
+    "parametric": lambda: networks.conv_net(neuron.ParametricLIFNode),
+    "random": random_net,
+    "snnTorch": conv_snn,
+}
+
+
+@pytest.mark.parametrize("k", [None, 1, 2, T])
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_any_loss_of_all_steps(loss, make, k):
+    """Equal to the original's but for the order in which steps are added up; masks and statistics are its, too."""
+    reference, net = MAKES[make](), MAKES[make]()
+    generator = torch.Generator().manual_seed(3)
+    selected = None if k is None else torch.randperm(T, generator=generator)[:k].tolist()
+    torch.manual_seed(4)
+    LOSSES[loss](original(reference, [X] * T, selected)).backward()
+    buffers = [
+        buffer.clone() for name, buffer in reference.named_buffers() if "running" in name or "num_" in name
+    ]
+    sltt_ext.over_time(net, T, k=k, returns="sequence", generator=torch.Generator().manual_seed(3))
+    for _ in range(2):  # what is found out in the first iteration is used in the second
+        net.zero_grad()
+        net.load_state_dict(copy.deepcopy(MAKES[make]().state_dict()), strict=False)
+        net._sltt_time_loop.settings.generator.manual_seed(3)
+        torch.manual_seed(4)
+        LOSSES[loss](net(X)).backward()
+        assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+    after = [buffer for name, buffer in net.named_buffers() if "running" in name or "num_" in name]
+    assert all(map(torch.allclose, after, buffers))
+
+
+@pytest.mark.parametrize("memory_budget", [None, "1GiB", 100_000])
+@pytest.mark.parametrize("pack_spikes", [False, True])
+@pytest.mark.parametrize(("step_mode", "chunk"), [("s", 1), ("m", 1), ("m", 2), ("m", T)])
+def test_how_steps_are_run_does_not_matter(step_mode, chunk, pack_spikes, memory_budget):
+    reference = networks.conv_net()
+    F.cross_entropy(original(reference, [X] * T).mean(0), TARGET).backward()
+    net = sltt_ext.over_time(
+        networks.conv_net(step_mode=step_mode),
+        T,
+        chunk=chunk,
+        pack_spikes=pack_spikes,
+        memory_budget=memory_budget,
+    )
+    for _ in range(3):
+        net.zero_grad()
+        output = net(X)
+        F.cross_entropy(output, TARGET).backward()
+        assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+    assert output.shape == (3, 5)
+
+
+def test_generic_neurons_are_exact():
+    """In float64 nothing is left but the order of a sum."""
+    reference, net = (networks.conv_net(neuron.QIFNode).double() for _ in range(2))
+    LOSSES["spread over time"](original(reference, [X.double()] * T)).backward()
+    LOSSES["spread over time"](sltt_ext.over_time(net, T, returns="sequence")(X.double())).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-14
+
+
+def test_multi_step_of_snntorch():
+    reference = conv_snn()
+    x_seq = 2 * torch.rand(T, *X.shape)
+    F.cross_entropy(original(reference, x_seq).mean(0), TARGET).backward()
+    net = conv_snn()
+    whole = sltt_ext.over_time(MultiStep(sltt_ext.convert(net)), time_dim=0)
+    F.cross_entropy(whole(x_seq), TARGET).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
+class TwoHeads(nn.Module):
+    """A backbone whose heads come in whatever ``structure`` makes of them."""
+
+    def __init__(self, structure=dict):
+        super().__init__()
+        self.backbone, self.box, self.structure = networks.conv_net()[:5], nn.Conv2d(6, 4, 1), structure
+        self.head = nn.Linear(96, 5)
+
+    def forward(self, x, scale=1.0):
+        features = self.backbone(x)
+        return self.structure(logits=self.head(features.flatten(1)) * scale, boxes=self.box(features))
+
+
+@dataclass
+class Detections:
+    logits: torch.Tensor
+    boxes: torch.Tensor
+
+
+Pair = namedtuple("Pair", ["logits", "boxes"])
+STRUCTURES = {
+    "dict": dict,
+    "tuple": lambda logits, boxes: (logits, boxes),
+    "list in a dict": lambda logits, boxes: {"all": [logits, {"boxes": boxes}]},
+    "dataclass": Detections,
+    "named tuple": Pair,
+}
+
+
+def heads(output):
+    if isinstance(output, (Detections, Pair)):
+        return output.logits, output.boxes
+    if isinstance(output, dict):
+        return (output["all"][0], output["all"][1]["boxes"]) if "all" in output else tuple(output.values())
+    return output
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_several_heads(structure):
+    torch.manual_seed(1)
+    reference = TwoHeads(lambda logits, boxes: torch.cat([logits, boxes.flatten(1)], 1))
+    net = TwoHeads(STRUCTURES[structure])
+    net.load_state_dict(reference.state_dict())
+    both = original(reference, [X] * T).mean(0)
+    (F.cross_entropy(both[:, :5], TARGET) + F.smooth_l1_loss(both[:, 5:], torch.ones(3, 64))).backward()
+    logits, boxes = heads(sltt_ext.over_time(net, T)(X))
+    (F.cross_entropy(logits, TARGET) + F.smooth_l1_loss(boxes.flatten(1), torch.ones(3, 64))).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
+class Conditioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.lif = nn.Linear(8, 16), nn.Linear(4, 16), neuron.LIFNode()
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x, context, *, gain=None):
+        h = 3 * self.a(x) + self.b(context["text"])
+        return self.head(self.lif(h if gain is None else gain * h))
+
+
+@pytest.mark.parametrize("time_dim", [0, {"x": 0}, {"x": 0, "gain": 1}])
+def test_several_inputs(time_dim):
+    """Positional and named, with an axis of time and without; those that want a gradient get it."""
+    torch.manual_seed(2)
+    gains = isinstance(time_dim, dict) and "gain" in time_dim
+    reference, net = Conditioned(), sltt_ext.over_time(Conditioned(), time_dim=time_dim)
+    x_seq, text = torch.rand(T, 3, 8, requires_grad=True), torch.rand(3, 4, requires_grad=True)
+    gain = torch.rand(3, T, 1) if gains else torch.tensor(1.5)
+    steps = []
+    for t in range(T):
+        steps.append(reference(x_seq[t], {"text": text}, gain=gain[:, t] if gains else gain))
+        detach(reference)
+    F.cross_entropy(torch.stack(steps).mean(0), TARGET).backward()
+    expected = [*gradients(reference), x_seq.grad, text.grad]
+    x_seq.grad = text.grad = None
+    F.cross_entropy(net(x_seq, context={"text": text}, gain=gain), TARGET).backward()
+    assert oracle.relative_error([*gradients(net), x_seq.grad, text.grad], expected) < 1e-6
+
+
+def test_a_part_of_a_network():
+    """An encoder in front, a head behind: ordinary autograd on both sides."""
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(5)
+            self.encoder, self.backbone, self.head = (
+                nn.Conv2d(1, 1, 3, padding=1),
+                networks.conv_net(),
+                nn.Linear(5, 5),
+            )
+
+        def forward(self, x, backbone):
+            return self.head(backbone(3 * self.encoder(x).relu()).tanh())
+
+    reference, net = Detector(), Detector()
+    F.cross_entropy(reference(X, lambda x: original(reference.backbone, [x] * T).mean(0)), TARGET).backward()
+    sltt_ext.over_time(net.backbone, T)
+    F.cross_entropy(net(X, net.backbone), TARGET).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
+def test_several_calls_before_one_backward():
+    """As in contrastive learning, distillation and GANs: each call is a sequence of its own."""
+    views = [X, 1.3 * X.flip(-1), X[:2]]
+    reference, net = (
+        random_net(),
+        sltt_ext.over_time(random_net(), T, k=3, generator=torch.Generator().manual_seed(0)),
+    )
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(6)
+    outputs = [
+        original(reference, [view] * T, torch.randperm(T, generator=generator)[:3].tolist()).mean(0)
+        for view in views
+    ]
+    (F.mse_loss(outputs[0], outputs[1]) + outputs[2].square().sum()).backward()
+    torch.manual_seed(6)
+    outputs = [net(view) for view in views]
+    (F.mse_loss(outputs[0], outputs[1]) + outputs[2].square().sum()).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
+def test_variational():
+    """A latent that is drawn between a spiking encoder and an ordinary decoder."""
+
+    def elbo(statistics, decoder):
+        mu, log_variance = statistics.split([2, 3], 1)
+        latent = mu + (log_variance[:, :2] / 2).exp() * torch.randn(3, 2)
+        return F.mse_loss(decoder(latent), X.flatten(1)) + (mu**2 + log_variance[:, :2].exp()).mean()
+
+    pairs = []
+    for over_time in (False, True):
+        torch.manual_seed(0)
+        net, decoder = networks.conv_net(), nn.Linear(2, 64)
+        torch.manual_seed(9)
+        mean = sltt_ext.over_time(net, T)(X) if over_time else original(net, [X] * T).mean(0)
+        elbo(mean, decoder).backward()
+        pairs.append(gradients(net, decoder))
+    assert oracle.relative_error(pairs[1], pairs[0]) < 1e-6
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 3], torch.tensor([2, 2, 5])])
+def test_padded_sequences(lengths):
+    x_seq = 2 * torch.rand(T, *X.shape)
+    weights = (torch.arange(T)[:, None] < torch.as_tensor(lengths)) / torch.as_tensor(lengths)
+    reference, net = networks.conv_net(), sltt_ext.over_time(networks.conv_net(), time_dim=0)
+    F.cross_entropy((original(reference, x_seq) * weights[..., None]).sum(0), TARGET).backward()
+    F.cross_entropy(net(x_seq, lengths=lengths), TARGET).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
+def test_state_from_call_to_call():
+    x_seq = 2 * torch.rand(6, *X.shape)
+    reference = networks.conv_net()
+    LOSSES["spread over time"](original(reference, x_seq)).backward()
+    net = sltt_ext.over_time(networks.conv_net(), time_dim=0, returns="sequence", carry=True)
+    parts = [net(part) for part in (x_seq[:1], x_seq[1:4], x_seq[4:])]
+    LOSSES["spread over time"](torch.cat(parts)).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+    functional.reset_net(net)
+    assert torch.equal(net(x_seq[:1]), parts[0])
+
+
+def test_state_is_that_after_forward():
+    reference, net = networks.conv_net(), sltt_ext.over_time(networks.conv_net(), T)
+    original(reference, [X] * T)
+    output = net(X)
+    assert torch.equal(net[1].v, reference[1].v)
+    output.sum().backward()
+    assert torch.equal(net[1].v, reference[1].v)
+
+
+def test_gradients_go_through_autograd():
+    """Hooks see one sum; ``autograd.grad`` gives, and leaves .grad alone; only what is asked for is computed."""
+    net = sltt_ext.over_time(networks.conv_net(), T)
+    calls = []
+    net[0].weight.register_hook(lambda gradient: calls.append(1) or 2 * gradient)
+    F.cross_entropy(net(X), TARGET).backward()
+    doubled, weight = net[0].weight.grad, net[6].weight
+    assert calls == [1]
+    (asked,) = torch.autograd.grad(F.cross_entropy(net(X), TARGET), [weight])
+    assert calls == [1]
+    assert torch.equal(asked, weight.grad)
+    plain = sltt_ext.over_time(networks.conv_net(), T)
+    F.cross_entropy(plain(X), TARGET).backward()
+    assert torch.equal(doubled, 2 * plain[0].weight.grad)
+
+
+def test_backward_again():
+    net = sltt_ext.over_time(networks.conv_net(), T)
+    loss = F.cross_entropy(net(X), TARGET)
+    loss.backward(retain_graph=True)
+    once = [gradient.clone() for gradient in gradients(net)]
+    loss.backward()
+    assert oracle.relative_error(gradients(net), [2 * gradient for gradient in once]) < 1e-7
+    output = net(X)
+    output.sum().backward()
+    with pytest.raises(LossError, match="retain_graph=True the first time"):
+        output.mean().backward()
+
+
+def test_conditions_are_those_of_forward():
+    """Modes, frozen weights and autocast, whatever they are at the time of backward."""
+    reference, net = random_net(), sltt_ext.over_time(random_net(), T)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(original(reference, [X] * T).float().mean(0), TARGET).backward()
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(X)
+    net.eval()
+    loss = F.cross_entropy(output.float(), TARGET)
+    loss.backward()
+    assert not net[3].training
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 3e-2
+
+
+def test_numbers_from_other_generators_are_the_same_again():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(1)
+
+        def forward(self, x):
+            import random
+
+            import numpy
+
+            return x * (1 + random.random()) * (1 + numpy.random.rand()) + torch.rand(
+                x.shape, generator=self.generator
+            )
+
+    torch.manual_seed(8)
+    net = nn.Sequential(Noisy(), *networks.conv_net())
+    seen = []
+    net[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    sltt_ext.over_time(net, T, schedule=lambda *_: [1, 2, 4])
+    output = net(X)
+    first, seen[:] = list(seen), []
+    output.sum().backward()
+    assert all(torch.equal(first[t], again) for t, again in zip([1, 2, 4], seen, strict=True))
+
+
+def test_other_random_numbers_are_said():
+    generator = torch.Generator().manual_seed(1)
+    net = networks.conv_net()
+    net[2].register_forward_hook(
+        lambda module, args, output: output + 5 * torch.rand(output.shape, generator=generator)
+    )
+    with pytest.warns(SLTTWarning, match="computes something else when its time steps run again"):
+        sltt_ext.over_time(net, T)(X).sum().backward()
+
+
+def test_what_hooks_gather_has_no_gradient_and_says_so():
+    net, rates = sltt_ext.over_time(networks.conv_net(), T), []
+    net[1].register_forward_hook(lambda module, args, output: rates.append(output.mean()))
+    output = net(X)
+    with pytest.raises(LossError, match="return it as a part of the output"):
+        (F.cross_entropy(output, TARGET) + sum(rates)).backward()
+
+
+def test_an_attribute_computed_before_the_call_gets_its_gradient():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.factor = networks.conv_net(), None
+
+        def forward(self, x):
+            return self.net(self.factor * x)
+
+    grads = []
+    for over_time in (False, True):
+        net, scale = Scaled(), nn.Parameter(torch.tensor(0.7))
+        net.factor = scale.exp()
+        mean = sltt_ext.over_time(net, T)(X) if over_time else original(net, [X] * T).mean(0)
+        F.cross_entropy(mean, TARGET).backward()
+        grads.append([scale.grad, *gradients(net)])
+    assert oracle.relative_error(grads[1], grads[0]) < 1e-6
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(context):
+    reference, net = random_net().eval(), sltt_ext.over_time(random_net(), T).eval()
+    with context():
+        output = net(X)
+        assert torch.allclose(output, original(reference, [X] * T).mean(0), atol=1e-6)
+    assert not output.requires_grad
+
+
+def test_is_the_users_network_still():
+    reference, net = networks.conv_net(), networks.conv_net()
+    keys = list(net.state_dict())
+    assert sltt_ext.over_time(net, T) is net
+    assert isinstance(net, nn.Sequential)
+    assert list(net.state_dict()) == keys
+    assert net[0] is next(net.children())
+    expected = net(X)
+    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(copied(X), expected)
+        copied(X).sum().backward()
+        assert net[0].weight.grad is None
+    calls = []
+    net.register_forward_hook(lambda module, args, output: calls.append(output.shape))
+    net(X)
+    assert calls == [(3, 5)]
+    assert type(sltt_ext.revert(net)) is nn.Sequential
+    assert type(net[1]) is neuron.LIFNode
+    functional.reset_net(net)
+    assert torch.equal(net(X), reference(X))
+
+
+def test_moving_average_of_weights():
+    net = sltt_ext.over_time(networks.conv_net(), T)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    average.update_parameters(net)
+    assert torch.equal(average(X), net(X))
+
+
+def test_memory_does_not_grow_with_time():
+    peaks = []
+    for time_steps in (1, 32):
+        net = sltt_ext.over_time(networks.conv_net(), time_steps)
+        x = torch.rand(64, 1, 8, 8)
+        net(x).sum().backward()
+        peaks.append(peak_activation_bytes(lambda net=net, x=x: net(x).sum().backward(), net))
+    assert peaks[1] <= 1.05 * peaks[0]
+
+
+class TimeInside(nn.Module):
+    """As published: the image is repeated T times, the average over time is classified."""
+
+    def __init__(self, time_steps=4, averages=True, after=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.T, self.averages = time_steps, averages
+        self.body = nn.Sequential(
+            layer.Conv2d(1, 6, 3, padding=1),
+            neuron.LIFNode(),
+            layer.Conv2d(6, 4, 3, padding=1),
+            neuron.LIFNode(),
+            layer.Flatten(),
+        )
+        functional.set_step_mode(self, "m")
+        self.head, self.after = nn.Linear(256, 5), after or nn.Identity()
+        with torch.no_grad():
+            for parameter in self.body.parameters():
+                parameter.mul_(3)
+
+    def forward(self, x):
+        s = self.body(x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1))
+        return self.after(self.head(s.mean(0))) if self.averages else self.head(s)
+
+
+class Loop(nn.Module):
+    """A loop over time of its own, in a part of the network."""
+
+    def __init__(self, time_steps=4):
+        super().__init__()
+        self.inner = TimeInside(time_steps)
+        functional.set_step_mode(self.inner, "s")
+
+    def forward(self, x):
+        return sum(self.inner.head(self.inner.body(x)) for _ in range(self.inner.T)) / self.inner.T
+
+
+@pytest.mark.parametrize("k", [None, 1])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(TimeInside, "T"), (Loop, "*.T"), (Loop, "inner.T"), (lambda: TimeInside(averages=False), "T")],
+)
+def test_time_inside(make, name, k):
+    whole = make()(X)
+    reference, net = (
+        make(),
+        sltt_ext.over_time(make(), time_inside=name, k=k, generator=torch.Generator().manual_seed(2)),
+    )
+    selected = (
+        None if k is None else torch.randperm(4, generator=torch.Generator().manual_seed(2))[:k].tolist()
+    )
+    inner = getattr(reference, "inner", reference)
+    inner.T = 1
+    steps = original(reference, [X] * 4, selected)
+    output = net(X)
+    assert torch.allclose(output, whole, atol=1e-6)
+    if output.dim() == 3:  # the network itself does not average
+        LOSSES["TET"](steps[:, 0]).backward()
+        LOSSES["TET"](output).backward()
+    else:
+        F.cross_entropy(steps.mean(0), TARGET).backward()
+        F.cross_entropy(output, TARGET).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+    assert getattr(net, "inner", net).T == 4
+
+
+@pytest.mark.parametrize("after", [nn.Softmax(-1), nn.Tanh(), nn.LayerNorm(5)])
+def test_something_that_is_not_linear_after_the_average(after):
+    with pytest.raises(ConfigurationError, match="not linear of the average over time"):
+        sltt_ext.over_time(TimeInside(after=after), time_inside="T")(X)
+
+
+def test_a_network_that_resets_itself():
+    class ResetsItself(TimeInside):
+        def forward(self, x):
+            functional.reset_net(self)
+            return super().forward(x)
+
+    with pytest.raises(ConfigurationError, match="resets its neurons in forward"):
+        sltt_ext.over_time(ResetsItself(), time_inside="T")(X)
+
+
+def test_norms_that_see_other_statistics_are_said():
+    net = nn.Sequential(
+        layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), neuron.LIFNode(), layer.Flatten(), layer.Linear(144, 5)
+    )
+    functional.set_step_mode(net, "m")
+    with pytest.warns(SLTTWarning, match=r"batch norms take their statistics over 1 step.*\n.*1"):
+        sltt_ext.over_time(net, T)(X)
+
+
+def no_tensor(x):
+    return "nothing"
+
+
+BAD = {
+    "no network": (lambda: sltt_ext.over_time(no_tensor, T), ConfigurationError, "takes a torch.nn.Module"),
+    "no neurons": (lambda: sltt_ext.over_time(nn.Linear(2, 2), T), sltt_ext.ConversionError, "no spiking neuron"),
+    "nothing of that name": (
+        lambda: sltt_ext.over_time(TimeInside(), time_inside="steps"), ConfigurationError, "names no attribute",
+    ),
+    "another number": (
+        lambda: sltt_ext.over_time(TimeInside(), time_inside="head.out_features")(X), ConfigurationError, "holds the number of steps|other outputs",
+    ),
+    "k": (lambda: sltt_ext.over_time(networks.conv_net(), T, k=T + 1), ConfigurationError, "k must be"),
+    "k of an input": (
+        lambda: sltt_ext.over_time(networks.conv_net(), time_dim=0, k=3)(X.expand(2, *X.shape)), ConfigurationError, "k must be",
+    ),
+    "no number of steps": (lambda: sltt_ext.over_time(networks.conv_net())(X), InputError, "give time_steps="),
+    "steps": (
+        lambda: sltt_ext.over_time(networks.conv_net(), T, time_dim=0)(X.expand(2, *X.shape)), InputError, "2 steps along",
+    ),
+    "name of an input": (
+        lambda: sltt_ext.over_time(networks.conv_net(), time_dim={"y": 0})(X), ConfigurationError, "names y",
+    ),
+    "inside another": (
+        lambda: sltt_ext.over_time(nn.Sequential(sltt_ext.over_time(networks.conv_net(), T)), T), ConfigurationError, "already",
+    ),
+    "a wrapper": (
+        lambda: sltt_ext.over_time(nn.DataParallel(networks.conv_net()), T), ConfigurationError, "over_time first",
+    ),
+    "returns": (lambda: sltt_ext.over_time(networks.conv_net(), T, returns="all"), ConfigurationError, "returns must be"),
+    "memory": (lambda: sltt_ext.over_time(networks.conv_net(), T, memory_budget="much"), ConfigurationError, "6GiB"),
+    "lengths": (
+        lambda: sltt_ext.over_time(networks.conv_net(), T)(X, lengths=[1, 2, 9]), InputError, "lengths must be",
+    ),
+    "lengths of a sequence": (
+        lambda: sltt_ext.over_time(networks.conv_net(), T, returns="sequence")(X, lengths=[1, 2, 3]), InputError, "weigh them",
+    ),
+    "chunk": (lambda: sltt_ext.over_time(networks.conv_net(), T, chunk=2)(X), ConfigurationError, "multi-step"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_options(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+class Ends(nn.Module):
+    """A network that returns something odd."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.net, self.returned = networks.conv_net(), returned
+
+    def forward(self, x):
+        return self.returned(self.net(x))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (no_tensor, "without a tensor"),
+        (lambda y: (y, y.argmax(1)), "has no mean over time, got float32, int64"),
+    ],
+)
+def test_outputs_that_cannot_be(returned, message):
+    with pytest.raises(LossError, match=message):
+        sltt_ext.over_time(Ends(returned), T)(X)
+
+
+def changed_weight(net, x):
+    output = net(x)
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    return output.sum()
+
+
+def changed_input(net, x):
+    output = net(x)
+    x.mul_(2)
+    return output.sum()
+
+
+def added_hook(net, x):
+    output = net(x)
+    net[0].register_forward_hook(lambda module, args, output: 2 * output)
+    return output.sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed_weight, "changed in place between forward and backward"),
+        (changed_input, "changed in place between forward and backward"),
+        (added_hook, "hooks of '0' were added or removed"),
+    ],
+)
+def test_changes_between_forward_and_backward(change, message):
+    net = sltt_ext.over_time(networks.conv_net(), T)
+    loss = change(net, X.clone())
+    with pytest.raises(LossError, match=message):
+        loss.backward()
+    assert gradients(net) == [None] * 6
+
+
+def test_gradient_of_a_gradient():
+    net = sltt_ext.over_time(networks.conv_net(), T)
+    x = X.clone().requires_grad_()
+    with pytest.raises(LossError, match="create_graph=True"):
+        torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
+def test_an_exception_in_the_second_run_leaves_nothing():
+    net, calls = networks.conv_net(), []
+    net[4].register_forward_hook(lambda *_: calls.append(1) if len(calls) < T + 2 else 1 / 0)
+    sltt_ext.over_time(net, T)
+    output = net(X)
+    state, weight = net[1].v.clone(), net[0].weight
+    with pytest.raises(ZeroDivisionError):
+        output.sum().backward()
+    assert gradients(net) == [None] * 6
+    assert torch.equal(net[1].v, state)
+    assert net[0].weight is weight
+    assert "forward" not in vars(net[1])
+
+
+def test_surrogates_of_ones_own_and_other_dtypes():
+    """Half precision as it comes: the output has the network's own dtype."""
+    net = sltt_ext.over_time(networks.conv_net(surrogate_function=surrogate.ATan()).bfloat16(), T)
+    output = net(X.bfloat16())
+    output.sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert net[0].weight.grad.isfinite().all()
