@@ -22,6 +22,7 @@ __all__ = [
     "common_generator",
     "has_static_graph",
     "is_distributed",
+    "is_sharded",
     "no_synchronisation",
     "synchronised_once",
     "unwrapped",
@@ -39,6 +40,11 @@ def no_synchronisation(last: bool) -> AbstractContextManager[Any]:
 def is_distributed(net: nn.Module) -> bool:
     """Whether gradients of ``net`` are synchronised between processes."""
     return bool(_replicated(net) or _sharded(net))
+
+
+def is_sharded(net: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to ``net``, or to a part of it."""
+    return bool(_sharded(net))
 
 
 def has_static_graph(net: nn.Module) -> bool:

@@ -118,7 +118,6 @@ class _Recording:
         self._pass = one
         self._heads = heads
         self._stand_ins = stand_ins
-        self._conditions = Conditions(one.net)
         self._source = source
         self._speed_ups = speed_ups
         self._moments = _Moments()
@@ -130,6 +129,7 @@ class _Recording:
         with in_place:
             around = (*self._speed_ups(self._pass), self._moments, self._graphs)
             through_time(self._pass, None, around, self._graphs)
+        self._conditions = Conditions(self._pass.net)  # a wrapper hooks on in its first forward
 
     def gradients(
         self,

@@ -22,6 +22,7 @@ from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, SpeedUp
 from sltt_ext.online.snapshot import random_numbers
+from sltt_ext.online.states import one_call, reset
 from sltt_ext.online.structures import Rebuild, flatten
 
 __all__ = ["StepsInside", "TimeInside"]
@@ -138,18 +139,20 @@ class TimeInside:
 
     def _both(self, net: nn.Module, time_steps: int, run: Run) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What the network returns for all steps at once, and for one after the other."""
-        _reset(net)
-        with self.steps(net, time_steps), _measuring_statistics(net):
-            run(net, 0, time_steps)
+        neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
+
+        def ran(start: int, stop: int) -> list[Tensor]:
+            with self.steps(net, stop - start), one_call(neurons, stop - start):
+                return flatten(run(net, start, stop))[0]
+
+        reset(neurons)
+        with _measuring_statistics(net):
+            ran(0, time_steps)
         net.eval()
-        _reset(net)
-        with self.steps(net, time_steps):
-            whole, _ = flatten(run(net, 0, time_steps))
-        _reset(net)
-        parts = []
-        with self.steps(net, 1):
-            for t in range(time_steps):
-                parts.append(flatten(run(net, t, t + 1))[0])
+        reset(neurons)
+        whole = ran(0, time_steps)
+        reset(neurons)
+        parts = [ran(t, t + 1) for t in range(time_steps)]
         if not whole or len(whole) != len(parts[0]):
             raise LossError(
                 f"the network returned a {type(net).__name__} without a tensor: return what the loss reads"
@@ -207,12 +210,6 @@ def _copied(net: nn.Module) -> nn.Module:
     for parameter in alone.parameters():
         parameter.grad = None
     return alone.double().train()
-
-
-def _reset(net: nn.Module) -> None:
-    for module in net.modules():
-        if isinstance(module, StatefulModule):
-            module.reset_state()
 
 
 @contextmanager

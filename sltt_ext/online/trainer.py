@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from sltt_ext.online.distributed import (
     common_generator,
     has_static_graph,
     is_distributed,
+    is_sharded,
     no_synchronisation,
     synchronised_once,
     unwrapped,
@@ -341,15 +343,18 @@ class OnlineTrainer:
             one = Pass(
                 net, forward, neurons, multi_step, given, self.time_steps, steps, False, sizes, heads.of_call, differentiable=True
             )  # fmt: skip
-            wanting = [tensor for tensor in (*inputs, *outer_tensors(net)) if tensor.requires_grad]
+            # sharded parameters get their gradients from the wrapper itself, and not from autograd
+            own = [torch.zeros((), requires_grad=True)] if is_sharded(net) else outer_tensors(net)
+            wanting = [tensor for tensor in (*inputs, *own) if tensor.requires_grad]
 
             def speed_ups(one: Pass) -> Sequence[SpeedUp]:
-                return Alone(), *self._speed_ups(one, no_synchronisation, measuring)[0]
+                around = step if is_sharded(net) else no_synchronisation
+                return Alone(), *self._speed_ups(one, around, measuring)[0]
 
             with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
                 return recorded(one, heads, inputs, source, speed_ups, wanting, self._found)
 
-        with step(True):
+        with nullcontext() if is_sharded(net) else step(True):
             tensors = call(outputs, x)
             output = heads.rebuild(tensors)
             loss = sum_of_losses(self.loss_fn, [(output, target)])
