@@ -10,10 +10,10 @@ demo: $(READY)  ## train one network on real images with BPTT, SLTT and SLTT-K, 
 	$(BIN)/sltt demo
 
 test: $(READY)  ## all the tests
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(READY)  ## the slow tests: every example and configuration, from end to end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 fuzz: $(READY)  ## random networks and options against an oracle, thousands of them (FUZZ="--cases 5000 --seed 0")
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --framework spikingjelly $(FUZZ)
@@ -42,14 +42,14 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/write_tables.py
 
 cubins: $(READY)  ## every variant of the CUDA kernels, compiled for every architecture (minutes, no GPU)
-	SLTT_ALL_CUBINS=1 $(BIN)/python -m pytest -n 2 tests/kernels/test_nvrtc.py
+	SLTT_ALL_CUBINS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" tests/kernels/test_nvrtc.py
 
 gpu-test:  ## what needs a CUDA device, with the machine's own Python; installs nothing
-	PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider tests/gpu
+	PYTHONPATH=. $(PYTHON) -m pytest -p no:cacheprovider -m "slow or not slow" tests/gpu
 
 gpu-sanitizer:  ## the kernels' tests on the device under compute-sanitizer
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -m pytest -p no:cacheprovider tests/gpu/test_kernels.py -k 'variant and cuda'
+		$(PYTHON) -m pytest -p no:cacheprovider -m "slow or not slow" tests/gpu/test_kernels.py -k 'variant and cuda'
 
 gpu-bench:  ## the fused neuron against copies and SpikingJelly on the device, with the machine's own Python
 	PYTHONPATH=. $(PYTHON) benchmarks/neuron_kernel.py

@@ -55,7 +55,7 @@ def tests(session: nox.Session, line: str) -> None:
     """The test suite with the oldest or newest supported frameworks, or with torch from the other end."""
     session.install(*LINES[line])
     session.install("--no-deps", "-e", ".")
-    session.run("pytest", "-n", "2", *session.posargs)
+    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 def _wheels(folder: str) -> list[str]:

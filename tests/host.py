@@ -25,6 +25,7 @@ from sltt_ext.kernels.geometry import THREADS
 from sltt_ext.kernels.leaky import LEAKY
 from sltt_ext.kernels.lif import LIF
 from sltt_ext.kernels.source import SCALARS, Kernel, translation_unit
+from sltt_ext.surrogate import SURROGATES
 
 if shutil.which("g++") is None:
     pytest.skip("needs g++", allow_module_level=True)
@@ -37,7 +38,7 @@ _BUILT: dict[Kernel, ctypes.CDLL] = {}
 
 def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], device: torch.device) -> None:
     if kernel not in _BUILT:
-        build(next((group for group in variants.groups().values() if kernel in group), [kernel]))
+        build(next((group for group in _groups() if kernel in group), [kernel]))
     values = [
         ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
         for value in arguments
@@ -96,6 +97,13 @@ def build(kernels: list[Kernel]) -> None:
         assert done.returncode == 0, done.stderr[:4000]
         made.rename(library)
     _BUILT.update(dict.fromkeys(kernels, ctypes.CDLL(str(library))))
+
+
+@functools.cache
+def _groups() -> list[list[Kernel]]:
+    """What is built together: g++ takes hardly longer for a group than for one kernel."""
+    leaky = [variants.leaky_kernels(dtype, 4, name) for dtype in variants.DTYPES for name in SURROGATES]
+    return [*variants.groups().values(), *leaky]
 
 
 @functools.cache

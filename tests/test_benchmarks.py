@@ -283,6 +283,7 @@ def test_the_tables_in_the_docs_are_the_measured_ones():
     assert page == tables.with_tables(page)
 
 
+@pytest.mark.slow
 def test_the_kernel_benchmark_runs(tmp_path):
     command = [
         sys.executable,

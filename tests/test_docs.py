@@ -31,6 +31,7 @@ def test_the_time_loop_of_a_tutorial_leaves_forward_with_three_new_lines():
     assert all(line in after for line in lines["+"] + lines[" "])
 
 
+@pytest.mark.slow
 def test_the_snntorch_example_runs():
     command = [
         sys.executable,

@@ -364,6 +364,7 @@ def in_two_processes(script, argument):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_ddp_resumes_the_random_numbers_of_each_process(tmp_path):
     in_two_processes("lightning_ddp_resume.py", tmp_path)
     result = torch.load(tmp_path / "result.pt")
@@ -393,6 +394,7 @@ def test_without_lightning(monkeypatch):
         importlib.import_module("sltt_ext.lightning")
 
 
+@pytest.mark.slow
 def test_the_digits_example(tmp_path):
     root = Path(__file__).parent.parent
     command = [sys.executable, root / "examples" / "digits" / "train.py", "--epochs", "1", "--k", "1"]

@@ -32,6 +32,7 @@ def run(tmp_path, script, *launcher):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_in_two_processes(tmp_path, name):
     if name == "fsdp" and OLD:

@@ -68,6 +68,9 @@ class KeptTensors(SpeedUp):
         self._calls = 0  # of this pass
         self._rest: dict[Key, Any] = {}  # what carried attributes are at rest
         self._left: dict[Key, Any] = {}  # and what the last pass has left in their place
+        self._stale: dict[
+            Key, Any
+        ] = {}  # with the graph of the last pass, while nothing else tells what it is
         self._before: dict[nn.Module, dict[str, Any]] = {}  # this pass
         self._set: dict[Key, Any] = {}  # by an earlier call of this pass, while it is watched
 
@@ -77,6 +80,9 @@ class KeptTensors(SpeedUp):
         self._net, self._calls, self._set, known = one.net, 0, {}, len(self._rest)
         for key in self._rest if one.from_rest else ():
             self._put_back(*key)
+        for (module, name), value in self._stale.items() if one.from_rest else ():
+            if vars(module).get(name) is value:
+                _set_back(module, name, self._before[module].get(name, _ABSENT))
         self._before = {module: _own(module) for module in one.net.modules()} if self._watches else {}
         try:
             yield
@@ -84,7 +90,10 @@ class KeptTensors(SpeedUp):
             self._watches = self._watches and not self._has_seen
             if not one.again:  # what runs again leaves no trace
                 self._left = {(module, name): vars(module).get(name, _ABSENT) for module, name in self._rest}
-            self._before, self._set = {}, {}
+                self._stale = {key: value for key, value in self._set.items() if _needs_gradient(value)}
+            self._set = {}
+            if not self._stale:
+                self._before = {}
         self._say([*self._rest][known:])
 
     @contextmanager
@@ -106,7 +115,8 @@ class KeptTensors(SpeedUp):
         for module, own in start.items():
             for name, value in _own(module).items():
                 if value is not own.get(name, _ABSENT) and _holds_tensors(value):
-                    if reads is not None and (module, name) in reads.found and _needs_gradient(value):
+                    is_read = reads is not None and (module, name) in reads.found
+                    if is_read and (_needs_gradient(value) or _needs_gradient(self._set[module, name])):
                         self._rest[module, name] = self._before[module].get(name, _ABSENT)
                     self._set[module, name] = value
         self._has_seen |= call.selected and self._calls > 1
@@ -118,10 +128,8 @@ class KeptTensors(SpeedUp):
         rest, found = self._rest[module, name], vars(module).get(name, _ABSENT)
         if found is not self._left.get((module, name)):
             self._rest[module, name] = found
-        elif rest is _ABSENT:
-            del vars(module)[name]
         else:
-            vars(module)[name] = rest
+            _set_back(module, name, rest)
 
     def _refuse_lost(self, cut: dict[Key, Any], read: set[Key]) -> None:
         """What is computed in one step and read in later ones would have the gradient of the first step only."""
@@ -166,6 +174,13 @@ class _Reads(TorchFunctionMode):
             read = map(id, tree_leaves((args, kwargs)))
             self.found |= {self._keys[one] for one in read if one in self._keys}
         return func(*args, **(kwargs or {}))
+
+
+def _set_back(module: nn.Module, name: str, value: Any) -> None:
+    if value is _ABSENT:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value
 
 
 def _path(net: nn.Module, module: nn.Module, name: str) -> str:

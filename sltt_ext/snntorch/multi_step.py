@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sltt_ext.errors import ConfigurationError, InputError, SLTTError, SLTTWarning
 from sltt_ext.forwards import Layer, Replacements
@@ -81,8 +81,10 @@ class MultiStep(StatefulModule, nn.Module):
     def detach_state(self) -> None:
         """The neurons in the network carry the state, and are detached themselves."""
 
-    def forward(self, x_seq: Tensor) -> Any:
+    def forward(self, x_seq: Any) -> Any:
         """What the network returns for every step of ``x_seq`` ``[T, N, ...]``, each tensor ``[T, N, ...]``.
+
+        ``x_seq`` may be several such tensors in a dict or tuple, which the network takes as one ``[N, ...]`` each.
 
         Raises:
             InputError: If ``x_seq`` is no sequence, has another number of steps than a ``BatchNormTT`` list,
@@ -95,9 +97,7 @@ class MultiStep(StatefulModule, nn.Module):
                 "the network was reverted, and only converted neurons unfold time: convert it again, or call it step "
                 "by step without MultiStep"
             )
-        if x_seq.dim() < 2 or x_seq.shape[0] == 0:
-            raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
-        time_steps, batch = x_seq.shape[:2]
+        time_steps, batch = _steps_and_batch(x_seq)
 
         def unfolded(output: Any) -> Any:
             if not isinstance(output, Tensor):
@@ -120,8 +120,24 @@ class _Fold(nn.Module):
     sltt_time_invariant = True
     sltt_folds_time = True
 
-    def forward(self, x_seq: Tensor) -> Tensor:
-        return x_seq.flatten(0, 1)
+    def forward(self, x_seq: Any) -> Any:
+        return tree_map(lambda part: part.flatten(0, 1), x_seq)
+
+
+def _steps_and_batch(x_seq: Any) -> tuple[int, int]:
+    """T and N, the same in all parts of an input."""
+    parts = tree_leaves(x_seq)
+    if not parts or not all(isinstance(part, Tensor) and part.dim() >= 2 and len(part) for part in parts):
+        got = [list(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        raise InputError(
+            f"x_seq must be [T, N, ...] with T >= 1, or several such tensors, got {', '.join(map(str, got))}"
+        )
+    sizes = {tuple(part.shape[:2]) for part in parts}
+    if len(sizes) > 1:
+        raise InputError(
+            f"the parts of x_seq must agree in their first two axes, time and batch, got {sorted(sizes)}"
+        )
+    return sizes.pop()  # type: ignore[return-value]
 
 
 class _Unfolding:

@@ -3,15 +3,27 @@
 import gc
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from fuzz import networks_snntorch, reference
 from fuzz.description import Case, simpler
-from fuzz.networks import WithState
-from fuzz.training import KEPT_ALIVE, Iteration, backward, batch, loss_fn, observed, optimizer, output_of
+from fuzz.hooks import everywhere
+from fuzz.networks import Net, WithState
+from fuzz.training import (
+    KEPT_ALIVE,
+    Head,
+    Iteration,
+    LossFn,
+    backward,
+    batch,
+    loss_fn,
+    observed,
+    optimizer,
+    output_of,
+)
 from torch import Tensor, nn
 
 import sltt_ext
@@ -21,6 +33,9 @@ from sltt_ext.snntorch import MultiStep, Stateful
 VERDICTS = ("right", "said", "discarded", "plain fault", "speed-up fault")
 _DTYPES = {"spikingjelly": torch.float64, "snntorch": torch.float32}  # snnTorch mixes precisions in float64
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
+_EXCUSES_NOTHING = (
+    "tensors are kept from step to step as plain attributes"  # and the values are right all the same
+)
 _ROUNDING = {torch.float64: 1e-12, torch.float32: 3e-6}
 
 
@@ -163,28 +178,32 @@ def _library(case: Case, fresh_trainers: bool) -> _Run:
         try:
             network = _converted(case, net)
             generator = torch.Generator().manual_seed(case.seed)
-            loss = _Loss()
-            online: Any = None
-            update = optimizer(net)
+            head = Head()
+            loss = _LossWithHead(head) if case.options.loss == "head" else _Loss()
+            trainers: dict[str, sltt_ext.OnlineTrainer] = {}
+            update = optimizer(net, head)
             for iteration in range(case.iterations):
                 torch.default_generator.manual_seed(case.seed + iteration)
                 data = batch(case, iteration)
-                if online is None or fresh_trainers:
-                    online = _trainer(case, network, net, loss, generator, update)
-                loss.of_iteration = loss_fn(case, net, data.x)
+                loss_on = case.loss_on(iteration)
+                if loss_on not in trainers or fresh_trainers:
+                    trainers[loss_on] = _trainer(case, network, net, loss, loss_on, generator, update)
+                loss.of_iteration = loss_fn(case, net, head, data.x)
                 update.zero_grad()
-                result = online.forward_backward(data.given(case), data.target)
+                with everywhere(case.everywhere, net, net.record):
+                    result = trainers[loss_on].forward_backward(data.given(case), data.target)
                 steps.append(result.time_steps)
-                iterations.append(observed(case, net, data, result.loss, result.output))
+                iterations.append(observed(case, net, head, data, result.loss, result.output, loss_on))
                 update.step()
         except Exception as raised:  # all of them are looked at
             error = raised
     steps += [first] * (case.iterations - len(steps))
     said = [str(one.message)[:160] for one in caught if issubclass(one.category, SLTTWarning)]
+    said = [message for message in said if not message.startswith(_EXCUSES_NOTHING)]
     return _Run(iterations, steps, error, said)
 
 
-def _converted(case: Case, net: nn.Module) -> nn.Module:
+def _converted(case: Case, net: Net) -> nn.Module:
     for module in net.modules():
         if isinstance(module, networks_snntorch.NormsOfSteps):
             module.whole = case.form == "multi"
@@ -197,22 +216,35 @@ def _converted(case: Case, net: nn.Module) -> nn.Module:
 class _Loss:
     """The loss of the iteration that runs."""
 
-    of_iteration: Callable[[Tensor, Tensor], Tensor]
+    of_iteration: LossFn
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, output: Any, target: Tensor) -> Tensor:
+        return self.of_iteration(output, target)
+
+
+class _LossWithHead(nn.Module):
+    """The same as a module that shows its parameters."""
+
+    of_iteration: LossFn
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, output: Any, target: Tensor) -> Tensor:
         return self.of_iteration(output, target)
 
 
 def _trainer(
     case: Case,
     network: nn.Module,
-    net: nn.Module,
-    loss: _Loss,
+    net: Net,
+    loss: _Loss | _LossWithHead,
+    loss_on: Any,
     generator: torch.Generator,
     update: torch.optim.Optimizer,
 ) -> sltt_ext.OnlineTrainer:
     options = case.options
-    output: Any = {"dict": output_of, "membrane": "membrane"}.get(case.returns)
     select = options.select
 
     def on_step(t: int) -> None:
@@ -230,10 +262,10 @@ def _trainer(
         memory_budget=options.memory_budget,
         scale=options.scale,
         time_dim={"time 0": 0, "time 1": 1}.get(options.frames),
-        output=output,
+        output=output_of(case),
         full_output=options.full_output,
         backward=backward(case, net),
-        loss_on=options.loss_on,
+        loss_on=loss_on,
         target_time_dim=options.target_time_dim,
         on_step=on_step if options.on_step else None,
         cache_invariant=options.cache_invariant,

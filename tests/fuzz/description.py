@@ -53,14 +53,19 @@ class Options(_Short):
 
     Attributes:
         frames: ``"static"``, ``"time 0"``, ``"time 1"``, ``"list"`` or ``"iterator"``.
+        parts: What an input, or a frame of a list or iterator, is: ``""`` for a tensor, else a ``"dict"`` or
+            ``"tuple"`` of two.
         select: None for every step, K for SLTT-K, or the steps themselves.
-        loss: See `fuzz.training.losses`.
+        loss: See `fuzz.training.loss_fn`.
+        loss_on: Of the trainer; ``"alternate"`` is another trainer in each iteration, of steps, of the mean, and so on.
+        soft: Whether the target holds probabilities of the classes instead of their numbers.
         backward: ``""``, ``"scaled"``, or ``"inputs"`` for a backward pass that names its inputs.
         input_gradient: Whether the input requires a gradient.
     """
 
     time_steps: int = 2
     frames: str = "static"
+    parts: str = ""
     select: int | tuple[int, ...] | None = None
     chunk: int | str = 1
     memory_budget: int | str | None = None
@@ -72,6 +77,7 @@ class Options(_Short):
     cache_invariant: bool = False
     pack_spikes: bool = False
     loss: str = "cross entropy"
+    soft: bool = False
     backward: str = ""
     input_gradient: bool = False
 
@@ -84,7 +90,9 @@ class Case(_Short):
         framework: ``"spikingjelly"`` or ``"snntorch"``.
         form: ``"single"``, ``"multi"``, or, in snnTorch, ``"stateful"``.
         returns: What the network returns: ``"tensor"``, ``"tuple"`` or ``"dict"`` with an output that no loss reads,
-            or, in snnTorch, ``"membrane"``: spikes and membrane potential of a last neuron.
+            ``"heads"`` or ``"pair"`` for a dict or tuple of outputs that the loss reads, or, in snnTorch,
+            ``"membrane"``: spikes and membrane potential of a last neuron.
+        everywhere: What a hook on all modules at once does, see `fuzz.hooks.everywhere`.
         image: Whether the network starts with an image or with features.
     """
 
@@ -96,6 +104,7 @@ class Case(_Short):
     image: bool = False
     batch: int = 2
     training: bool = True
+    everywhere: str = ""
     iterations: int = 1
     options: Options = field(default_factory=Options)
 
@@ -112,12 +121,17 @@ class Case(_Short):
         """How many steps a call of the network has, as far as that shows; ``"auto"`` must not show."""
         return 1 if self.form != "multi" or self.options.chunk == "auto" else self.options.chunk
 
+    def loss_on(self, iteration: int) -> str:
+        """What the loss of an iteration is taken of: each step's output, or their mean."""
+        alternating = ("step", "mean")[iteration % 2]
+        return alternating if self.options.loss_on == "alternate" else self.options.loss_on
+
 
 def simpler(case: Case) -> Iterator[Case]:
     """All that is one thing simpler than ``case``, what simplifies most first."""
     for blocks in _simpler_blocks(case.blocks):
         yield replace(case, blocks=blocks)
-    yield from _defaults(case, ("returns", "training", "iterations", "image", "batch"))
+    yield from _defaults(case, ("returns", "training", "everywhere", "iterations", "image", "batch"))
     if case.iterations > 2:
         yield replace(case, iterations=2)
     if case.form != "single":

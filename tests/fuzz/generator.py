@@ -14,6 +14,19 @@ NORMS = ("", "", "", "", "not affine", "not tracking", "cumulative", "frozen", "
 FUNCTION_NAMES = (*FUNCTIONS, "linear", "reads weight", "reads statistics")
 STEP_NAMES = ("function", "call", "attribute", "tensor", "data", "assigned", "noise")
 STATELESS = ("norm", "norm", "weight", "pool", "flatten")
+KEPT = ("trace", "tuple", "feedback", "list", "detached", "average")
+LOSSES = {  # how often each is drawn
+    "cross entropy": 9,
+    "squared": 2,
+    "penalty": 1,
+    "penalty of all": 1,
+    "penalty of a computed weight": 1,
+    "head": 1,
+    "head in a closure": 1,
+    "rates": 1,
+    "saliency of a weight": 1,
+}
+MEAN_TAKES_ANY_LOSS = False  # else a loss that `loss_on="mean"` takes is of the output and the target alone
 
 
 def random_case(framework: str, seed: int) -> Case:
@@ -24,7 +37,9 @@ def random_case(framework: str, seed: int) -> Case:
     else:
         form = draw.choice(["single"] * 4 + ["multi"] * 5 + ["stateful"])
     image = draw.random() < 0.4
-    returns = draw.choice(["tensor"] * 6 + ["tuple", "dict"] + ["membrane"] * 2 * (framework == "snntorch"))
+    returns = draw.choice(
+        ["tensor"] * 9 + ["tuple", "dict", "heads", "pair"] + ["membrane"] * 2 * (framework == "snntorch")
+    )
     if form == "stateful" and returns == "membrane":
         returns = "tuple"
     options = _options(draw, form)
@@ -37,6 +52,7 @@ def random_case(framework: str, seed: int) -> Case:
         image=image,
         batch=draw.choice([1, 2, 2, 3, 4, 4, 6]),
         training=draw.random() < 0.9,
+        everywhere=draw.choice([""] * 24 + ["observe", "scale"]),
         iterations=3 if form == "multi" and (options.chunk == "auto" or options.select is not None) else 2,
         options=options,
     )
@@ -95,10 +111,12 @@ def _options(draw: random.Random, form: str) -> Options:
         if draw.random() < 0.5:
             select = tuple(sorted(draw.sample(range(steps), select)))
     frames = draw.choice(["static"] * 5 + ["time 0", "time 0", "time 1", "list", "iterator"])
+    parts = draw.choice([""] * 8 + ["dict", "tuple" if frames in ("list", "iterator") else "dict"])
     input_gradient = draw.random() < 0.15
     options = Options(
         time_steps=steps,
         frames=frames,
+        parts=parts,
         select=select,
         chunk=chunk,
         memory_budget=budget,
@@ -106,19 +124,28 @@ def _options(draw: random.Random, form: str) -> Options:
         full_output=draw.random() < 0.7,
         cache_invariant=draw.random() < 0.85,
         pack_spikes=draw.random() < 0.5,
-        loss=draw.choice(["cross entropy"] * 9 + ["squared", "squared", "penalty", "saliency of a weight"]),
+        loss=draw.choices([*LOSSES], [*LOSSES.values()])[0],
+        soft=draw.random() < 0.1,
         backward=draw.choice([""] * 10 + ["scaled", "inputs"]),
         input_gradient=input_gradient,
     )
     if input_gradient and draw.random() < 0.2:
         options = replace(options, loss="saliency of the input")
     if draw.random() < 0.15:
-        loss = options.loss if options.loss == "squared" else "cross entropy"
         frames = "list" if options.frames == "iterator" else options.frames
-        return replace(options, loss_on="mean", loss=loss, frames=frames)
+        loss_on = draw.choice(["mean", "mean", "alternate"])
+        return _of_the_mean(replace(options, loss_on=loss_on, frames=frames))
     return replace(
         options, target_time_dim=draw.choice([None] * 4 + [0, 1]), on_step=draw.random() < 0.12
     )  # fmt: skip
+
+
+def _of_the_mean(options: Options) -> Options:
+    """The options with a loss that may be taken of the mean output."""
+    takes = [loss for loss in LOSSES if not loss.startswith("saliency")]
+    takes = takes if MEAN_TAKES_ANY_LOSS else ["cross entropy", "squared"]
+    selected = options.loss == "rates" and options.select is not None  # of which steps is left open
+    return options if options.loss in takes and not selected else replace(options, loss="cross entropy")
 
 
 Oddity = Callable[[random.Random, Case], tuple[Block, ...]]
@@ -181,12 +208,33 @@ def _norm(draw: random.Random, case: Case) -> tuple[Block, ...]:
     )
 
 
+def _computing(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    """A neuron's parameters, or the potential that it starts from, computed in forward."""
+    of_framework = networks_spikingjelly if case.framework == "spikingjelly" else networks_snntorch
+    return _changed(draw, case, ("neuron",), variant=[*of_framework.COMPUTING])
+
+
+def _kept(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    return _inserted(draw, case, Block("kept", draw.choice(KEPT)))
+
+
+def _several(draw: random.Random, case: Case) -> tuple[Block, ...]:
+    """Some blocks that run several times in a step."""
+    start, stop = _some(draw, case)
+    block = Block("several", draw.choice(["", "chain", "last"]), inner=case.blocks[start:stop])
+    return (*case.blocks[:start], block, *case.blocks[stop:])
+
+
+def _some(draw: random.Random, case: Case) -> tuple[int, int]:
+    start = draw.randrange(len(case.blocks))
+    return start, draw.randint(start + 1, len(case.blocks))
+
+
 def _nested(draw: random.Random, case: Case) -> tuple[Block, ...]:
     """Some blocks in a row, as a residual branch, in a container, or in one that says it does not depend on time."""
-    start = draw.randrange(len(case.blocks))
-    stop = draw.randint(start + 1, len(case.blocks))
+    start, stop = _some(draw, case)
     inner = case.blocks[start:stop]
-    choices = [("residual", ""), ("residual", "in place"), ("group", "")]
+    choices = [("residual", ""), ("residual", "in place"), ("group", ""), ("group", "saves copies")]
     if all(block.kind in ("weight", "activation", "pool", "flatten") and not block.hook for block in inner):
         choices.append(("group", "marked"))
     kind, variant = draw.choice(choices)
@@ -195,6 +243,7 @@ def _nested(draw: random.Random, case: Case) -> tuple[Block, ...]:
 
 ODDITIES: list[Oddity] = [
     _hook, _hook, _weight, _function, _function, _step, _shared, _recurrent, _dropout, _norm, _nested, _nested,
+    _computing, _computing, _kept, _several,
 ]  # fmt: skip
 
 
@@ -202,15 +251,23 @@ def _allowed(draw: random.Random, case: Case) -> Case:
     """The case without what has no meaning."""
     if case.batch == 1 and case.training and not case.image and draw.random() < 0.9:
         case = replace(case, batch=2)  # batch norm of features refuses it
-    counts_calls = _has(case, "step") or _has(case, "norm", "through time")
-    if counts_calls and case.options.loss_on == "mean":  # two passes
+    counts_calls = _has(case, "step") or _has(case, "norm", "through time") or _has(case, "kept")
+    if counts_calls and case.options.loss_on != "step":  # two passes
         case = replace(case, options=replace(case.options, loss_on="step"))
+    if case.options.loss_on != "step" and case.options.loss not in ("cross entropy", "squared"):
+        case = replace(
+            case, blocks=_without_hooks(case.blocks, "weight", "after weight")
+        )  # once, or once a step
+    if _has(case, "group", "marked"):  # who marks a module asks for fewer calls of what is in it
+        case = replace(case, everywhere="")
     if case.form != "multi":
         return case
-    case = replace(case, blocks=_without(case.blocks, lambda block: block.kind == "step"))
+    case = replace(case, blocks=_without(case.blocks, lambda block: block.kind in ("step", "kept")))
+    if case.options.loss == "rates":  # the hooks see all steps of a call at once
+        case = replace(case, options=replace(case.options, chunk=1, memory_budget=None))
     if case.options.frames == "static" and _may_change_its_input(case.blocks):  # which is expanded, or a copy
         case = replace(case, options=replace(case.options, frames="time 0"))
-    if _has(case, "shared", "neuron"):  # its steps come in another order
+    if _has(case, "shared", "neuron") or _has(case, "several"):  # its steps come in another order
         case = _one_by_one(case)
     return _of_multi_step(case) if case.framework == "snntorch" else case
 
@@ -260,4 +317,15 @@ def _any(blocks: tuple[Block, ...], condition: Callable[[Block], bool]) -> bool:
 def _without(blocks: tuple[Block, ...], meaningless: Callable[[Block], bool]) -> tuple[Block, ...]:
     return tuple(
         replace(block, inner=_without(block.inner, meaningless)) for block in blocks if not meaningless(block)
+    )
+
+
+def _without_hooks(blocks: tuple[Block, ...], *hooks: str) -> tuple[Block, ...]:
+    return tuple(
+        replace(
+            block,
+            inner=_without_hooks(block.inner, *hooks),
+            hook="" if block.hook in hooks else block.hook,
+        )
+        for block in blocks
     )

@@ -16,11 +16,14 @@ from fuzz.own_modules import (
     WEIGHTS,
     Function,
     FunctionalLinear,
+    Kept,
     Marked,
     OfEachStep,
     ReadsStatistics,
     ReadsWeight,
     Residual,
+    SavesCopies,
+    Several,
 )
 from torch import Tensor, nn
 
@@ -53,6 +56,7 @@ class Net(nn.Module):
 
     Attributes:
         record: What hooks saw.
+        spikes: What hooks gather for a loss that reads it.
         unread: The outputs that no loss reads, while they live.
     """
 
@@ -63,16 +67,21 @@ class Net(nn.Module):
         self.blocks, self.head, self.readout, self.aside = blocks, head, readout, aside
         self.returns = returns
         self.record: list[Tensor] = []
+        self.spikes: list[Tensor] = []
         self.unread: list[Any] = []
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            image, extra = x.values() if isinstance(x, dict) else x
+            x = image + 0.5 * torch.tanh(extra)
         features = self.blocks(x)
         output = self.readout(self.head(features))
         if self.aside is None:
             return output
         aside = torch.tanh(self.aside(features))  # whose backward needs its own output
-        self.unread.append(weakref.ref(aside))
-        return (output, aside) if self.returns == "tuple" else {"classes": output, "aside": aside}
+        if self.returns in ("tuple", "dict"):
+            self.unread.append(weakref.ref(aside))
+        return (output, aside) if self.returns in ("tuple", "pair") else {"classes": output, "aside": aside}
 
 
 class WithState(nn.Module):
@@ -114,6 +123,7 @@ class Builder:
         self.case, self.leaves = case, leaves
         self.latest: dict[str, tuple[nn.Module, Shape, Shape]] = {}
         self.record: list[Tensor] = []
+        self.spikes: list[Tensor] = []
         self.frozen: list[nn.Module] = []
 
     def build(self) -> Net:
@@ -125,10 +135,12 @@ class Builder:
         features = torch.Size(shape).numel()
         head = self.leaves.linear((features,), CLASSES, "layer")
         aside = (
-            self.leaves.linear((features,), 2, "layer") if self.case.returns in ("tuple", "dict") else None
+            self.leaves.linear((features,), 2, "layer")
+            if self.case.returns in ("tuple", "dict", "heads", "pair")
+            else None
         )
         net = Net(blocks, head, self.leaves.readout(self.case.returns), aside, self.case.returns)
-        net.record = self.record
+        net.record, net.spikes = self.record, self.spikes
         with torch.no_grad():
             for parameter in net.parameters():
                 if parameter.dim() > 1:
@@ -153,9 +165,15 @@ class Builder:
             return None
         module, after = built
         add_hook(block.hook, module, self.record)
-        if block.kind not in ("shared", "residual", "group"):
+        if block.kind == "neuron" and self.case.options.loss == "rates":
+            module.register_forward_hook(lambda m, inputs, spikes: self._gather(spikes))
+        if block.kind not in ("shared", "residual", "group", "several"):
             self.latest[block.kind] = module, shape, after
         return module, after
+
+    def _gather(self, spikes: Tensor) -> None:
+        if spikes.requires_grad:
+            self.spikes.append(spikes)
 
     def _weight(self, block: Block, shape: Shape) -> Any:
         if len(shape) > 1:
@@ -223,7 +241,17 @@ class Builder:
         inner, after = self.blocks(block.inner, shape)
         if not len(inner):
             return None
-        return (Marked(inner) if block.variant == "marked" else inner), after
+        around: Any = {"marked": Marked, "saves copies": SavesCopies}.get(block.variant, lambda inner: inner)
+        return around(inner), after
+
+    def _several(self, block: Block, shape: Shape) -> Any:
+        inner, after = self.blocks(block.inner, shape)
+        if not len(inner) or (block.variant == "chain" and after != shape):
+            return None
+        return Several(inner, block.variant), after
+
+    def _kept(self, block: Block, shape: Shape) -> Any:
+        return Kept(block.variant or "trace"), shape
 
     def _shared(self, block: Block, shape: Shape) -> Any:
         module, before, after = self.latest.get(block.variant or "weight", (None, None, None))

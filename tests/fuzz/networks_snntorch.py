@@ -8,6 +8,7 @@ import snntorch
 import torch
 from fuzz.description import Case
 from fuzz.networks import BATCH_NORM, CLASSES, Builder, Carried, Shape
+from fuzz.own_modules import Computed
 from snntorch import surrogate
 from torch import Tensor, nn
 
@@ -38,6 +39,34 @@ ONLY_DENSE: dict[str, Callable[..., nn.Module]] = {
 }
 ONLY_HIDDEN: dict[str, Callable[..., nn.Module]] = {
     "alpha": lambda shape, **kept: snntorch.Alpha(alpha=0.8, beta=0.6, learn_beta=True, **kept),
+}
+
+
+class LearnedStart(snntorch.Leaky):
+    """Starts from a potential that is learned."""
+
+    def __init__(self, beta: float, **kept: Any) -> None:
+        super().__init__(beta=beta, **kept)
+        self.start = nn.Parameter(torch.tensor(0.5))
+
+    def reset_mem(self) -> Tensor:
+        self.mem = torch.zeros(0)
+        return self.mem
+
+    def forward(self, x: Tensor, mem: Tensor | None = None) -> Any:
+        if mem is not None:
+            return super().forward(x, mem)
+        if self.mem.shape != x.shape:
+            self.mem = self.start + torch.zeros_like(x)
+        return super().forward(x)
+
+
+COMPUTING: dict[str, Callable[..., nn.Module]] = {
+    "computed beta": lambda shape, **kept: Computed(snntorch.Leaky(beta=0.8, **kept), "beta"),
+    "computed threshold": lambda shape, **kept: Computed(snntorch.Leaky(beta=0.8, **kept), "threshold"),
+    "computed beta, generic": lambda shape, **kept: Computed(snntorch.Lapicque(beta=0.8, **kept), "beta"),
+    "computed alpha": lambda shape, **kept: Computed(snntorch.Synaptic(alpha=0.7, beta=0.6, **kept), "alpha"),
+    "learned start": lambda shape, **kept: LearnedStart(beta=0.8, **kept),
 }
 RECURRENT: dict[str, Callable[..., nn.Module]] = {
     "": lambda shape, **kept: snntorch.RLeaky(beta=0.7, linear_features=shape[0], **kept),
@@ -115,7 +144,7 @@ class Leaves:
         return nn.Dropout(0.0 if variant == "none" else 0.4)
 
     def neuron(self, variant: str, shape: Shape) -> nn.Module:
-        known = dict(NEURONS)
+        known = {**NEURONS, **COMPUTING}
         if len(shape) == 1:
             known |= ONLY_DENSE
         if self.case.form != "stateful":

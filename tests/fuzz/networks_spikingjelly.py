@@ -7,8 +7,45 @@ from typing import Any
 import torch
 from fuzz.description import Case
 from fuzz.networks import BATCH_NORM, Builder, Shape
+from fuzz.own_modules import Computed
 from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import Tensor, nn
+
+_Neuron: Any = getattr(neuron, "SimpleBaseNode", neuron.BaseNode)
+
+
+class LearnedDecay(_Neuron):
+    """A user's own neuron that computes its decay from a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.tensor(0.2))
+
+    def neuronal_charge(self, x: Tensor) -> None:
+        self.v = self.v + (x - self.v) * self.raw.sigmoid()
+
+
+class LearnedThreshold(neuron.LIFNode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v_threshold = nn.Parameter(torch.tensor(0.7))
+
+
+class LearnedStart(neuron.LIFNode):
+    """Starts from a potential that is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.tensor(0.5))
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.v, float):
+            self.v = self.start + torch.zeros_like(x)
+        return super().single_step_forward(x)
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        return torch.stack([self.single_step_forward(x) for x in x_seq])
+
 
 NEURONS: dict[str, Callable[[], nn.Module]] = {
     "": neuron.LIFNode,
@@ -25,6 +62,17 @@ NEURONS: dict[str, Callable[[], nn.Module]] = {
     "qif": neuron.QIFNode,
     "izhikevich": neuron.IzhikevichNode,
 }
+COMPUTING: dict[str, Callable[[], nn.Module]] = {
+    "learned decay": LearnedDecay,
+    "learned start": LearnedStart,
+    "computed threshold": lambda: Computed(neuron.IFNode(), "v_threshold"),
+    "computed threshold, generic": lambda: Computed(neuron.KLIFNode(), "v_threshold"),
+}
+if hasattr(base.MemoryModule, "single_step_functional_forward"):  # 0.0.0.0.14 takes numbers only
+    COMPUTING |= {
+        "learned threshold": LearnedThreshold,
+        "computed tau": lambda: Computed(neuron.LIFNode(), "tau"),
+    }
 
 MULTI_STEP_LAYERS = [name for name in dir(nn) if hasattr(layer, name)]
 if not hasattr(base.MemoryModule, "single_step_functional_forward"):
@@ -118,8 +166,8 @@ class Leaves:
         return nn.Dropout(0.0 if variant == "none" else 0.4)
 
     def neuron(self, variant: str, shape: Shape) -> nn.Module:
-        made = NEURONS[variant]()
-        made.step_mode = self.mode
+        made = {**NEURONS, **COMPUTING}.get(variant, neuron.LIFNode)()
+        functional.set_step_mode(made, self.mode)
         return made
 
     def recurrent(self, variant: str, shape: Shape) -> nn.Module:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.utils._pytree import tree_map
 
 FEATURES = 6
 
@@ -62,6 +63,113 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "detach": lambda x, scale: x.detach() * scale,
     "clone": lambda x, scale: x.clone(),
 }
+
+
+class Computed(nn.Module):
+    """A neuron whose ``beta``, threshold or ``tau`` is computed from a parameter before each call."""
+
+    def __init__(self, neuron: nn.Module, name: str):
+        super().__init__()
+        self.neuron, self.name = neuron, name
+        self.raw = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor, *state: Tensor) -> Any:
+        setattr(self.neuron, self.name, COMPUTED[self.name](self.raw))
+        return self.neuron(x, *state)
+
+
+COMPUTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "alpha": torch.sigmoid,
+    "beta": torch.sigmoid,
+    "tau": lambda raw: 1 + torch.exp(raw),
+    "threshold": F.softplus,
+    "v_threshold": F.softplus,
+}
+
+
+class Several(nn.Module):
+    """Calls its inner modules several times in a step."""
+
+    def __init__(self, inner: nn.Module, variant: str):
+        super().__init__()
+        self.inner, self.variant = inner, variant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.variant == "chain":
+            return self.inner(self.inner(x))
+        if self.variant == "last":
+            for _ in range(3):
+                output = self.inner(x)
+            return output
+        return self.inner(x) + 0.5 * self.inner(0.8 * x)
+
+
+class Kept(nn.Module):
+    """Keeps tensors from step to step as plain attributes. For single steps."""
+
+    def __init__(self, variant: str):
+        super().__init__()
+        self.variant = variant
+        self.strength = nn.Parameter(torch.tensor(0.4))
+        self.last: Any = [] if variant == "list" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self, f"_{self.variant.replace(' ', '_')}")(x)
+
+    def _trace(self, x: Tensor) -> Tensor:
+        last = torch.zeros_like(x) if self.last is None else self.last
+        self.last = torch.tanh(x + self.strength * last)
+        return self.last
+
+    def _tuple(self, x: Tensor) -> Tensor:
+        slow, fast = (torch.zeros_like(x),) * 2 if self.last is None else self.last
+        self.last = (0.9 * slow + self.strength * x, 0.5 * fast + x)
+        return self.last[0] + self.last[1]
+
+    def _feedback(self, x: Tensor) -> Tensor:
+        y = x + self.strength * (0.1 if self.last is None else self.last)
+        self.last = y
+        return torch.tanh(y)
+
+    def _list(self, x: Tensor) -> Tensor:
+        y = x + self.strength * self.last[-1] if self.last else x
+        self.last.append(torch.tanh(y))
+        return y
+
+    def _detached(self, x: Tensor) -> Tensor:
+        y = x if self.last is None else x + self.strength * self.last
+        self.last = torch.tanh(y).detach()
+        return y
+
+    def _average(self, x: Tensor) -> Tensor:
+        mean = x.detach().mean()
+        self.last = mean if self.last is None else 0.9 * self.last + 0.1 * mean
+        return x - self.strength * self.last
+
+    def rest(self) -> None:
+        """For the oracle: what has a gradient is state, and starts anew; what has none stays, and so does a list."""
+        if self.variant not in ("detached", "average", "list"):
+            self.last = None
+
+    def detach(self) -> None:
+        """For the oracle: what is kept becomes a constant."""
+        if self.last is not None:
+            self.last = tree_map(torch.Tensor.detach, self.last)
+
+
+class SavesCopies(nn.Module):
+    """Keeps for backward copies of what its inner modules save."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda saved: [saved.clone()], lambda packed: packed[0]
+        ):
+            return self.inner(x)
+
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,

@@ -7,7 +7,7 @@ from fuzz.check import shrunk, verdict
 from fuzz.generator import random_case
 from fuzz.run import script
 
-CASES, PARTS = 240, 10  # of each framework
+CASES, PARTS = 200, 10  # of each framework
 
 
 @pytest.fixture(autouse=True)

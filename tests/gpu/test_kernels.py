@@ -6,6 +6,7 @@ found without a device.
 
 import itertools
 
+import products
 import pytest
 import torch
 import variants
@@ -94,8 +95,7 @@ def compare_with_the_cpu(device, neuron, x_seq, v_reset=None, **options):
     assert_match(got, want)
 
 
-@DTYPES
-@pytest.mark.parametrize("name", SURROGATES)
+@pytest.mark.parametrize(("name", "dtype"), products.spread(SURROGATES, variants.DTYPES))
 def test_every_variant_on_the_device(name, dtype, device):
     elements = 8 * 2**16 if device == "cuda" else 8 * 2**5
     for neuron, v_reset in itertools.product(NEURONS, [None, 0.0]):

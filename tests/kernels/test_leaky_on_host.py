@@ -4,6 +4,7 @@ import itertools
 import math
 
 import host
+import products
 import pytest
 import torch
 import variants
@@ -39,8 +40,18 @@ def assert_match(got, want, tolerance=0.0, rtol=0.0):
         torch.testing.assert_close(got, want, rtol=rtol, atol=tolerance, equal_nan=True)
 
 
-def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate="atan", grad_s=None):
-    """Forward and backward on both backends, with everything that may be kept or missing."""
+def compare(
+    x_seq,
+    mem,
+    beta,
+    threshold,
+    reset_mechanism,
+    reset_delay,
+    surrogate="atan",
+    grad_s=None,
+    all_kept=False,
+):
+    """Forward and backward on both backends, with everything that may be kept or missing, or with all of it."""
     if grad_s is None:
         grad_s = torch.randn_like(x_seq)
     settings = leaky_settings(
@@ -48,7 +59,8 @@ def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate
         reset_delay=reset_delay,
         surrogate=Surrogate(surrogate, PARAMETERS.get(surrogate, (1.3,))),
     )
-    for return_mem_seq, save in itertools.product(variants.BOTH, variants.BOTH):
+    kept = (True,) if all_kept else variants.BOTH
+    for return_mem_seq, save in itertools.product(kept, kept):
         given = (x_seq, mem, beta, threshold, settings, return_mem_seq, save)
         want, got = torch_leaky.forward(*given), ON_HOST.forward(*given)
         for pair in zip(got, want):
@@ -58,7 +70,7 @@ def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate
         h_seq = want[2] if want[2].numel() else want[1]
         grad_mem = torch.randn_like(h_seq if return_mem_seq else h_seq[:1])
         for grads, learn in itertools.product(
-            ((grad_s, grad_mem), (grad_s, None), (None, grad_mem)),
+            ((grad_s, grad_mem), *(() if all_kept else ((grad_s, None), (None, grad_mem)))),
             ((False, False), (True, True), (True, False), (False, True)),
         ):
             needed = mem if settings.resets_in_step or any(learn) else None
@@ -73,15 +85,13 @@ def compare(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, surrogate
             assert_match(got_grads[2], want_grads[2], 1e-7 * terms, 1e-6)
 
 
-def compare_random(dtype, shape, beta_shape, threshold_shape, *settings):
+def compare_random(dtype, shape, beta_shape, threshold_shape, *settings, **options):
     beta, threshold = 0.5 + 0.5 * torch.rand(beta_shape), 0.4 + torch.rand(threshold_shape)
-    compare((2 * torch.randn(shape)).to(dtype), torch.randn(shape[1:]), beta, threshold, *settings)
+    compare((2 * torch.randn(shape)).to(dtype), torch.randn(shape[1:]), beta, threshold, *settings, **options)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
-def test_every_variant_at_full_width(dtype, surrogate):
-    host.build(variants.leaky_kernels(dtype, 4, surrogate))
+@pytest.mark.parametrize(("surrogate", "dtype"), products.spread(SURROGATES, variants.DTYPES))
+def test_every_variant_at_full_width(surrogate, dtype):
     for reset_mechanism, reset_delay in itertools.product(RESETS, variants.BOTH):
         compare_random(dtype, (3, *STEP), (), (4, 1), reset_mechanism, reset_delay, surrogate)
 
@@ -97,7 +107,8 @@ def test_every_variant_at_other_widths(dtype, elements):
 @pytest.mark.parametrize("threshold_shape", SHAPES, ids=str)
 def test_any_shape_of_beta_and_threshold(beta_shape, threshold_shape):
     for reset_mechanism, reset_delay in (("subtract", True), ("zero", False)):
-        compare_random(torch.float32, (2, *STEP), beta_shape, threshold_shape, reset_mechanism, reset_delay)
+        shapes = (2, *STEP), beta_shape, threshold_shape
+        compare_random(torch.float32, *shapes, reset_mechanism, reset_delay, all_kept=True)
 
 
 @settings(max_examples=30, deadline=None)
@@ -136,9 +147,11 @@ def test_any_memory_layout(layout, per_neuron, reset_delay):
     x_seq = layouts()[layout]
     shape = x_seq.shape[2:] if per_neuron else ()
     beta, threshold = 0.5 + 0.5 * torch.rand(shape), 0.4 + torch.rand(shape)
-    for mem in (torch.randn_like(x_seq[0]), torch.randn_like(x_seq[0]).contiguous()):
-        for grad_s in (None, torch.ones(()).expand(x_seq.shape)):
-            compare(x_seq, mem, beta, threshold, "subtract", reset_delay, grad_s=grad_s)
+    for mem, grad_s in (
+        (torch.randn_like(x_seq[0]), None),
+        (torch.randn_like(x_seq[0]).contiguous(), torch.ones(()).expand(x_seq.shape)),
+    ):
+        compare(x_seq, mem, beta, threshold, "subtract", reset_delay, grad_s=grad_s)
 
 
 @pytest.mark.parametrize("most", [1, 3])

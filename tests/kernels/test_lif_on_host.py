@@ -9,6 +9,7 @@ import itertools
 import math
 
 import host
+import products
 import pytest
 import torch
 import variants
@@ -113,9 +114,8 @@ def compare_random(kind, dtype, surrogate, shape, v_reset, detach_reset):
     compare(x_seq, v, *arguments(kind, surrogate, v_reset, detach_reset), grad_s, grad_v)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)
-def test_every_variant_at_full_width(dtype, surrogate):
+@pytest.mark.parametrize(("surrogate", "dtype"), products.spread(SURROGATES, variants.DTYPES))
+def test_every_variant_at_full_width(surrogate, dtype):
     width = variants.widths(dtype)[0]
     for kind, (v_reset, detach_reset) in itertools.product(KINDS, [(None, False), (-0.2, True)]):
         compare_random(kind, dtype, surrogate, (3, ELEMENTS[width]), v_reset, detach_reset)
@@ -215,13 +215,12 @@ def test_any_memory_layout(layout, of_v, dtype):
     v = torch.randn_like(x_seq[0], dtype=torch.float32)
     if of_v != "as x":
         v = v.contiguous() if of_v == "contiguous" else v.mT.contiguous().mT
-    for grad_s in (
-        torch.randn_like(x_seq),
-        torch.randn(x_seq.shape).to(dtype),
-        torch.ones((), dtype=dtype).expand(x_seq.shape),
+    for grad_s, grad_v in (
+        (torch.randn_like(x_seq), torch.randn_like(v)),
+        (torch.randn(x_seq.shape).to(dtype), torch.ones(()).expand(v.shape)),
+        (torch.ones((), dtype=dtype).expand(x_seq.shape), torch.randn_like(v)),
     ):
-        for grad_v in (torch.randn_like(v), torch.ones(()).expand(v.shape)):
-            compare(x_seq, v, *arguments("plif", "atan", None, False), grad_s, grad_v)
+        compare(x_seq, v, *arguments("plif", "atan", None, False), grad_s, grad_v)
 
 
 @pytest.mark.parametrize("dtype", variants.DTYPES, ids=str)

@@ -1,6 +1,7 @@
 """The networks are the published ones: names, outputs and gradients, from weights in the published layout."""
 
 import networks
+import products
 import published
 import pytest
 import torch
@@ -44,7 +45,7 @@ def in_float64(path, net=None):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize(("name", "step_mode"), products.spread(published.NAMES, ["s", "m"]))
 def test_outputs_and_gradients_are_those_of_the_published_definition(name, step_mode, tmp_path):
     weights, path = saved(name, tmp_path)
     x, target = images(name)

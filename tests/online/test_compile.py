@@ -4,6 +4,7 @@ import copy
 
 import networks
 import oracle
+import products
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -42,8 +43,7 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
-@pytest.mark.parametrize("name", sorted(NEURONS))
+@pytest.mark.parametrize(("name", "case"), products.spread(NEURONS, CASES, each=2))
 def test_compiled_network(name, case):
     cls, kwargs = NEURONS[name]
     step_mode, options, most = CASES[case]

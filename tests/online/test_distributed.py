@@ -15,7 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sltt_ext.errors import ConfigurationError
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo"),
+    pytest.mark.xdist_group("distributed"),  # one process tests them, and starts the others once
+]
+WORLD_SIZES = pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 
 ALL = tuple(range(T))
 SHARDS_ON_CPU = tuple(map(int, torch.__version__.split(".")[:2])) >= (
@@ -79,7 +83,7 @@ def expected_gradients(options, steps, net=None, seed=1):
     return gradients(net, [x] * T, target, F.cross_entropy, steps)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@WORLD_SIZES
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_ddp(name, world_size):
     for result in results(world_size)[f"ddp, {name}"]:
@@ -89,7 +93,7 @@ def test_ddp(name, world_size):
 
 
 @needs_sharding
-@pytest.mark.parametrize("world_size", [2, 4])
+@WORLD_SIZES
 @pytest.mark.parametrize("kind", sorted(RESHARD))
 @pytest.mark.parametrize("name", sorted(OPTIONS))
 def test_fully_shard(name, kind, world_size):
@@ -123,7 +127,7 @@ def test_steps_share_calls(name, wrapper):
 )
 def test_all_processes_draw_the_steps_of_the_first_ones_generator(kind):
     alone = runs.trainer(runs.network(), k=2, generator=torch.Generator().manual_seed(5))
-    for result in results(4)[kind]:
+    for result in results(2)[kind]:
         assert result["steps"] == [alone.forward_backward(*runs.batch(0, 1)).time_steps for _ in range(3)]
         alone.generator.manual_seed(5)
 

@@ -1,8 +1,10 @@
 """Several steps in one call are those steps one by one: gradients, outputs, running statistics, random numbers."""
 
+import itertools
 import random
 
 import oracle
+import products
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
@@ -253,15 +255,17 @@ CALLS = {
         {"schedule": lambda T, generator: [2, 3]},
     ),
 }
+SIZES = {"batches": (N,) * 4, "and smaller ones": (4, 4, 2, 3)}
 
 
-@pytest.mark.parametrize(("options", "step_by_step"), CALLS.values(), ids=CALLS)
-@pytest.mark.parametrize("sizes", [(N,) * 4, (4, 4, 2, 3)], ids=["batches", "and smaller ones"])
-@pytest.mark.parametrize("name", [*SHARED, *KEPT_APART])
+@pytest.mark.parametrize(
+    ("name", "call"), products.spread([*SHARED, *KEPT_APART], itertools.product(CALLS, SIZES), each=2)
+)
 @pytest.mark.filterwarnings(
     "ignore:chunk='auto' keeps to one step a call", "ignore:tensors are kept from step to step"
 )
-def test_nothing_changes(name, sizes, options, step_by_step):
+def test_nothing_changes(name, call):
+    (options, step_by_step), sizes = CALLS[call[0]], SIZES[call[1]]
     if sizes[-1] != N and name == "norm of each step":
         pytest.skip("it knows its batch size")
     make = (SHARED | KEPT_APART)[name]

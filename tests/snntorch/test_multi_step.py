@@ -304,10 +304,36 @@ def test_a_forward_that_does_not_keep_the_batch_in_front():
         MultiStep(sltt_ext.convert(Net()))(sequence((12,)))
 
 
-@pytest.mark.parametrize("x_seq", [torch.zeros(3), torch.zeros(0, 3, 12)])
+class OfTwo(nn.Module):
+    """Takes two inputs in a dict or tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = tutorials.fully_connected()
+
+    def forward(self, x):
+        first, second = x.values() if isinstance(x, dict) else x
+        return self.net(first + torch.tanh(second))
+
+
+@pytest.mark.parametrize("held", [lambda *parts: dict(zip("ab", parts)), lambda *parts: parts])
+def test_several_inputs(held):
+    net = sltt_ext.convert(OfTwo())
+    parts = sequence((12,)), sequence((12,), seed=2)
+    expected = MultiStep(copy.deepcopy(net.net))(parts[0] + torch.tanh(parts[1]))
+    actual = MultiStep(net)(held(*parts))
+    assert all(map(torch.equal, tensors(actual), tensors(expected)))
+
+
+@pytest.mark.parametrize("x_seq", [torch.zeros(3), torch.zeros(0, 3, 12), {}, (torch.zeros(5, 3, 12), 1)])
 def test_what_is_no_sequence(x_seq):
     with pytest.raises(InputError, match="T >= 1"):
         MultiStep(sltt_ext.convert(tutorials.fully_connected()))(x_seq)
+
+
+def test_sequences_that_do_not_agree():
+    with pytest.raises(InputError, match=r"first two axes, time and batch, got \[\(4, 3\), \(5, 3\)\]"):
+        MultiStep(sltt_ext.convert(OfTwo()))((sequence((12,)), sequence((12,), time_steps=4)))
 
 
 def test_what_cannot_be_run():

@@ -6,6 +6,7 @@ import pkgutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import networks
 import numpy as np
@@ -30,7 +31,7 @@ def zoo(room: str, name: str, **kwargs: object) -> nn.Module:
 class Model:
     """A model to try.
 
-    ``takes``: "steps" follows the step mode; "sequences" takes and returns [T, N, ...]; "average" takes [T, N, ...] and
+    ``slow``: whether it is large, or another one of its kind is among the fast tests. ``takes``: "steps" follows the step mode; "sequences" takes and returns [T, N, ...]; "average" takes [T, N, ...] and
     returns the mean over time; "image" runs its own time loop over a static [N, ...].
     """
 
@@ -39,6 +40,7 @@ class Model:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...] = (2, 3, 32, 32)
     takes: str = "steps"
+    slow: bool = False
 
 
 def spiking_vgg(name: str, **kwargs: object) -> nn.Module:
@@ -75,7 +77,12 @@ def spike_dhs() -> nn.Module:
 
 
 STEPS = [
-    Model("spiking_resnet", name, lambda name=name: zoo("spiking_resnet", name, num_classes=10, **LIF))
+    Model(
+        "spiking_resnet",
+        name,
+        lambda name=name: zoo("spiking_resnet", name, num_classes=10, **LIF),
+        slow=name != "spiking_resnet18",
+    )
     for name in ("spiking_resnet18", "spiking_resnet50")
 ]
 STEPS += [
@@ -87,7 +94,7 @@ STEPS += [
     for cnf in ("ADD", "AND", "IAND")
 ]
 STEPS += [
-    Model("spiking_vgg", name, lambda name=name: spiking_vgg(name, **LIF))
+    Model("spiking_vgg", name, lambda name=name: spiking_vgg(name, **LIF), slow=name != "spiking_vgg11_bn")
     for name in ("spiking_vgg11", "spiking_vgg11_bn")
 ]
 STEPS += [
@@ -162,7 +169,7 @@ SEQUENCES += [
         takes="average",
     ),
     Model("snas_net", "SNASNet", lambda: snas_net("forward"), (1, 3, 32, 32), takes="image"),
-    Model("spike_dhs", "SpikeDHS", spike_dhs, (1, 3, 32, 32), takes="image"),
+    Model("spike_dhs", "SpikeDHS", spike_dhs, (1, 3, 32, 32), takes="image", slow=True),
 ]
 OTTT = [
     Model(
@@ -188,9 +195,13 @@ WITHOUT_MODELS = {
 }  # training scripts of 0.0.0.0.14
 
 
-def installed(models: list[Model]) -> list[Model]:
+def installed(models: list[Model]) -> list[Any]:
     rooms = {module.name for module in pkgutil.iter_modules(model.__path__)}
-    return [each for each in models if each.room in rooms]
+    return [
+        pytest.param(each, marks=pytest.mark.slow if each.slow else [])
+        for each in models
+        if each.room in rooms
+    ]
 
 
 steps = pytest.mark.parametrize("each", installed(STEPS), ids=lambda each: each.name)

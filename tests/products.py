@@ -1,0 +1,25 @@
+"""Products of two tables of parameters: all of them are slow tests, and enough of them fast ones."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def spread(first: Iterable[Any], second: Iterable[Any], each: int = 1) -> list[Any]:
+    """Every pair, marked slow but for ``each`` partners of each value of ``first``, spread evenly over ``second``.
+
+    With ``first`` the longer of the two, every value of both is in a fast test.
+    """
+    first, second = list(first), list(second)
+    pairs = []
+    for i, a in enumerate(first):
+        partners = {(i + k * len(second) // each) % len(second) for k in range(each)}
+        for j, b in enumerate(second):
+            marks = [] if j in partners else pytest.mark.slow
+            pairs.append(pytest.param(a, b, marks=marks, id=f"{_named(a)}-{_named(b)}"))
+    return pairs
+
+
+def _named(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
