@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError, SLTTWarning, listed
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
@@ -29,6 +30,7 @@ from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay, has_graph, shares_graph
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.objective import (
     Backward,
     IterationLoss,
@@ -177,6 +179,8 @@ class OnlineTrainer:
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
         self._modules = InvariantModules()
         self._kept = KeptTensors()
+        self._tried = PartsTried(self._grouping.keep_apart)
+        self._first = FirstCalls()
         self._unknown: dict[str, str] = {}
         self._neurons()
         options.called_with_one_input(net)
@@ -281,12 +285,12 @@ class OnlineTrainer:
         source = frames(x, self.time_steps, self.time_dim, multi_step)
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
         learns = loss_of_call is not None
-        output = partial(output_sequence, output=self.output, multi_step=multi_step)
+        output = self._first.reading(partial(output_sequence, output=self.output, multi_step=multi_step))
         one = Pass(self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         speed_ups, once = speed_ups_of(
-            sizes, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and learns, modules=self._modules, caches=caches,
+            sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and learns, modules=self._modules, caches=caches,
             keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
         )  # fmt: skip
         objective = None
