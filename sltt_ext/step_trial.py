@@ -33,8 +33,8 @@ from sltt_ext.neuron import SLTTNeuron
 __all__ = ["StepTrial"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LONGEST = 16
-"""Steps of a trial: what reaches further back than that is not seen."""
+_LONGEST, _SHORTEST = 16, 4
+"""Steps of a trial, at most, with a few samples and with all: what reaches further back is not seen."""
 
 Seen = list[tuple[str, Tensor]]
 """What was seen, each ``[T, ...]`` with the path of its neuron, or "" for what the network returns."""
@@ -113,13 +113,14 @@ class StepTrial:
             return None
         batch = min(leaf.shape[1] for leaf in leaves)
         answer: str | bool | None = None
-        for samples in dict.fromkeys((min(batch, 2), batch)):
-            self.time_steps, self._samples = min(time_steps, _LONGEST), samples
+        for samples, longest in [(min(batch, 2), _LONGEST), (batch, _SHORTEST)][: 1 + (batch > 2)]:
+            self.time_steps, self._samples = min(time_steps, longest), samples
             if self.time_steps == samples:  # shapes have to tell them apart
                 self.time_steps += 1
-            self._tried = _copied(self.net)
-            self._paths = {module: path for path, module in self._tried.named_modules()}
-            answer = question(*self._inputs(frames))
+            with _disable_current_modes(), torch.no_grad(), self._random_numbers_kept():
+                self._tried = _copied(self.net)
+                self._paths = {module: path for path, module in self._tried.named_modules()}
+                answer = question(*self._inputs(frames))
             if answer is False:
                 break
         return answer
@@ -127,9 +128,8 @@ class StepTrial:
     def _inputs(self, frames: Any) -> tuple[Any, Any, Any, Any]:
         """An input, the same again, and two others: one that differs in the first half of the steps, one in the second."""
         shape, half = (self.time_steps, self._samples), self.time_steps // 2
-        with _random_numbers_kept(tree_leaves(frames)):
-            first = tree_map(lambda leaf: _like(leaf, shape, turned=False), frames)
-            second = tree_map(lambda leaf: _like(leaf, shape, turned=True), frames)
+        first = tree_map(lambda leaf: _like(leaf, shape, turned=False), frames)
+        second = tree_map(lambda leaf: _like(leaf, shape, turned=True), frames)
 
         def joined(start: Any, end: Any) -> Any:
             return tree_map(lambda a, b: torch.cat([a[:half], b[half:]]), start, end)
@@ -167,21 +167,13 @@ class StepTrial:
         neurons = {module: module for module in self._paths if isinstance(module, SLTTNeuron)}
         for neuron in neurons.values():
             neuron.reset_state()
-        with (
-            _disable_current_modes(),
-            torch.no_grad(),
-            _random_numbers_kept(tree_leaves(x)),
-            Replacements() as replaced,
-            warnings.catch_warnings(),
-        ):
+        with self._random_numbers_kept(), Replacements() as replaced, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say, the run itself says
             for module in self._paths:
                 if module in neurons and module is not self._tried:
                     replaced.forward(module, Layer.OWN, self._smooth)
                 elif isinstance(module, _BatchNorm) and module.running_mean is None:
-                    replaced.forward(
-                        module, Layer.OWN, lambda norm, forward, x: x
-                    )  # its statistics are those of a call
+                    replaced.forward(module, Layer.OWN, _without_statistics)
             try:
                 return self._tried(tree_map(torch.clone, x))  # which may change it in place
             except Exception:  # it takes no such batch, no such length: the loop itself will say so
@@ -218,6 +210,20 @@ class StepTrial:
             return
         self._seen.append((path, value.detach().clone()))
 
+    @contextmanager
+    def _random_numbers_kept(self) -> Iterator[None]:
+        """Draw no random number that others would have drawn, and the same ones each time."""
+        devices = {weight.device for weight in self.net.parameters() if weight.is_cuda}
+        python, numpy = random.getstate(), sys.modules.get("numpy")
+        drawn = None if numpy is None else numpy.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(drawn)
+
 
 def _copied(net: nn.Module) -> nn.Module:
     """A copy with the same weights, without hooks but those of torch's own, which compute weights."""
@@ -230,6 +236,11 @@ def _copied(net: nn.Module) -> nn.Module:
             hooks = getattr(module, name)
             memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_of_torch(hook))
     return copy.deepcopy(net, memo)
+
+
+def _without_statistics(norm: nn.Module, forward: Callable[..., Any], x: Tensor) -> Tensor:
+    """In the place of a batch norm whose statistics are those of a call."""
+    return x
 
 
 def _is_of_torch(hook: Any) -> bool:
@@ -250,18 +261,3 @@ def _equal(a: Seen, b: Seen, steps: slice) -> bool:
     if len(a) != len(b):
         return False
     return all(x.shape == y.shape and torch.equal(x[steps], y[steps]) for (_, x), (_, y) in zip(a, b))
-
-
-@contextmanager
-def _random_numbers_kept(leaves: list[Any]) -> Iterator[None]:
-    """Draw no random number that others would have drawn, and the same ones each time."""
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda}
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    drawn = None if numpy is None else numpy.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(drawn)

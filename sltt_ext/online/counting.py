@@ -40,10 +40,12 @@ class FirstCalls:
 
     Attributes:
         runs: Whether the network runs: a call has begun, and nothing has been returned.
+        other_batch: What is to be said of the batch of the output, if anything.
     """
 
     def __init__(self) -> None:
         self.runs = False
+        self.other_batch = ""
         self._watched: set[bool] = set()  # passes that learn, and others
         self._said: set[str] = set()
         self._batch: int | None = None
@@ -90,18 +92,16 @@ class FirstCalls:
         return read
 
     def _look(self, output_seq: Any) -> None:
-        """Warn of outputs ``[C, N, ...]`` of another batch, over which a loss may broadcast."""
+        """Note outputs ``[C, N, ...]`` of another batch, over which a loss may broadcast."""
         batch, self._batch = self._batch, None
         for leaf in tree_leaves(output_seq) if batch is not None else ():
             if leaf.dim() < 2 or leaf.shape[1] == batch:
                 continue
             if leaf.shape[1] == 1 or (leaf.dim() > 3 and leaf.shape[2] == batch):
-                self.says(
-                    {
-                        "": f"for a batch of {batch}, the output of one step has shape {list(leaf.shape[1:])}, with "
-                        f"{leaf.shape[1]} in the place of the batch, and a loss may broadcast over it: does forward tell steps "
-                        "from samples by x.dim()? " + _TAKES[self._axis]
-                    }
+                self.other_batch = (
+                    f"for a batch of {batch}, the output of one step has shape {list(leaf.shape[1:])}, with "
+                    f"{leaf.shape[1]} in the place of the batch, and a loss may broadcast over it: does forward tell steps "
+                    f"from samples by x.dim()? {_TAKES[self._axis]}"
                 )
 
 
@@ -187,6 +187,8 @@ class NeuronSteps(SpeedUp):
             )
         for neuron in self._resets:
             found.setdefault(self._paths[neuron], f"a {_name(neuron)} {_RESET}")
+        if self._first.other_batch:
+            found[""] = self._first.other_batch
         self._first.says(found)
 
     def _count(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -36,7 +36,7 @@ class PartsTried(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Copy the network, before anyone stands between its modules and their forwards."""
         in_parts = one.sizes.part < one.stop or len(one.selected) not in (0, one.stop)
-        if not self._is_over and one.multi_step and in_parts and not capturing():
+        if not self._is_over and one.multi_step and one.stop > 1 and in_parts and not capturing():
             net = one.net.module if isinstance(one.net, DistributedDataParallel) else one.net
             # a stateful module answers for itself
             if not (is_compiled(net) or is_distributed(net) or isinstance(net, StatefulModule)):

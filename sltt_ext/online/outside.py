@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -113,10 +113,9 @@ class KeptTensors(SpeedUp):
         """Make constant what earlier calls have set."""
         self._calls += 1
         if self._rest and self._calls > 1:
-            now = self._now()
-            for key in self._rest:
-                if key in now:
-                    put(key, as_constant(now[key]))
+            for key, value in _attributes({module for module, _ in self._rest}):
+                if key in self._rest:
+                    put(key, as_constant(value))
         if not self._watches:
             yield
             return
@@ -139,16 +138,14 @@ class KeptTensors(SpeedUp):
 
     def _now(self) -> dict[Key, Any]:
         """Plain attributes of modules that carry no state known to the time loop."""
-        return {
-            key: value
-            for module in self._net.modules()
-            if not (isinstance(module, StatefulModule) or is_unconverted(module))
-            for key, value in plain_attributes(module)
-        }
+        modules = self._net.modules()
+        return dict(
+            _attributes(m for m in modules if not (isinstance(m, StatefulModule) or is_unconverted(m)))
+        )
 
     def _put_back(self, key: Key) -> None:
         """An attribute to what it is at rest, unless someone else has set it since the last pass: then that is its rest."""
-        found = dict(plain_attributes(key[0])).get(key, ABSENT)
+        found = dict(_attributes([key[0]])).get(key, ABSENT)
         if not is_same(found, self._left.get(key)):
             self._rest[key] = found
         else:
@@ -180,6 +177,12 @@ class KeptTensors(SpeedUp):
             SLTTWarning,
             stacklevel=2,
         )
+
+
+def _attributes(modules: Iterable[nn.Module]) -> Iterator[tuple[Key, Any]]:
+    """What modules keep as plain attributes, which may be set meanwhile."""
+    for module in modules:
+        yield from list(plain_attributes(module))
 
 
 class _Reads(TorchFunctionMode):
