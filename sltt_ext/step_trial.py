@@ -107,7 +107,11 @@ class StepTrial:
     ) -> str | bool | None:
         """The answer for a few samples; for all of them, too, unless it is no: a network may know the size of its batch."""
         leaves = tree_leaves(frames)
-        if time_steps < 2 or not leaves:
+        if (
+            time_steps < 2
+            or not leaves
+            or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+        ):
             return None
         if any(type(leaf) is not Tensor or leaf.dim() < 2 or leaf.is_meta for leaf in leaves):
             return None

@@ -53,6 +53,7 @@ class MultiStep(StatefulModule, nn.Module):
     """
 
     keeps_steps_apart = True
+    _folds: bool | None = None  # not known yet
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -67,7 +68,6 @@ class MultiStep(StatefulModule, nn.Module):
             )
         self.fold = _Fold()
         self.net = net
-        self._folds: bool | None = None  # not known yet
 
     @property
     def multi_step(self) -> bool:
