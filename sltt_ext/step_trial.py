@@ -60,6 +60,7 @@ class StepTrial:
         self.time_steps = 2
         self._samples = 1
         self._seen: Seen = []
+        self._draws_others = False  # random numbers than the runs before
         self._tried = net
         self._paths: dict[nn.Module, str] = {}
 
@@ -82,6 +83,11 @@ class StepTrial:
             time_steps: How many steps there are.
         """
         found = self._asked(self._mixes, frames, time_steps)
+        return found if isinstance(found, str) else None
+
+    def places(self, frames: Any, time_steps: int) -> str | None:
+        """What is not the same at every step of a call, where the input is; None where all is, or it cannot be told."""
+        found = self._asked(self._depends_on_place, frames, time_steps)
         return found if isinstance(found, str) else None
 
     def keeps(self, frames: Any, time_steps: int) -> bool:
@@ -122,7 +128,7 @@ class StepTrial:
             if self.time_steps == samples:  # shapes have to tell them apart
                 self.time_steps += 1
             with _disable_current_modes(), torch.no_grad(), self._random_numbers_kept():
-                self._tried = _copied(self.net)
+                self._tried, self._draws_others = _copied(self.net), False
                 self._paths = {module: path for path, module in self._tried.named_modules()}
                 answer = question(*self._inputs(frames))
             if answer is False:
@@ -148,16 +154,25 @@ class StepTrial:
         for kept, others in ((slice(half, None), other_first), (slice(half), other_last)):
             for one, other in zip(whole, others):
                 if not _equal([one], [other], kept):
-                    return f"the input of {one[0]!r}" if one[0] else "what it returns"
+                    return _where(one[0])
+        return False
+
+    def _depends_on_place(self, x: Any, *_: Any) -> str | bool | None:
+        same = tree_map(lambda leaf: leaf[:1].expand_as(leaf).clone(), x)
+        whole = self._run(same)
+        self._draws_others = True
+        if not whole or not _equal(whole, self._run(same), slice(None)):
+            return None  # random numbers tell the steps apart
+        for path, value in whole:
+            if not _is_close(value, value[:1].expand_as(value)):
+                return _where(path)
         return False
 
     def _differs(self, x: Any, *_: Any) -> bool | None:
         runs = [self._run(x), self._run(x)]
         if not all(runs):
             return None
-        return any(
-            not torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True) for (_, a), (_, b) in zip(*runs)
-        )
+        return not all(_is_close(a, b) for (_, a), (_, b) in zip(*runs))
 
     def _run(self, x: Any) -> Seen:
         """All that is seen of one run; nothing where it fails."""
@@ -172,6 +187,10 @@ class StepTrial:
         for neuron in neurons.values():
             neuron.reset_state()
         with self._random_numbers_kept(), Replacements() as replaced, warnings.catch_warnings():
+            if self._draws_others:
+                random.seed(random.getrandbits(32))
+                for generator in (torch.default_generator, *map(_generator_of, self._devices())):
+                    generator.manual_seed(random.getrandbits(32))
             warnings.simplefilter("ignore")  # what there is to say, the run itself says
             for module in self._paths:
                 if module in neurons and module is not self._tried:
@@ -214,14 +233,17 @@ class StepTrial:
             return
         self._seen.append((path, value.detach().clone()))
 
+    def _devices(self) -> list[torch.device]:
+        """The CUDA devices it draws from."""
+        return list({weight.device for weight in self.net.parameters() if weight.is_cuda})
+
     @contextmanager
     def _random_numbers_kept(self) -> Iterator[None]:
         """Draw no random number that others would have drawn, and the same ones each time."""
-        devices = {weight.device for weight in self.net.parameters() if weight.is_cuda}
         python, numpy = random.getstate(), sys.modules.get("numpy")
         drawn = None if numpy is None else numpy.random.get_state()
         try:
-            with torch.random.fork_rng(devices=list(devices)):
+            with torch.random.fork_rng(devices=self._devices()):
                 yield
         finally:
             random.setstate(python)
@@ -258,6 +280,22 @@ def _like(leaf: Tensor, shape: tuple[int, int], turned: bool) -> Tensor:
         return torch.rand(*shape, *leaf.shape[2:], dtype=leaf.dtype, device=leaf.device)
     part = leaf[:1, :samples].expand(steps, *leaf[:1, :samples].shape[1:]).clone()
     return part.flip([*range(1, part.dim())]) if turned else part
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index]
+
+
+def _where(path: str) -> str:
+    return f"the input of {path!r}" if path else "what it returns"
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by no more than rounding; nothing here is decided by a threshold."""
+    if a.shape != b.shape or a.is_complex():
+        return a.shape == b.shape
+    a, b = a.double(), b.double()
+    return torch.allclose(a, b, rtol=0, atol=1e-3 * max(float(a.abs().max()), 1e-6), equal_nan=True)
 
 
 def _equal(a: Seen, b: Seen, steps: slice) -> bool:

@@ -20,7 +20,7 @@ __all__ = ["PartsTried"]
 
 
 class PartsTried(SpeedUp):
-    """Tries whether the steps of a call are kept apart by all but the neurons, and each has an output.
+    """Tries whether all but the neurons keep the steps of a call apart, treat them alike, and return an output for each.
 
     Args:
         tell: Called with the reason, where one call of several steps is not those steps one by one.
@@ -59,14 +59,23 @@ class PartsTried(SpeedUp):
         if trial.lacks_steps(call.frame, one.stop, one.output):
             self._tell("it returns no output for each step")
         trial.net.eval()  # statistics of a batch are those of a call
-        where = trial.mixing(call.frame, one.stop)
-        if where is None:
-            return
-        self._tell("its layers mix time steps")
+        if (where := trial.mixing(call.frame, one.stop)) is not None:
+            self._tell("its layers mix time steps")
+            self._say(
+                f"the network mixes time steps, and not by its neurons: {where} at one step depends on the input of other "
+                f"steps, and the trainer shows it {call.steps} of {one.stop} steps in a call, without the others"
+            )
+        elif (where := trial.places(call.frame, one.stop)) is not None:
+            self._tell("it tells steps apart by their place in a call")
+            self._say(
+                f"the network tells time steps apart by their place in a call: with the same input, {where} is another one at "
+                f"other steps, and the trainer shows it {call.steps} of {one.stop} steps in a call, which begins at the first "
+                "place each time"
+            )
+
+    def _say(self, what: str) -> None:
         warnings.warn(
-            f"the network mixes time steps, and not by its neurons: {where} at one step depends on the input of other steps, "
-            f"and the trainer shows it {call.steps} of {one.stop} steps in a call, without the others. All steps in "
-            "one call are chunk=time_steps without k; or keep convert alone, and one backward of your own",
+            f"{what}. All steps in one call are chunk=time_steps without k; or keep convert alone, and one backward of your own",
             SLTTWarning,
             stacklevel=2,
         )

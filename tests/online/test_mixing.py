@@ -97,6 +97,35 @@ def test_layers_that_mix_time_are_right_in_one_call(make):
     assert oracle.relative_error(oracle.gradients(net), oracle.gradients(plain)) < 1e-6
 
 
+class NormOfEachStep(Multi):
+    """A layer for each place in a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(T))
+        for t, norm in enumerate(self.norms):
+            nn.init.constant_(norm.weight, 1.0 + t)
+
+    def forward(self, x_seq):
+        return super().forward(torch.stack([norm(x) for norm, x in zip(self.norms, x_seq)]))
+
+
+class StartsOtherwise(Multi):
+    """Its first step is another one."""
+
+    def forward(self, x_seq):
+        return super().forward(torch.cat([2 * x_seq[:1], x_seq[1:]]))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 4}, {"k": 1, "chunk": T}], ids=str)
+@pytest.mark.parametrize("make", [NormOfEachStep, StartsOtherwise])
+def test_steps_that_have_a_place_are_said_once(make, options):
+    found = said(trainer(make(), **options))
+    assert len(found) == 1
+    assert "by their place in a call: with the same input, the input of 'lif' is another one" in found[0]
+    assert said(trainer(make(), chunk=T)) == []
+
+
 class FixedBatch(Multi):
     """Knows its batch size, of which it has two: another one would be read as other steps, or fail."""
 
