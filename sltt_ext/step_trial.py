@@ -2,10 +2,10 @@
 
 From one step to the next, a network carries what its neurons carry and nothing else: that is what lets steps run one by
 one. Convolutions over time, attention over time or statistics over all steps carry more, and no shape tells. So the
-network runs once on a few samples with every neuron replaced by a smooth function of its input, which carries nothing.
+network runs a few times on a few samples with every neuron replaced by a smooth function of its input, which carries nothing.
 Then nothing at one step may depend on the input of another one, to the last bit: two inputs that differ in the later
 steps must give the same in the earlier ones, and the other way round. All runs have the same shapes, so rounding is
-the same as well.
+the same as well. And with the same input at all steps, all steps must come to the same, but for rounding.
 
 The trial runs on a copy that shares the weights, without hooks of the user's, and without gradients: nobody sees it.
 """
@@ -130,7 +130,10 @@ class StepTrial:
             with _disable_current_modes(), torch.no_grad(), self._random_numbers_kept():
                 self._tried, self._draws_others = _copied(self.net), False
                 self._paths = {module: path for path, module in self._tried.named_modules()}
-                answer = question(*self._inputs(frames))
+                try:
+                    answer = question(*self._inputs(frames))
+                except Exception:  # a trial that fails tells nothing; what fails in earnest says so itself
+                    answer = None
             if answer is False:
                 break
         return answer

@@ -215,6 +215,18 @@ def test_the_trial_is_of_a_copy_that_shares_the_weights():
     assert not set(trial.net.modules()) & set(net.modules())
 
 
+def test_a_trial_that_fails_is_none():
+    def output(returned):
+        assert returned.shape[1] == N, "it knows its batch size"
+        assert len(returned) == 1
+        return returned
+
+    online = trainer(Multi(), output=output)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        online.forward_backward(X, TARGET)
+
+
 def test_what_cannot_be_copied_is_not_tried():
     net = Multi()
     net.stream = iter(open(__file__))  # noqa: SIM115
