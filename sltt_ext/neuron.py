@@ -95,6 +95,10 @@ class SLTTNeuron(StatefulModule):
         """How many time steps the module runs when it is called with ``args``."""
         return len(args[0]) if self.multi_step else 1
 
+    def carried(self) -> dict[str, Any]:
+        """What it keeps from step to step, by name, its state among it; as it is, for comparing."""
+        return {}
+
     def carry_charged(self, on: bool) -> None:
         """Whether to carry, from step to step, the tensor that backward reads instead of one more.
 

@@ -50,7 +50,7 @@ def output_sequence(returned: Any, steps: int, output: Output, multi_step: bool)
         if leaf.dim() == 0 or leaf.shape[0] != steps:
             raise LossError(
                 f"a multi-step network has to return [T, N, ...], here with T={steps}, got {list(leaf.shape)}: "
-                "leave the average over time to the trainer"
+                "leave the average over time to the trainer, or show such a network one step in a call, chunk=1"
             )
     return chosen
 

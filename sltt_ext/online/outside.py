@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
-from sltt_ext.neuron import StatefulModule, constant, is_unconverted, tensors_in
+from sltt_ext.neuron import StatefulModule, is_unconverted
+from sltt_ext.online.attributes import (
+    ABSENT,
+    Key,
+    as_constant,
+    holds_tensors,
+    is_same,
+    leaves_of,
+    needs_gradient,
+    path_of,
+    plain_attributes,
+    put,
+    put_back_elements,
+)
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 
 __all__ = ["KeptTensors", "unknown_neurons"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_ABSENT: Any = object()
 _LOOKS = ("__get__", "is_inference", "untyped_storage")  # at .shape and the like: no numbers are read
-Key = tuple[nn.Module, str]
 
 
 def unknown_neurons(net: nn.Module) -> dict[str, str]:
@@ -55,10 +66,11 @@ def _modules_in(value: Any) -> Iterator[nn.Module]:
 class KeptTensors(SpeedUp):
     """Tensors that modules without a state of their own keep, as plain attributes, from step to step.
 
-    A tensor that one call has set, and a later one reads and sets again with a gradient, is state: it enters each step as a
-    constant, and each pass starts from what it was before the first one. Who keeps one is warned of, as a tensor that was
-    meant to stay from batch to batch does not. What the network detaches, such as a running mean, is left alone. Passes
-    are watched until one has back-propagated a call after its first.
+    A tensor that one call has set, and a later one reads and sets again with a gradient, is state, in a list, dict or set of
+    a module, too: it enters each step as a constant, and each pass starts from what it was before the first one. Who keeps
+    one is warned of, as a tensor that was meant to stay from batch to batch does not. What the network detaches, such as a
+    running mean, is left alone, and so are records that nobody reads. Passes are watched until one has back-propagated a
+    call after its first.
     """
 
     def __init__(self) -> None:
@@ -68,10 +80,7 @@ class KeptTensors(SpeedUp):
         self._calls = 0  # of this pass
         self._rest: dict[Key, Any] = {}  # what carried attributes are at rest
         self._left: dict[Key, Any] = {}  # and what the last pass has left in their place
-        self._stale: dict[
-            Key, Any
-        ] = {}  # with the graph of the last pass, while nothing else tells what it is
-        self._before: dict[nn.Module, dict[str, Any]] = {}  # this pass
+        self._before: dict[Key, Any] = {}  # the passes that are watched, and what they have left
         self._set: dict[Key, Any] = {}  # by an earlier call of this pass, while it is watched
 
     @contextmanager
@@ -79,20 +88,25 @@ class KeptTensors(SpeedUp):
         """Start from rest, and see what is carried."""
         self._net, self._calls, self._set, known = one.net, 0, {}, len(self._rest)
         for key in self._rest if one.from_rest else ():
-            self._put_back(*key)
-        for (module, name), value in self._stale.items() if one.from_rest else ():
-            if vars(module).get(name) is value:
-                _set_back(module, name, self._before[module].get(name, _ABSENT))
-        self._before = {module: _own(module) for module in one.net.modules()} if self._watches else {}
+            self._put_back(key)
+        if self._watches:
+            now = self._now()
+            stays = {
+                key for key in self._before if is_same(now.get(key, ABSENT), self._left.get(key, ABSENT))
+            }
+            self._before = now | {key: self._before[key] for key in stays}
         try:
             yield
         finally:
             self._watches = self._watches and not self._has_seen
             if not one.again:  # what runs again leaves no trace
-                self._left = {(module, name): vars(module).get(name, _ABSENT) for module, name in self._rest}
-                self._stale = {key: value for key, value in self._set.items() if _needs_gradient(value)}
+                now = self._now() if self._watches or self._rest else {}
+                self._left = {
+                    key: now.get(key, ABSENT)
+                    for key in (now.keys() if self._watches else ()) | self._rest.keys()
+                }
             self._set = {}
-            if not self._stale:
+            if not self._watches:
                 self._before = {}
         self._say([*self._rest][known:])
 
@@ -100,55 +114,61 @@ class KeptTensors(SpeedUp):
     def around_call(self, call: Call) -> Iterator[None]:
         """Make constant what earlier calls have set."""
         self._calls += 1
-        for module, name in self._rest:
-            if self._calls > 1 and name in vars(module):
-                vars(module)[name] = constant(vars(module)[name])
+        if self._rest and self._calls > 1:
+            for key, value in _attributes({module for module, _ in self._rest}):
+                if key in self._rest:
+                    put(key, as_constant(value))
         if not self._watches:
             yield
             return
-        cut = {(module, name): constant(value) for (module, name), value in self._set.items()}
-        for (module, name), value in cut.items():
-            vars(module)[name] = value
-        start = {module: _own(module) for module in self._before}
+        cut = {key: as_constant(value) for key, value in self._set.items()}
+        for key, value in cut.items():
+            put(key, value)
+        start = self._now()
         with _Reads(cut) if cut else nullcontext() as reads:
             yield
-        for module, own in start.items():
-            for name, value in _own(module).items():
-                if value is not own.get(name, _ABSENT) and _holds_tensors(value):
-                    is_read = reads is not None and (module, name) in reads.found
-                    if is_read and (_needs_gradient(value) or _needs_gradient(self._set[module, name])):
-                        self._rest[module, name] = self._before[module].get(name, _ABSENT)
-                    self._set[module, name] = value
+        found = set() if reads is None else reads.found
+        for key in cut.keys() - found:
+            put_back_elements(key, cut[key], self._set[key])
+        for key, value in self._now().items():
+            if not is_same(value, start.get(key, ABSENT)) and holds_tensors(value):
+                if key in found and needs_gradient(value):
+                    self._rest[key] = self._before.get(key, ABSENT)
+                self._set[key] = value
         self._has_seen |= call.selected and self._calls > 1
-        if reads is not None:
-            self._refuse_lost(cut, reads.found)
+        self._refuse_lost(cut, found)
 
-    def _put_back(self, module: nn.Module, name: str) -> None:
+    def _now(self) -> dict[Key, Any]:
+        """Plain attributes of modules that carry no state known to the time loop."""
+        modules = self._net.modules()
+        return dict(
+            _attributes(m for m in modules if not (isinstance(m, StatefulModule) or is_unconverted(m)))
+        )
+
+    def _put_back(self, key: Key) -> None:
         """An attribute to what it is at rest, unless someone else has set it since the last pass: then that is its rest."""
-        rest, found = self._rest[module, name], vars(module).get(name, _ABSENT)
-        if found is not self._left.get((module, name)):
-            self._rest[module, name] = found
+        found = dict(_attributes([key[0]])).get(key, ABSENT)
+        if not is_same(found, self._left.get(key)):
+            self._rest[key] = found
         else:
-            _set_back(module, name, rest)
+            put(key, self._rest[key])
 
     def _refuse_lost(self, cut: dict[Key, Any], read: set[Key]) -> None:
         """What is computed in one step and read in later ones would have the gradient of the first step only."""
-        for module, name in read:
-            before = self._set[module, name]
-            if vars(module).get(name) is cut[module, name] is not before:
-                vars(module)[name] = before
+        now = self._now() if read else {}
+        for key in read:
+            before = self._set[key]
+            if is_same(now.get(key), cut[key]) and not is_same(cut[key], before):
+                put(key, before)
                 raise ConfigurationError(
-                    f"{_path(self._net, module, name)} is computed with a gradient at one time step, kept, and read at a "
+                    f"{path_of(self._net, key)} is computed with a gradient at one time step, kept, and read at a "
                     "later one, where it is a constant: compute it at each step, or without a gradient"
                 )
 
     def _say(self, carried: list[Key]) -> None:
         if not carried:
             return
-        paths = {module: path for path, module in self._net.named_modules()}
-        kept = {
-            f"{paths[module]}.{name}".lstrip("."): f"of a {type(module).__name__}" for module, name in carried
-        }
+        kept = {path_of(self._net, key): f"of a {type(key[0]).__name__}" for key in carried}
         warnings.warn(
             listed(
                 "tensors are kept from step to step as plain attributes, and taken for state: constant between two steps, "
@@ -161,44 +181,25 @@ class KeptTensors(SpeedUp):
         )
 
 
+def _attributes(modules: Iterable[nn.Module]) -> Iterator[tuple[Key, Any]]:
+    """What modules keep as plain attributes, which may be set meanwhile."""
+    for module in modules:
+        yield from list(plain_attributes(module))
+
+
 class _Reads(TorchFunctionMode):
     """Sees which of the tensors that are kept are read."""
 
     def __init__(self, kept: dict[Key, Any]) -> None:
         super().__init__()
-        self._keys = {id(leaf): key for key, value in kept.items() for leaf in tree_leaves(value)}
+        self._keys: dict[int, list[Key]] = {}
+        for key, value in kept.items():
+            for leaf in leaves_of(value):
+                self._keys.setdefault(id(leaf), []).append(key)
         self.found: set[Key] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") not in _LOOKS:
-            read = map(id, tree_leaves((args, kwargs)))
-            self.found |= {self._keys[one] for one in read if one in self._keys}
+            for leaf in tree_leaves((args, kwargs)):
+                self.found.update(self._keys.get(id(leaf), ()))
         return func(*args, **(kwargs or {}))
-
-
-def _set_back(module: nn.Module, name: str, value: Any) -> None:
-    if value is _ABSENT:
-        vars(module).pop(name, None)
-    else:
-        vars(module)[name] = value
-
-
-def _path(net: nn.Module, module: nn.Module, name: str) -> str:
-    path = next(path for path, one in net.named_modules() if one is module)
-    return f"{path}.{name}".lstrip(".")
-
-
-def _own(module: nn.Module) -> dict[str, Any]:
-    """Plain attributes of a module that carries no state known to the time loop."""
-    if isinstance(module, StatefulModule) or is_unconverted(module):
-        return {}
-    return {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
-
-
-def _holds_tensors(value: Any) -> bool:
-    """Whether a value is a tensor, or a tuple with one; lists and dicts may be records that others read."""
-    return isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_holds_tensors, value)))
-
-
-def _needs_gradient(value: Any) -> bool:
-    return any(tensor.requires_grad for tensor in tensors_in(value))

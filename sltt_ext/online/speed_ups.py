@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sltt_ext.online.counting import FirstCalls, NeuronSteps
 from sltt_ext.online.distributed import Step
 from sltt_ext.online.grouping import Grouping, Measuring
 from sltt_ext.online.invariant_trials import InvariantModules
@@ -20,7 +21,7 @@ from sltt_ext.online.outside import KeptTensors
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
 from sltt_ext.online.states import carrying_charged
-from sltt_ext.online.watching import NeuronSteps, Watch
+from sltt_ext.online.watching import Watch
 
 __all__ = ["AutocastCache", "ChargedState", "Synchronisation", "speed_ups_of"]
 
@@ -66,6 +67,8 @@ class ChargedState(SpeedUp):
 def speed_ups_of(
     sizes: CallSizes,
     *,
+    tried: SpeedUp,
+    first: FirstCalls,
     kept: KeptTensors,
     step: Step,
     grouping: Grouping,
@@ -80,6 +83,8 @@ def speed_ups_of(
 
     Args:
         sizes: How many steps share a call.
+        tried: Whether the network may be shown a sequence in parts.
+        first: What is said of first calls.
         kept: Tensors that modules keep as plain attributes.
         step: What surrounds a call where several processes train.
         grouping: How many steps may share a call.
@@ -95,8 +100,8 @@ def speed_ups_of(
     once = EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
     shared = max(sizes.chunk, sizes.group) > sizes.part
     watching = [Watch(grouping.keep_apart)] if measuring else []
-    counting = [NeuronSteps(grouping.keep_apart)] if measuring or shared else []
     return (
+        tried,
         kept,
         Synchronisation(step),
         AutocastCache(),
@@ -105,6 +110,6 @@ def speed_ups_of(
         once,
         NormsInParts(once.evaluates),
         *watching,
-        *counting,
+        NeuronSteps(grouping.keep_apart, first, counts=measuring or shared),
         packed,
     ), once

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sltt_ext.errors import InputError, SLTTWarning, listed
 from sltt_ext.online import options
+from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import no_synchronisation
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.grouping import Grouping, in_bytes
@@ -21,6 +22,7 @@ from sltt_ext.online.guards import Alone
 from sltt_ext.online.heads import Heads, Returns, tensors_over_time
 from sltt_ext.online.inputs import Arguments, TimeDims
 from sltt_ext.online.invariant_trials import InvariantModules
+from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
@@ -67,6 +69,8 @@ class TimeLoop:
         self._kept = KeptTensors()
         self._found: dict[Any, Found] = {}
         self._room: int | None = None
+        self._tried = PartsTried(lambda reason: None)
+        self._first = FirstCalls()
         self._unknown: dict[str, str] = {}
         self._told = False
 
@@ -125,7 +129,7 @@ class TimeLoop:
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
         one = Pass(
             net, call_of(net), neurons, multi_step, source(arguments.tensors), time_steps, steps, False,
-            CallSizes(part, part, part), heads.of_call, from_rest=not settings.carry, differentiable=bool(wanting),
+            CallSizes(part, part, part), self._first.reading(heads.of_call), from_rest=not settings.carry, differentiable=bool(wanting),
             keeps_from=self._keeps_from(net, steps, time_steps, part, found),
         )  # fmt: skip
         with explaining_steps(
@@ -176,7 +180,7 @@ class TimeLoop:
         settings = self.settings
         inside = [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
         speed_ups, _ = speed_ups_of(
-            one.sizes, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
+            one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
             modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
             keeps_graphs=True, packs=settings.pack_spikes, charges=one.again or one.keeps_from is None,
         )  # fmt: skip

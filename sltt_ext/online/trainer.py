@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarning, listed
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
@@ -33,6 +34,7 @@ from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay
 from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import neurons_of, whole_sequences
 from sltt_ext.online.objective import (
     Backward,
@@ -188,6 +190,8 @@ class OnlineTrainer:
         self._modules = InvariantModules()
         self._kept = KeptTensors()
         self._found = Found()
+        self._tried = PartsTried(self._grouping.keep_apart)
+        self._first = FirstCalls()
         self._unknown: dict[str, str] = {}
         self._neurons()
         options.called_with_one_input(net)
@@ -293,7 +297,7 @@ class OnlineTrainer:
         source = frames(x, self.time_steps, self.time_dim, multi_step)
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
         learns = loss_of_call is not None
-        output = partial(output_sequence, output=self.output, multi_step=multi_step)
+        output = self._first.reading(partial(output_sequence, output=self.output, multi_step=multi_step))
         one = Pass(self.net, self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
         speed_ups, once = self._speed_ups(one, step, measuring)
         objective = None
@@ -308,7 +312,7 @@ class OnlineTrainer:
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         return speed_ups_of(
-            one.sizes, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
+            one.sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
             modules=self._modules, caches=caches, keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
         )  # fmt: skip
 
@@ -322,11 +326,12 @@ class OnlineTrainer:
             )
         neurons, multi_step = self._neurons()
         net, call = unwrapped(self.net)
+        read = self._first.reading(partial(output_sequence, output=self.output, multi_step=multi_step))
         heads = Heads(
             "sequence" if self.loss_on == "sequence" else "mean",
             self.time_steps,
             divisor,
-            lambda returned, calls: flatten(output_sequence(returned, calls, self.output, multi_step)),
+            lambda returned, calls: flatten(read(returned, calls)),
             keeps_dtype=False,
         )
 

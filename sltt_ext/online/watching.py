@@ -1,6 +1,6 @@
 """Whether several steps in one call of a network are those steps one by one.
 
-They are not where a neuron or a norm runs more than once a step, where the network draws random numbers, keeps numbers
+They are not where a norm runs more than once a step (or a neuron, see `counting`), where the network draws random numbers, keeps numbers
 of its own from call to call, reads the running statistics of a norm, or waits for gradients. A network is watched for that in the iterations that are
 measured, in which each call is one of the user's own. What it does is a fact of every call, not a guess from its layers.
 """
@@ -20,15 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError
 from sltt_ext.forwards import Layer, Replacements
-from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.gradient_hooks import is_own
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import is_batch_norm
 
-__all__ = ["NeuronSteps", "Watch", "layers_tell_calls_apart"]
+__all__ = ["Watch", "layers_tell_calls_apart"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _CONTAINERS = (list, dict, set, tuple)
@@ -106,50 +105,6 @@ class Watch(SpeedUp):
     def _read(self, name: str) -> None:
         if not self._running and name != "num_batches_tracked":
             self._tell("it reads the running statistics of a batch norm")
-
-
-class NeuronSteps(SpeedUp):
-    """Counts the steps that each neuron runs in a call.
-
-    Args:
-        tell: As in `Watch`.
-    """
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-        self._steps: dict[nn.Module, int] = {}
-
-    @contextmanager
-    def around_pass(self, one: Pass) -> Iterator[None]:
-        """Stand around the neurons."""
-        with Replacements() as replaced:
-            for module in eager_modules(one.net):
-                if isinstance(module, SLTTNeuron):
-                    replaced.forward(module, Layer.STEPS, self._count)
-            yield
-
-    @contextmanager
-    def around_call(self, call: Call) -> Iterator[None]:
-        """Compare the neurons' steps with the call's.
-
-        Raises:
-            ConfigurationError: If they differ in a call that stands for several.
-        """
-        self._steps = {}
-        yield
-        for neuron, steps in self._steps.items():
-            if steps == call.steps:
-                continue
-            reason = f"a {type(neuron).__name__} runs {steps} steps in a call of {call.steps}"
-            if len(call.parts) > 1:
-                raise ConfigurationError(
-                    f"several steps share a call of the network, and {reason}: give chunk=1, and no k"
-                )
-            self._tell(reason)
-
-    def _count(self, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._steps[module] = self._steps.get(module, 0) + (module.steps_of(*args) if args else 1)
-        return forward(*args, **kwargs)
 
 
 class _Seen(dict[str, Any]):

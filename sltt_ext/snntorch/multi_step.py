@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from sltt_ext.errors import ConfigurationError, InputError, SLTTError, SLTTWarni
 from sltt_ext.forwards import Layer, Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.snntorch.neurons import StepwiseNeuron
+from sltt_ext.step_trial import StepTrial
 
 __all__ = ["MultiStep"]
 
@@ -51,6 +53,7 @@ class MultiStep(StatefulModule, nn.Module):
     """
 
     keeps_steps_apart = True
+    _folds: bool | None = None  # not known yet
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -76,7 +79,12 @@ class MultiStep(StatefulModule, nn.Module):
         return any(map(_is_batch_norm_through_time, self.net.modules()))
 
     def reset_state(self) -> None:
-        """The neurons in the network carry the state, and are reset themselves."""
+        """The neurons in the network carry the state, and are reset themselves.
+
+        Before the first sequence, all is as the user has made it, and is copied for a trial.
+        """
+        if self._folds is None and self not in _TRIALS:
+            _TRIALS[self] = self._trial()
 
     def detach_state(self) -> None:
         """The neurons in the network carry the state, and are detached themselves."""
@@ -97,6 +105,16 @@ class MultiStep(StatefulModule, nn.Module):
                 "the network was reverted, and only converted neurons unfold time: convert it again, or call it step "
                 "by step without MultiStep"
             )
+        time_steps, _ = _steps_and_batch(x_seq)
+        if time_steps > 1 and not self._may_fold(x_seq):
+            steps = [self._run(tree_map(lambda x, t=t: x[t : t + 1], x_seq)) for t in range(time_steps)]
+            return tree_map(
+                lambda first, *rest: torch.cat([first, *rest]) if isinstance(first, Tensor) else first, *steps
+            )
+        return self._run(x_seq)
+
+    def _run(self, x_seq: Any) -> Any:
+        """The steps of ``x_seq``, folded into the batch."""
         time_steps, batch = _steps_and_batch(x_seq)
 
         def unfolded(output: Any) -> Any:
@@ -112,6 +130,47 @@ class MultiStep(StatefulModule, nn.Module):
         with Replacements() as replaced:
             _Unfolding(time_steps, batch).around(self.net, replaced)
             return tree_map(unfolded, self.net(self.fold(x_seq)))
+
+    def _may_fold(self, x_seq: Any) -> bool:
+        """Whether steps that are folded into the batch are those steps; tried on the first sequence."""
+        if self._folds is None and not (torch.compiler.is_compiling()):
+            trial = _TRIALS.pop(self, None) or self._trial()
+            self._folds = True
+            if trial is not None and (reason := _against_folding(trial, x_seq)):
+                self._folds = False
+                warnings.warn(
+                    f"MultiStep runs the time steps one by one, since {reason}. The result is that of a loop over time; "
+                    "call the network without MultiStep, and save the folding",
+                    SLTTWarning,
+                    stacklevel=3,
+                )
+        return self._folds is not False
+
+    def _trial(self) -> StepTrial | None:
+        trial = StepTrial.of(self)
+        if trial is not None:
+            cast(MultiStep, trial.net)._folds = True
+        return trial
+
+
+_TRIALS: WeakKeyDictionary[MultiStep, StepTrial | None] = WeakKeyDictionary()
+"""What is to be tried with the first sequence; not kept by the module itself, which may be saved and copied."""
+
+
+def _against_folding(trial: StepTrial, x_seq: Any) -> str | None:
+    """Why steps cannot be folded into the batch; None where nothing speaks against it."""
+    time_steps, _ = _steps_and_batch(x_seq)
+    if trial.keeps(x_seq, time_steps):
+        return (
+            "the network keeps something of its own from call to call, which changes what it returns (detach what is kept: "
+            "within a call, nobody else does)"
+        )
+    if (where := trial.mixing(x_seq, time_steps)) is not None:
+        return (
+            f"the network mixes the samples of a batch, into which time would be folded: {where} at one time step depends on "
+            "the input of other steps"
+        )
+    return None
 
 
 class _Fold(nn.Module):

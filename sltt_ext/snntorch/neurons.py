@@ -48,6 +48,9 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
     def steps_of(self, *args: Any) -> int:
         return self.sltt_time_steps or 1
 
+    def carried(self) -> dict[str, Any]:
+        return self._kept()
+
     def reset_state(self) -> None:
         self.reset_mem()
 

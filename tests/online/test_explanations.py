@@ -82,6 +82,7 @@ def works(online, x=X_SEQ[0]):
 
 
 @pytest.mark.parametrize("loss_on", ["step", "mean"])
+@pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
 def test_a_forward_that_loops_over_time(loss_on):
     with pytest.raises(
         LossError, match=r"output of one step, \[4, 3, 5\], has the batch on axis 1.*Stateful"

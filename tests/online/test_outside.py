@@ -1,6 +1,7 @@
 """State that the trainer does not know: neurons that are not converted, and tensors kept as plain attributes."""
 
 import warnings
+from collections import deque
 
 import oracle
 import pytest
@@ -92,6 +93,60 @@ class KeepsSpikes(Keeps):
         return self.trace
 
 
+class KeepsAList(Keeps):
+    """All of what it had, and it reads the last two."""
+
+    def __init__(self):
+        super().__init__([])
+
+    def forward(self, x):
+        for before in self.trace[-2:]:
+            x = x + self.decay * before
+        self.trace.append(x)
+        return x
+
+
+class KeepsADict(Keeps):
+    def __init__(self):
+        super().__init__({"of the layer": {}})
+
+    def forward(self, x):
+        entries = self.trace["of the layer"]
+        entries["trace"] = x + self.decay * entries.get("trace", 0.0)
+        return entries["trace"]
+
+
+class KeepsASet(Keeps):
+    def __init__(self):
+        super().__init__(set())
+
+    def forward(self, x):
+        x = x + self.decay * sum(self.trace)
+        self.trace.clear()
+        self.trace.add(x)
+        return x
+
+
+class KeepsADeque(Keeps):
+    """A delay line."""
+
+    def __init__(self):
+        super().__init__(deque(maxlen=2))
+
+    def forward(self, x):
+        x = x + self.decay * sum(self.trace)
+        self.trace.append(x)
+        return x
+
+
+EMPTIED = {
+    KeepsAList: list,
+    KeepsADict: lambda: {"of the layer": {}},
+    KeepsASet: set,
+    KeepsADeque: lambda: deque(maxlen=2),
+}
+
+
 def network(make):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), neuron.LIFNode(), make(), nn.Linear(16, 4))
@@ -102,7 +157,18 @@ def at_rest(net):
     if isinstance(net[2], KeepsSpikes):
         vars(net[2]).pop("trace", None)
     else:
-        net[2].trace = None
+        net[2].trace = EMPTIED.get(type(net[2]), lambda: None)()
+
+
+def detached(trace):
+    """Written out for each kind of container."""
+    if isinstance(trace, tuple):
+        return trace[0].detach(), trace[1]
+    if isinstance(trace, dict):
+        return {"of the layer": {"trace": trace["of the layer"]["trace"].detach()}}
+    if isinstance(trace, deque):
+        return deque((t.detach() for t in trace), maxlen=2)
+    return type(trace)(t.detach() for t in trace) if isinstance(trace, (list, set)) else trace.detach()
 
 
 def expected(net, selected):
@@ -114,8 +180,7 @@ def expected(net, selected):
         if t in selected:
             (F.cross_entropy(output, TARGET) / len(selected)).backward()
         functional.detach_net(net)
-        trace = net[2].trace
-        net[2].trace = (trace[0].detach(), trace[1]) if isinstance(trace, tuple) else trace.detach()
+        net[2].trace = detached(net[2].trace)
     return gradients(net)
 
 
@@ -124,7 +189,7 @@ def gradients(net):
 
 
 @pytest.mark.parametrize("selected", [(0,), (4,), (1, 3), tuple(range(T))], ids=str)
-@pytest.mark.parametrize("make", [Keeps, KeepsATuple, KeepsSpikes])
+@pytest.mark.parametrize("make", [Keeps, KeepsATuple, KeepsSpikes, *EMPTIED])
 @pytest.mark.filterwarnings("ignore:tensors are kept")
 def test_a_tensor_that_is_kept_is_state(make, selected):
     want = expected(network(make), selected)
@@ -192,6 +257,63 @@ def test_what_is_only_looked_at_stays():
             assert net[2].seen.grad is not None
 
 
+class Records(nn.Module):
+    """Others read what it has kept; it does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        x = 2 * x
+        if x.requires_grad:
+            x.retain_grad()
+        self.seen.append(x)
+        return x
+
+
+def test_a_record_is_left_alone():
+    net = sltt_ext.convert(network(Records))
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for iteration in (1, 2):
+            online.forward_backward(X, TARGET)
+            assert len(net[2].seen) == iteration * T
+            assert all(seen.grad is not None for seen in net[2].seen)
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_a_list_stays_the_same_object(kind):
+    make = KeepsAList if kind is list else KeepsADict
+    net = sltt_ext.convert(network(make))
+    online, kept = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0), net[2].trace
+    with pytest.warns(
+        SLTTWarning, match=r"2\.trace" + (r"\['of the layer'\]\['trace'\]" if kind is dict else ": of a")
+    ):
+        online.forward_backward(X, TARGET)
+    online.forward_backward(X, TARGET)
+    assert net[2].trace is kept
+    assert kind is dict or len(kept) == T
+
+
+class ListComputedOnce(Keeps):
+    def forward(self, x):
+        self.trace = self.trace or [self.decay.sigmoid()]
+        return self.trace[0] * x
+
+
+class DictComputedOnce(KeepsADict):
+    """And a state beside it."""
+
+    def forward(self, x):
+        entries = self.trace
+        if "decay" not in entries:
+            entries["decay"] = self.decay.sigmoid()
+        entries["trace"] = x + entries["decay"] * entries.get("trace", 0.0)
+        return entries["trace"]
+
+
 class ComputedOnce(Keeps):
     def forward(self, x):
         if self.trace is None:
@@ -199,9 +321,13 @@ class ComputedOnce(Keeps):
         return self.trace * x
 
 
-def test_what_is_computed_once_is_refused():
-    net = sltt_ext.convert(network(ComputedOnce))
+@pytest.mark.parametrize("make", [ComputedOnce, ListComputedOnce, DictComputedOnce])
+@pytest.mark.filterwarnings("ignore:tensors are kept")
+def test_what_is_computed_once_is_refused(make):
+    net = sltt_ext.convert(network(make))
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0)
-    with pytest.raises(ConfigurationError, match=r"2\.trace is computed with a gradient at one time step"):
+    with pytest.raises(
+        ConfigurationError, match=r"2\.trace(\['decay'\])? is computed with a gradient at one time step"
+    ):
         online.forward_backward(X, TARGET)
     assert all(parameter.grad is None for parameter in net.parameters())

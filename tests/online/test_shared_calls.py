@@ -262,7 +262,10 @@ SIZES = {"batches": (N,) * 4, "and smaller ones": (4, 4, 2, 3)}
     ("name", "call"), products.spread([*SHARED, *KEPT_APART], itertools.product(CALLS, SIZES), each=2)
 )
 @pytest.mark.filterwarnings(
-    "ignore:chunk='auto' keeps to one step a call", "ignore:tensors are kept from step to step"
+    "ignore:chunk='auto' keeps to one step a call",
+    "ignore:tensors are kept from step to step",
+    "ignore:the trainer calls the network for each time step",
+    "ignore:the network mixes time steps",
 )
 def test_nothing_changes(name, call):
     (options, step_by_step), sizes = CALLS[call[0]], SIZES[call[1]]
@@ -283,9 +286,9 @@ def test_nothing_changes(name, call):
     ids=["norm", "neuron", "statistics", "dropout"],
 )  # fmt: skip
 def test_who_asked_for_more_is_told_why(make, reason):
-    with pytest.warns(SLTTWarning, match=reason) as told:
+    with pytest.warns(SLTTWarning, match=f"chunk='auto' keeps to one step a call.*{reason}") as told:
         iterations(make, chunk="auto")
-    assert len(told) == 1
+    assert sum("keeps to one step" in str(one.message) for one in told) == 1
 
 
 def test_what_cannot_be_told_is_refused():

@@ -14,6 +14,8 @@ import sltt_ext
 from sltt_ext.errors import LossError
 from sltt_ext.snntorch import MultiStep, Stateful
 
+pytestmark = pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
+
 T, N = 5, 4
 X = 2 * torch.randn(T, N, 8, generator=torch.Generator().manual_seed(1))
 TARGET = torch.tensor([0, 1, 2, 3])

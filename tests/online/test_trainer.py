@@ -1,6 +1,7 @@
 import copy
 import operator
 import pickle
+from types import SimpleNamespace
 
 import networks
 import oracle
@@ -361,16 +362,16 @@ def test_multi_step_network_that_averages_over_time():
 
 
 def test_state_that_the_conversion_does_not_see():
-    class InAList(nn.Module):
+    class InAnObject(nn.Module):
         def __init__(self):
             super().__init__()
-            self.previous = [0.0]
+            self.kept = SimpleNamespace(previous=0.0)
 
         def forward(self, x):
-            self.previous[0] = 0.5 * self.previous[0] + x
-            return self.previous[0]
+            self.kept.previous = 0.5 * self.kept.previous + x
+            return self.kept.previous
 
-    net = networks.conv_net().append(InAList())
+    net = networks.conv_net().append(InAnObject())
     with pytest.raises(LossError, match="register_memory"):
         trainer(net).forward_backward(X, TARGET)
     assert oracle.gradients(net) == [None] * 6
