@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sltt_ext.errors import ConfigurationError, UnsupportedModuleError
 from sltt_ext.neuron import SLTTNeuron, constant, snapshot, tensors_in
 
-__all__ = ["ChargeHeld", "EntryHeld", "check_charges"]
+__all__ = ["ChargeHeld", "EntryHeld", "check_charges", "follows", "place"]
 
 RECORDED = ("v_seq", "spike_seq")
 """What a neuron keeps of a whole sequence for others to read: it enters no step."""
@@ -75,7 +75,8 @@ class ChargeHeld(EntryHeld):
 
     def _held_forward(self, *args: Any, **kwargs: Any) -> Any:
         own, told = vars(self), self.told_steps
-        own["_sltt_charges"], own["_sltt_before"], own["_sltt_drives"] = 0, {}, []
+        own["_sltt_charges"], own["_sltt_before"] = 0, {}
+        own["_sltt_drives"], own["_sltt_charged"] = set(), set()
         own["_sltt_inputs"] = {tensor.grad_fn for tensor in tensors_in((args, kwargs))}
         device_backend = getattr(self, "backend", None)
         if device_backend == "cupy":  # its kernel runs all steps, with a gradient through time
@@ -87,7 +88,8 @@ class ChargeHeld(EntryHeld):
             if device_backend == "cupy":
                 self.backend = device_backend
             self._tell_again(told)
-            del own["_sltt_charges"], own["_sltt_before"], own["_sltt_drives"], own["_sltt_inputs"]
+            for name in ("charges", "before", "drives", "charged", "inputs"):
+                del own[f"_sltt_{name}"]
         if not charges and any(tensor.requires_grad for tensor in tensors_in(output)):
             raise ConfigurationError(
                 f"the forward of {self.original.__name__} ran without neuronal_charge, where its state would have been held "
@@ -101,11 +103,12 @@ class ChargeHeld(EntryHeld):
             if own["_sltt_charges"]:
                 self._hold_between_steps(args)
             own["_sltt_charges"] += 1
-            own["_sltt_drives"] += [
-                _place(tensor) for tensor in tensors_in(args) if tensor.grad_fn is not None
-            ]
             own["_sltt_before"] = {name: id(value) for name, value in self._held_tensors()}
-        return cast(Any, super()).neuronal_charge(*args, **kwargs)
+            own["_sltt_drives"] |= set(map(place, tensors_in(args)))
+        result = cast(Any, super()).neuronal_charge(*args, **kwargs)
+        if "_sltt_charges" in own:
+            own["_sltt_charged"] |= {place(state) for state in self._held_states()}
+        return result
 
     def _hold_between_steps(self, drive: Any) -> None:
         """Within one call, what the step before has left is a constant, whoever else has told what.
@@ -117,9 +120,9 @@ class ChargeHeld(EntryHeld):
         carried = [name for name in memories if name not in RECORDED]
         before = own["_sltt_before"]
         left = [name for name, value in self._held_tensors() if before.get(name) != id(value)]
-        states = [*tensors_in([memories[name] for name in carried]), *(own[name] for name in left)]
-        earlier = {_place(state) for state in states if state.grad_fn is not None} | set(own["_sltt_drives"])
-        if any(_follows(tensor, earlier, own["_sltt_inputs"]) for tensor in tensors_in(drive)):
+        states = {place(state) for state in self._held_states()}
+        earlier = (states | own["_sltt_charged"]) - own["_sltt_drives"]
+        if any(follows(tensor, earlier, own["_sltt_inputs"]) for tensor in tensors_in(drive)):
             raise ConfigurationError(
                 f"{self.original.__name__} reads what the step before has left ahead of neuronal_charge, where it is held "
                 "constant: read it in there, or declare its step with sltt_ext.declare_neuron"
@@ -128,24 +131,31 @@ class ChargeHeld(EntryHeld):
         memories.update({name: constant(memories[name]) for name in carried})
         own.update({name: constant(own[name]) for name in left})
 
+    def _held_states(self) -> Iterator[Tensor]:
+        """The tensors with a graph that the step has left so far."""
+        own, before = vars(self), vars(self)["_sltt_before"]
+        yield from tensors_in(
+            [value for name, value in self._held_memories().items() if name not in RECORDED]
+        )
+        yield from (own[name] for name, value in self._held_tensors() if before.get(name) != id(value))
 
-def _place(tensor: Tensor) -> tuple[Any, int]:
+
+def place(tensor: Tensor) -> tuple[Any, int]:
     """Where in the graph a tensor comes from."""
     return tensor.grad_fn, tensor.output_nr
 
 
-def _follows(tensor: Tensor, earlier: set[tuple[Any, int]], inputs: set[Any]) -> bool:
+def follows(tensor: Tensor, earlier: Collection[tuple[Any, int]], inputs: Collection[Any]) -> bool:
     """Whether ``tensor`` was computed from one of the ``earlier`` places, this side of the ``inputs``."""
-    seen, waiting = set(), [_place(tensor)]
+    seen, waiting = set(), [place(tensor)]
     while waiting:
-        place = waiting.pop()
-        node = place[0]
-        if node is None or place in seen or node in inputs:
+        one = waiting.pop()
+        if one[0] is None or one in seen or one[0] in inputs:
             continue
-        if place in earlier:
+        if one in earlier:
             return True
-        seen.add(place)
-        waiting += node.next_functions
+        seen.add(one)
+        waiting += one[0].next_functions
     return False
 
 

@@ -7,7 +7,7 @@ rule.
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sltt_ext.functional.lif_operator import decay_of, run_lif
 from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.legacy_spikingjelly.names import takes_sequences
+from sltt_ext.twin import twin_of
 
 __all__ = ["computes_as_fused"]
 
@@ -39,7 +40,7 @@ def computes_as_fused(
         if torch.compiler.is_compiling():
             return False
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             try:
                 _COMPARED[key] = all(
                     _agrees(module, original, settings, training) for training in (True, False)
@@ -73,7 +74,7 @@ def _agrees(module: nn.Module, original: type[nn.Module], settings: LIFSettings,
         exact = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(theirs[:2], ours[:2]))
         if not exact or not all(map(_close, theirs[2:], ours[2:])):
             return False
-        v = twin.v = cast(Tensor, v).detach()
+        v = twin.v = v.detach()
         spikes.append(s.detach())
     if sequences and not _runs_sequences(twin, start, x_seq, torch.stack(spikes)):
         return False
@@ -88,20 +89,15 @@ def _runs_sequences(twin: Any, start: Tensor | float, x_seq: Tensor, spikes: Ten
 
 
 def _at_rest(module: nn.Module, original: type[nn.Module]) -> Any:
-    """A copy on the CPU, in float32 and at rest, which shares no state with ``module``."""
-    twin = original.__new__(original)
-    for name, value in vars(module).items():
-        if name.startswith(("_sltt_", "sltt_")):
-            continue
-        vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
-    own: Any = vars(twin)
-    own["_parameters"] = {
+    """A copy on the CPU, in float32 and at rest."""
+    twin = twin_of(module, original)
+    twin._parameters = {
         name: None if value is None else nn.Parameter(value.detach().float().cpu())
-        for name, value in own["_parameters"].items()
+        for name, value in twin._parameters.items()
     }
-    own["_memories"] = copy.deepcopy(own["_memories_rv"])
-    if own.get("backend") == "cupy":
-        own["backend"] = "torch"
+    twin._memories = copy.deepcopy(twin._memories_rv)
+    if getattr(twin, "backend", None) == "cupy":
+        twin.backend = "torch"
     return twin
 
 

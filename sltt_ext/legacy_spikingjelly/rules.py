@@ -39,7 +39,7 @@ class Masked(Layer):
 
 @register_adapter("BaseNode", "MemoryModule")
 def _stateful(module: nn.Module) -> type[SLTTNeuron] | None:
-    cls = type(module)
+    cls: Any = type(module)
     memory_module = base_of(cls, "MemoryModule")
     if memory_module is not None and hasattr(memory_module, "register_memory"):
         framework_neurons(memory_module, lambda module: bool(vars(module).get("_memories")))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sltt_ext.surrogate import SURROGATES, Surrogate, derivative
@@ -19,9 +21,7 @@ _NAMES = {
     "Rect": "rectangle",
 }
 
-_ROWS: dict[
-    tuple[type, tuple[float, ...]], Surrogate | None
-] = {}  # compared once: this is asked at every step
+_ROWS: dict[tuple[Any, ...], Surrogate | None] = {}  # compared once: this is asked at every step
 
 
 def known_surrogate(function: object) -> Surrogate | None:

@@ -403,3 +403,26 @@ def test_trainer(package, prefix):
         )
         online.forward_backward(x, target)
         assert oracle.relative_error(oracle.gradients(converted), oracle.gradients(original)) < 1e-6
+
+
+class MultiStepInner(clock_driven.LIFNode):
+    """Shows one current to itself several times, which is no reading of its state."""
+
+    def forward(self, x_seq):
+        spikes = []
+        for x in x_seq:
+            current = 2 * x
+            for _ in range(2):
+                self.neuronal_charge(current if not spikes else current + 0.1)
+                spikes.append(self.neuronal_fire())
+                self.neuronal_reset(spikes[-1])
+        return torch.stack(spikes[::2])
+
+
+def test_a_current_that_is_shown_several_times():
+    x_seq = currents().requires_grad_()
+    spikes = sltt_ext.convert(MultiStepInner())(x_seq)
+    assert torch.equal(spikes, MultiStepInner()(x_seq))
+    (gradient,) = torch.autograd.grad(spikes[0].sum(), x_seq)
+    assert gradient[0].any()
+    assert not gradient[1:].any()
