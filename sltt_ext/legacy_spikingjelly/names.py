@@ -9,7 +9,13 @@ __all__ = ["FUSED", "LAYERS", "NEURONS", "base_of", "kind_of", "takes_sequences"
 FUSED = ("IFNode", "LIFNode", "ParametricLIFNode")
 _STEPWISE = (*FUSED, "EIFNode", "QIFNode", "GeneralNode")
 NEURONS = frozenset(
-    {"BaseNode", "AdaptiveBaseNode", *_STEPWISE, *(f"MultiStep{name}" for name in _STEPWISE)}
+    {
+        "BaseNode",
+        "AdaptiveBaseNode",
+        "MultiStepBaseNode",
+        *_STEPWISE,
+        *(f"MultiStep{name}" for name in _STEPWISE),
+    }
     - {"MultiStepQIFNode"}
 )
 LAYERS = frozenset(

@@ -8,26 +8,29 @@ import importlib
 from types import SimpleNamespace
 
 import torch
-from published_style import clock_driven
 from torch import Tensor
+
+import sltt_ext.clock_driven
 
 
 def packages():
-    """The copy in this folder and, where it is installed, the package itself."""
-    found = [clock_driven]
-    try:
-        rooms = [
-            importlib.import_module(f"spikingjelly.clock_driven.{name}")
-            for name in ("neuron", "layer", "surrogate", "functional")
-        ]
-    except ModuleNotFoundError:
-        return found
-    return [
-        *found,
-        SimpleNamespace(
-            __name__="installed", **{k: v for room in rooms for k, v in vars(room).items() if k[0] != "_"}
-        ),
+    """What `sltt_ext.clock_driven` puts in place and, where it is installed, the old package itself."""
+    ours = [
+        importlib.import_module(f"{sltt_ext.clock_driven.__name__}.{name}")
+        for name in ("neuron", "layer", "functional")
     ]
+    found = [_together("ours", [*ours, ours[0].surrogate])]
+    names = ("neuron", "layer", "functional", "surrogate")
+    rooms = [importlib.import_module(f"spikingjelly.clock_driven.{name}") for name in names]
+    if rooms[0] is not ours[0]:
+        found.append(_together("installed", rooms))
+    return found
+
+
+def _together(name, rooms):
+    return SimpleNamespace(
+        __name__=name, **{key: value for room in rooms for key, value in vars(room).items() if key[0] != "_"}
+    )
 
 
 def takes_sequences(module):
