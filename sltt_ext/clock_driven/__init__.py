@@ -19,8 +19,8 @@ from sltt_ext.optional import require
 
 __all__: list[str] = []
 
-_OURS = ("base", "functional", "layer", "neuron")
-_NEWER = ("encoding", "monitor", "rnn", "surrogate")
+_OURS = ("base", "functional", "layer", "neuron", "surrogate")
+_NEWER = ("encoding", "monitor", "rnn")
 
 
 def _put_in_place(name: str, module: ModuleType) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sltt_ext.clock_driven import neuron
 from sltt_ext.errors import ConfigurationError
 
-__all__ = ["IFNode", "LIFNode", "MultiStepIFNode", "MultiStepLIFNode"]
+__all__ = ["IFNode", "LIFNode", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode"]
 
 _SURROGATES = {"ATan": neuron.surrogate.ATan, "Sigmoid": neuron.surrogate.Sigmoid}
 
@@ -75,3 +75,19 @@ class MultiStepLIFNode(neuron.MultiStepLIFNode):
         detach_reset: bool = False,
     ) -> None:
         super().__init__(tau, True, v_threshold, v_reset, _surrogate(surrogate_function, alpha), detach_reset)
+
+
+class MultiStepParametricLIFNode(neuron.MultiStepParametricLIFNode):
+    """Leaky integrate-and-fire with a learnable leak, for sequences."""
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: str = "ATan",
+        alpha: float = 2.0,
+        detach_reset: bool = False,
+    ) -> None:
+        fires = _surrogate(surrogate_function, alpha)
+        super().__init__(init_tau, True, v_threshold, v_reset, fires, detach_reset)

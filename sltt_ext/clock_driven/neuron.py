@@ -25,13 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sltt_ext.clock_driven import surrogate
 from sltt_ext.clock_driven.base import MemoryModule
 from sltt_ext.errors import ConfigurationError
-
-try:
-    from spikingjelly.activation_based import surrogate
-except ModuleNotFoundError:
-    from spikingjelly.clock_driven import surrogate
 
 __all__ = [
     "BaseNode", "EIFNode", "IFNode", "LIAFNode", "LIFNode", "MultiStepEIFNode", "MultiStepIFNode", "MultiStepLIFNode",
@@ -57,6 +53,12 @@ class BaseNode(MemoryModule):
         detach_reset: bool = False,
     ) -> None:
         super().__init__()
+        for name, value in (("v_threshold", v_threshold), ("v_reset", 0.0 if v_reset is None else v_reset)):
+            if not isinstance(value, (int, float, Tensor)):
+                raise ConfigurationError(
+                    f"{name} must be a number, got {value!r}: the arguments of {type(self).__name__} come in another order in "
+                    "code for a SpikingJelly before 0.0.0.0.9; give them by name"
+                )
         self.register_memory("v", 0.0 if v_reset is None else v_reset)
         self.register_memory("v_threshold", v_threshold)
         self.register_memory("v_reset", v_reset)

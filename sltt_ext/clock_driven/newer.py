@@ -1,4 +1,4 @@
-"""What a newer SpikingJelly has under the same name."""
+"""What the installed SpikingJelly has under the same name."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Any
 
 __all__ = ["newer"]
 
+_PACKAGES = ("spikingjelly.activation_based", "spikingjelly.clock_driven")
+
 
 def newer(room: str, name: str) -> Any:
-    """The function or class ``name`` of `spikingjelly.activation_based`, for the ``__getattr__`` of a room here.
+    """The function or class ``name`` of the installed package's ``room``, for the ``__getattr__`` of a room here.
 
     Raises:
         AttributeError: If there is none.
     """
-    if not name.startswith("__"):
+    for package in () if name.startswith("__") else _PACKAGES:
         try:
-            return getattr(importlib.import_module(f"spikingjelly.activation_based.{room}"), name)
+            installed = importlib.import_module(f"{package}.{room}")
         except ModuleNotFoundError:
-            pass  # only the old package is installed, which is used as it is
+            continue  # only the old package is there
+        if not installed.__name__.startswith("sltt_ext.") and hasattr(installed, name):
+            return getattr(installed, name)
     raise AttributeError(f"module 'spikingjelly.clock_driven.{room}' has no attribute {name!r}")

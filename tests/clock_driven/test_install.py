@@ -9,7 +9,7 @@ from published_style import oracle
 from torch import nn
 
 import sltt_ext
-from sltt_ext.clock_driven import cext, functional, layer, neuron
+from sltt_ext.clock_driven import cext, functional, layer, neuron, surrogate
 from sltt_ext.errors import ConfigurationError
 
 BOTH = oracle.packages()
@@ -137,6 +137,37 @@ def test_the_still_older_neurons_have_an_arc_tangent():
         ConfigurationError, match=r"surrogate_function='Erf' of spikingjelly.cext is not here: ATan"
     ):
         cext.IFNode(surrogate_function="Erf")
+
+
+def test_a_surrogate_of_ones_own():
+    class Rectangle(surrogate.SurrogateFunctionBase):
+        """As code for the old package writes one."""
+
+        def __init__(self, alpha=1.0, spiking=True):
+            super().__init__(alpha, spiking)
+
+        @staticmethod
+        def spiking_function(x, alpha):
+            near = (x.abs() < alpha / 2).to(x) * x
+            return surrogate.heaviside(x) + near - near.detach()
+
+        @staticmethod
+        def primitive_function(x, alpha):
+            return x.clamp(-alpha / 2, alpha / 2)
+
+    x = torch.tensor([-2.0, -0.1, 0.1, 2.0], requires_grad=True)
+    node = sltt_ext.convert(neuron.IFNode(v_threshold=0.0, surrogate_function=Rectangle()))
+    spikes = node(x)
+    assert spikes.tolist() == [0, 0, 1, 1]
+    spikes.sum().backward()
+    assert x.grad.tolist() == [0, 1, 1, 0]
+    node.surrogate_function.set_spiking_mode(False)
+    assert node.surrogate_function(x).tolist() == pytest.approx([-0.5, -0.1, 0.1, 0.5])
+
+
+def test_arguments_in_the_order_of_a_still_older_package():
+    with pytest.raises(ConfigurationError, match="v_reset must be a number, got Sigmoid.*before 0.0.0.0.9"):
+        neuron.MultiStepLIFNode(2.0, 1.0, 0.0, surrogate.Sigmoid())
 
 
 def test_a_backend_that_is_not_there():

@@ -5,32 +5,32 @@ Nothing in here needs a SpikingJelly, of whichever line.
 
 import copy
 import importlib
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-import sltt_ext.clock_driven
+import sltt_ext.clock_driven  # noqa: F401
+
+
+ROOMS = ("neuron", "layer", "functional", "surrogate")
 
 
 def packages():
     """What `sltt_ext.clock_driven` puts in place and, where it is installed, the old package itself."""
-    ours = [
-        importlib.import_module(f"{sltt_ext.clock_driven.__name__}.{name}")
-        for name in ("neuron", "layer", "functional")
-    ]
-    found = [_together("ours", [*ours, ours[0].surrogate])]
-    names = ("neuron", "layer", "functional", "surrogate")
-    rooms = [importlib.import_module(f"spikingjelly.clock_driven.{name}") for name in names]
-    if rooms[0] is not ours[0]:
-        found.append(_together("installed", rooms))
-    return found
+    ours = [importlib.import_module(f"sltt_ext.clock_driven.{name}") for name in ROOMS]
+    installed = [importlib.import_module(f"spikingjelly.clock_driven.{name}") for name in ROOMS]
+    found = [_Together("ours", ours)]
+    return found if installed[0] is ours[0] else [*found, _Together("installed", installed)]
 
 
-def _together(name, rooms):
-    return SimpleNamespace(
-        __name__=name, **{key: value for room in rooms for key, value in vars(room).items() if key[0] != "_"}
-    )
+class _Together:
+    """Several rooms as one."""
+
+    def __init__(self, name, rooms):
+        self.__name__, self._rooms = name, rooms
+
+    def __getattr__(self, name):
+        return next(getattr(room, name) for room in self._rooms if hasattr(room, name))
 
 
 def takes_sequences(module):
