@@ -11,7 +11,6 @@ from torch import Tensor
 
 import sltt_ext.clock_driven  # noqa: F401
 
-
 ROOMS = ("neuron", "layer", "functional", "surrogate")
 
 
