@@ -166,7 +166,9 @@ def test_a_surrogate_of_ones_own():
 
 
 def test_arguments_in_the_order_of_a_still_older_package():
-    with pytest.raises(ConfigurationError, match="v_reset must be a number, got Sigmoid.*before 0.0.0.0.9"):
+    with pytest.raises(
+        ConfigurationError, match=r"v_reset must be a number, got Sigmoid.*before 0\.0\.0\.0\.9"
+    ):
         neuron.MultiStepLIFNode(2.0, 1.0, 0.0, surrogate.Sigmoid())
 
 

@@ -76,8 +76,7 @@ def test_time_inside(cls, x, loss):
         assert oracle.relative_error(got, wanted) <= (0 if cls in GENERIC else 1e-6)
         for net, gradients in ((original, wanted), (converted, wanted)):
             with torch.no_grad():
-                for parameter, gradient in zip(net.parameters(), gradients):
-                    parameter -= 0.01 * gradient
+                torch._foreach_add_(list(net.parameters()), gradients, alpha=-0.01)
     kinds = {
         isinstance(module, FusedNode)
         for module in converted.modules()
