@@ -65,7 +65,9 @@ def tests(session: nox.Session, line: str) -> None:
 def clock_driven(session: nox.Session) -> None:
     """What is tested without `activation_based`, with the last SpikingJelly that has `clock_driven` alone."""
     session.install("-c", "constraints.txt", "torch", "numpy", "pytest", "pytest-xdist")
-    session.install("--no-deps", "spikingjelly==0.0.0.0.12")  # of what it asks for, its neurons need these alone
+    session.install(
+        "--no-deps", "spikingjelly==0.0.0.0.12"
+    )  # of what it asks for, its neurons need these alone
     session.install("--no-deps", "-e", ".")
     session.run(
         "pytest", "-n", "2", *(f"tests/{folder}" for folder in WITHOUT_ACTIVATION_BASED), *session.posargs

@@ -19,6 +19,7 @@ from sltt_ext.online.norms import NormsInParts
 from sltt_ext.online.outside import KeptTensors
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
+from sltt_ext.online.resets import NoResets
 from sltt_ext.online.states import carrying_charged
 from sltt_ext.online.watching import NeuronSteps, Watch
 
@@ -99,6 +100,7 @@ def speed_ups_of(
         AutocastCache(),
         *([Measuring(grouping)] if measuring else []),
         ChargedState(),
+        NoResets(),
         once,
         NormsInParts(once.evaluates),
         *watching,

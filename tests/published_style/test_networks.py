@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sltt_ext
+from sltt_ext.errors import ConfigurationError
 from sltt_ext.legacy_spikingjelly import FusedNode
 from sltt_ext.neuron import SLTTNeuron
 
@@ -173,3 +174,37 @@ def test_sequences_through_the_trainer():
             x_seq, target
         )
         assert oracle.relative_error(oracle.gradients(converted), oracle.gradients(original)) < 1e-6
+
+
+class ResetsItself(nn.Module):
+    """Takes ``[T, N, ...]``, each call a sequence of its own: as code for time series has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.lif = networks.neuron.MultiStepLIFNode(surrogate_function=networks.surrogate.ATan())
+
+    def forward(self, x):
+        functional.reset_net(self)
+        return self.fc2(self.lif(self.fc1(x)))
+
+
+def test_a_network_that_resets_itself():
+    """`convert` alone is right for it, and all steps in one call; the trainer says so of fewer."""
+    x_seq, target = torch.randn(5, 4, 8), torch.randint(3, (4,))
+    original = held(made(ResetsItself))
+    (sum(F.cross_entropy(output, target) for output in original(x_seq)) / 5).backward()
+    converted = sltt_ext.convert(made(ResetsItself))
+    for chunk in (1, 2):
+        online = sltt_ext.OnlineTrainer(converted, F.cross_entropy, 5, time_dim=0, chunk=chunk)
+        with pytest.raises(
+            ConfigurationError, match=f"in a call of {chunk} of 5 steps: a network that resets itself"
+        ):
+            online.forward_backward(x_seq, target)
+        assert converted.fc1.weight.grad is None
+    (sum(F.cross_entropy(output, target) for output in converted(x_seq)) / 5).backward()
+    assert oracle.relative_error(oracle.gradients(converted), oracle.gradients(original)) < 1e-6
+    converted.zero_grad()
+    sltt_ext.OnlineTrainer(converted, F.cross_entropy, 5, time_dim=0, chunk=5).forward_backward(x_seq, target)
+    assert oracle.relative_error(oracle.gradients(converted), oracle.gradients(original)) < 1e-6
+    assert "reset" not in vars(converted.lif)
