@@ -37,7 +37,8 @@ class Declared(SLTTNeuron, nn.Module):
 
     @property
     def multi_step(self) -> bool:
-        return self.declaration.time_dim is not None
+        """Whether it takes ``[T, N, ...]``, as the time loop gives sequences; with its time behind the batch it takes no part."""
+        return self.declaration.time_dim == 0
 
     def spikes(self, output: Any) -> tuple[Tensor, None] | None:
         which = self.declaration.spikes
@@ -169,7 +170,12 @@ class DeclaredStep(DeclaredState):
             ConfigurationError: If the time loop goes on from step to step, and this is the second call in one.
         """
         declaration, own, steps = self.declaration, vars(self), self.steps_of(x)
-        goes_on = self.told_steps == steps
+        told, goes_on = self.told_steps, self.told_steps == steps
+        if told is not None and not goes_on and declaration.time_dim == 1:
+            raise ConfigurationError(
+                f"{self.original.__name__} takes [N, T, ...], and got shape {list(x.shape)} in a step of {told}: give it [N, 1, ...] "
+                "in a network that runs step by step, or use sltt_ext.convert alone"
+            )
         if goes_on:
             own["_sltt_calls"] = own.get("_sltt_calls", 0) + 1
             if own["_sltt_calls"] > 1:

@@ -357,6 +357,34 @@ def test_twice_in_a_step_is_an_error_of_the_trainer():
         )
 
 
+class OneStepAtATime(nn.Module):
+    """Neurons with their time behind the batch, in a network that runs step by step."""
+
+    def __init__(self, axis=True):
+        super().__init__()
+        self.fc, self.neuron, self.axis = nn.Linear(6, 3), BatchFirst(), axis
+
+    def forward(self, x):
+        return self.neuron(self.fc(x).unsqueeze(1)).squeeze(1) if self.axis else self.neuron(self.fc(x))
+
+
+@pytest.mark.parametrize("batch", [4, T])
+def test_time_behind_the_batch_in_the_trainer(batch):
+    x_seq, target = torch.randn(T, batch, 6), torch.zeros(batch).long()
+    torch.manual_seed(1)
+    net = OneStepAtATime()
+    own = oracle_of(copy.deepcopy(net.neuron))
+    outputs = own(net.fc(x_seq).movedim(0, 1)).movedim(1, 0)
+    wanted = torch.autograd.grad(sum(F.cross_entropy(output, target) for output in outputs) / T, [*net.fc.parameters(), own.decay])
+    sltt_ext.convert(net)
+    sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0).forward_backward(x_seq, target)
+    for parameter, gradient in zip((*net.fc.parameters(), net.neuron.decay), wanted):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+    wrong = sltt_ext.OnlineTrainer(sltt_ext.convert(OneStepAtATime(axis=False)), F.cross_entropy, T, time_dim=0)
+    with pytest.raises(ConfigurationError, match=r"BatchFirst takes \[N, T, ...\], and got shape"):
+        wrong.forward_backward(x_seq, target)
+
+
 def test_copies_and_pickles():
     converted = sltt_ext.convert(HardReset())
     x_seq = torch.randn(T, N, 3)
