@@ -43,6 +43,10 @@ class EntryHeld(SLTTNeuron, nn.Module):
         memories.update({name: constant(value) for name, value in memories.items()})
         own.update({name: constant(value) for name, value in self._held_tensors() if _has_graph(value)})
 
+    def stores(self) -> tuple[dict[str, Any]]:
+        """The dictionary of states, for whoever puts a moment back."""
+        return (self._held_memories(),)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         steps, memories, left = self.steps_of(*args), self._held_memories(), self._sltt_left
         carried = [value for name, value in memories.items() if name not in RECORDED]
