@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["seed", "twin_of"]
+__all__ = ["aside", "seed", "twin_of"]
+
+Result = TypeVar("Result")
 
 
 def twin_of(module: nn.Module, cls: type[nn.Module]) -> Any:
@@ -50,3 +54,9 @@ def seed(value: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(value)
+
+
+def aside(trial: Callable[[], Result]) -> Result:
+    """What ``trial`` returns in a thread of its own, where no mode and no hook on saved tensors of this one is in force."""
+    with ThreadPoolExecutor(1) as clean:
+        return clean.submit(trial).result()

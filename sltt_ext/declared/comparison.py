@@ -6,6 +6,7 @@ the gradients of the last step's output: in that step's input, where the carried
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sltt_ext.charging import follows, place
 from sltt_ext.declared.record import Declaration
 from sltt_ext.errors import DeclarationError, one_line
 from sltt_ext.neuron import constant, tensors_in
-from sltt_ext.twin import seed, twin_of
+from sltt_ext.twin import aside, seed, twin_of
 
 __all__ = ["check_kept_graphs", "compare"]
 
@@ -31,12 +32,12 @@ def compare(module: nn.Module, cls: type[nn.Module], declaration: Declaration, x
     Raises:
         DeclarationError: If they differ.
     """
+    aside(partial(_compare, module, cls, declaration, x))
+
+
+def _compare(module: nn.Module, cls: type[nn.Module], declaration: Declaration, x: Tensor) -> None:
     name = cls.__name__
-    with (
-        torch.random.fork_rng(devices=[x.device] if x.is_cuda else []),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-    ):
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         inputs = _inputs(x, declaration.time_dim)
         theirs = _Run(twin_of(module, cls), inputs)
         theirs.as_the_class(declaration.time_dim)

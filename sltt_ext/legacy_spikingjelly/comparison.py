@@ -7,6 +7,7 @@ rule.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from sltt_ext.functional.lif_operator import decay_of, run_lif
 from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.legacy_spikingjelly.names import takes_sequences
-from sltt_ext.twin import twin_of
+from sltt_ext.twin import aside, twin_of
 
 __all__ = ["computes_as_fused"]
 
@@ -39,17 +40,17 @@ def computes_as_fused(
     if key not in _COMPARED:
         if torch.compiler.is_compiling():
             return False
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-            torch.default_generator.manual_seed(0)
-            try:
-                _COMPARED[key] = all(
-                    _agrees(module, original, settings, training) for training in (True, False)
-                )
-            except Exception:
-                _COMPARED[key] = (
-                    False  # it needs an input of another shape, say: the generic rule is right for it
-                )
+        _COMPARED[key] = aside(partial(_trial, module, original, settings))
     return _COMPARED[key]
+
+
+def _trial(module: nn.Module, original: type[nn.Module], settings: LIFSettings) -> bool:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            return all(_agrees(module, original, settings, training) for training in (True, False))
+        except Exception:
+            return False  # it needs an input of another shape, say: the generic rule is right for it
 
 
 def _agrees(module: nn.Module, original: type[nn.Module], settings: LIFSettings, training: bool) -> bool:

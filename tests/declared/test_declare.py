@@ -375,12 +375,16 @@ def test_time_behind_the_batch_in_the_trainer(batch):
     net = OneStepAtATime()
     own = oracle_of(copy.deepcopy(net.neuron))
     outputs = own(net.fc(x_seq).movedim(0, 1)).movedim(1, 0)
-    wanted = torch.autograd.grad(sum(F.cross_entropy(output, target) for output in outputs) / T, [*net.fc.parameters(), own.decay])
+    wanted = torch.autograd.grad(
+        sum(F.cross_entropy(output, target) for output in outputs) / T, [*net.fc.parameters(), own.decay]
+    )
     sltt_ext.convert(net)
     sltt_ext.OnlineTrainer(net, F.cross_entropy, T, time_dim=0).forward_backward(x_seq, target)
     for parameter, gradient in zip((*net.fc.parameters(), net.neuron.decay), wanted):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
-    wrong = sltt_ext.OnlineTrainer(sltt_ext.convert(OneStepAtATime(axis=False)), F.cross_entropy, T, time_dim=0)
+    wrong = sltt_ext.OnlineTrainer(
+        sltt_ext.convert(OneStepAtATime(axis=False)), F.cross_entropy, T, time_dim=0
+    )
     with pytest.raises(ConfigurationError, match=r"BatchFirst takes \[N, T, ...\], and got shape"):
         wrong.forward_backward(x_seq, target)
 
@@ -555,3 +559,23 @@ def test_what_is_not_declared_is_not_known():
 
     with pytest.raises(ConversionError, match=r"sltt_ext.declare_neuron"):
         sltt_ext.convert(Other())
+
+
+def test_the_comparison_stands_aside():
+    """Hooks on saved tensors, modes and random numbers of whoever calls first are not in it, nor does it leave any."""
+
+    def refuse(_):
+        raise AssertionError("unpacked")
+
+    x_seq = torch.randn(T, N, 3)
+    expected = HardReset()(x_seq)
+    for mode in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autograd.graph.saved_tensors_hooks(lambda _: None, refuse),
+    ):
+        with mode:
+            before = torch.get_rng_state()
+            spikes = sltt_ext.convert(HardReset())(x_seq)
+            assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(spikes, expected)
