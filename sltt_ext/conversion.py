@@ -67,7 +67,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     Converting a converted network again is harmless.
 
     Args:
-        net: A network with SpikingJelly or snnTorch neurons, or one neuron.
+        net: A network with SpikingJelly or snnTorch neurons, or declared ones (`declare_neuron`), or one neuron.
         backend: What the fused neurons run on: ``"auto"`` (CUDA kernels where they can be used), ``"torch"``,
             ``"cupy"`` (the kernels or an error) or ``"inductor"`` (compiled by `torch.compile`).
         strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in

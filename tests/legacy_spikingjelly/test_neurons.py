@@ -3,6 +3,8 @@
 import copy
 import itertools
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -431,3 +433,25 @@ def test_a_current_that_is_shown_several_times():
     (gradient,) = torch.autograd.grad(spikes[0].sum(), x_seq)
     assert gradient[0].any()
     assert not gradient[1:].any()
+
+
+def test_the_room_is_imported_where_a_network_needs_it():
+    code = """
+import sys, torch, sltt_ext
+try:
+    sltt_ext.convert(torch.nn.Linear(2, 2))
+except sltt_ext.ConversionError:
+    pass
+assert not [name for name in sys.modules if name.startswith(("sltt_ext.legacy", "spikingjelly"))]
+class MemoryModule(torch.nn.Module):
+    pass
+class IFNode(MemoryModule):
+    pass
+try:
+    sltt_ext.convert(IFNode())  # of the same name, and of something else
+except sltt_ext.ConversionError as error:
+    assert "no spiking neuron" in str(error)
+assert "sltt_ext.legacy_spikingjelly" in sys.modules
+assert "spikingjelly" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
