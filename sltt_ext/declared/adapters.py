@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.declared.comparison import check_kept_graphs, compare
+from sltt_ext.declared.comparison import check_kept_graphs, check_spikes, compare
 from sltt_ext.declared.record import Declaration
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.kernels import check_backend
@@ -41,11 +41,8 @@ class Declared(SLTTNeuron, nn.Module):
         return self.declaration.time_dim == 0
 
     def spikes(self, output: Any) -> tuple[Tensor, None] | None:
-        which = self.declaration.spikes
-        if which is None:
-            return None
-        spikes = output[which] if isinstance(output, (tuple, list)) else output
-        return (spikes, None) if isinstance(spikes, Tensor) else None
+        spikes = self.declaration.spikes_in(output)
+        return None if spikes is None else (spikes, None)
 
     def _sltt_is_new(self, *args: Any) -> bool:
         """Whether this is the first call with numbers in it, which a comparison can read."""
@@ -81,7 +78,10 @@ class DeclaredState(Declared):
         entered = snapshot(self._sltt_states())
         output = self._sltt_step(*args, **kwargs)
         self._end_step(self._sltt_states(), entered)
-        if "_sltt_compared" not in vars(self):
+        if self._sltt_is_new(args, output):
+            if "_sltt_looked" not in vars(self):  # once: it reads numbers back from the device
+                check_spikes(self.original.__name__, self.declaration, output)
+                vars(self)["_sltt_looked"] = True
             check_kept_graphs(self, self.original, self.declaration.state, (args, kwargs), output, keeps)
         return output
 

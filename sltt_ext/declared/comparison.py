@@ -19,7 +19,7 @@ from sltt_ext.errors import DeclarationError, one_line
 from sltt_ext.neuron import constant, tensors_in
 from sltt_ext.twin import aside, seed, twin_of
 
-__all__ = ["check_kept_graphs", "compare"]
+__all__ = ["check_kept_graphs", "check_spikes", "compare"]
 
 _CURE = "write the step as its forward computes it"
 _SCALES = (0.5, 1.0, 3.0)
@@ -54,6 +54,8 @@ def _compare(module: nn.Module, cls: type[nn.Module], declaration: Declaration, 
                 f"the step of {name} keeps {kept} with its graph on the module: return it as a state, or detach it"
             )
         _compare_outputs(name, theirs.output, ours.output)
+        for output in ours.steps:
+            check_spikes(name, declaration, output)
         cut = _Run(twin_of(module, cls), inputs)
         cut.as_declared(declaration, cut=True)
         theirs_local, ours_local = theirs.gradients(local=True), cut.gradients(local=True)
@@ -160,6 +162,20 @@ def _compare_outputs(name: str, theirs: list[Any], ours: list[Any]) -> None:
             raise DeclarationError(
                 f"the declared step of {name} differs from its forward at time step {t}: {_CURE}"
             )
+
+
+def check_spikes(name: str, declaration: Declaration, output: Any) -> None:
+    """See that what was said to be spikes is.
+
+    Raises:
+        DeclarationError: If there are other numbers than 0 and 1.
+    """
+    spikes = declaration.spikes_in(output)
+    if spikes is not None and not bool(((spikes == 0) | (spikes == 1)).all()):
+        raise DeclarationError(
+            f"spikes={declaration.spikes} of {name} names an output with other numbers than 0 and 1, which cannot be packed: leave "
+            "spikes out"
+        )
 
 
 def _close(theirs: list[Tensor], ours: list[Tensor]) -> bool:

@@ -46,6 +46,13 @@ class Declaration:
     spikes: int | None
     as_lif: Callable[[Any], Mapping[str, Any]] | None
 
+    def spikes_in(self, output: Any) -> Tensor | None:
+        """What was said to hold spikes alone."""
+        if self.spikes is None:
+            return None
+        spikes = output[self.spikes] if isinstance(output, (tuple, list)) else output
+        return spikes if isinstance(spikes, Tensor) else None
+
     def run(self, module: nn.Module, x: Tensor, state: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """Output and states of one step by the step function.
 

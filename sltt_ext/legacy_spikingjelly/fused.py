@@ -27,12 +27,6 @@ class LegacyNode(ChargeHeld):
     def multi_step(self) -> bool:
         return takes_sequences(self)
 
-    def spikes(self, output: Any) -> tuple[Tensor, None] | None:
-        """What its forward returns is what its surrogate function fired, as long as it is not its own."""
-        fires = type(self).forward is FusedNode.forward or _is_defined_by_name(self.original, "forward")
-        known = known_surrogate(getattr(self, "surrogate_function", None)) is not None
-        return (output, None) if fires and known and isinstance(output, Tensor) else None
-
 
 class FusedNode(LegacyNode):
     """A neuron that runs through the fused operator, and by the generic rule where that does not cover its settings."""
@@ -52,6 +46,10 @@ class FusedNode(LegacyNode):
                 "store_v_seq = True before the call"
             )
         return super().__getattr__(name)
+
+    def spikes(self, output: Any) -> tuple[Tensor, None] | None:
+        """All that it returns, as long as it is one of the three: what a changed copy fires may be anything."""
+        return None if fused_settings(self) is None or not isinstance(output, Tensor) else (output, None)
 
     def reset_state(self) -> None:
         vars(self).pop("_sltt_without_v_seq", None)

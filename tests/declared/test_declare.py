@@ -531,6 +531,22 @@ def test_as_lif_with_other_settings():
         sltt_ext.convert(cls())(torch.randn(T, N, 3))
 
 
+def test_spikes_that_are_none():
+    sltt_ext.declare_neuron(WithPotential, time_dim=0, spikes=1)(Declared.declarations[WithPotential].step)
+    with pytest.raises(
+        DeclarationError, match="spikes=1 of WithPotential names an output with other numbers than 0 and 1"
+    ):
+        sltt_ext.convert(WithPotential())(torch.randn(T, N, 3))
+
+    class Graded(Attributes):
+        def forward(self, x):
+            return super().forward(x) * 0.5
+
+    sltt_ext.declare_neuron(Graded, state=("mem", "spike"), spikes=0)
+    with pytest.raises(DeclarationError, match="spikes=0 of Graded"):
+        sltt_ext.convert(Graded())(torch.full((N, 3), 2.0))
+
+
 def test_a_state_that_was_not_named():
     class Two(Attributes):
         pass

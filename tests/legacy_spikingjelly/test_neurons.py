@@ -167,6 +167,30 @@ def test_a_changed_copy_runs_by_the_generic_rule(original):
     assert getattr(converted, "seen", 6) == 6
 
 
+class Louder(clock_driven.LIFNode):
+    """A copy whose spikes are no ones."""
+
+    def neuronal_fire(self):
+        return 1.5 * super().neuronal_fire()
+
+
+Louder.__name__ = "LIFNode"
+
+
+@pytest.mark.parametrize("node", [clock_driven.LIFNode, Louder])
+def test_only_ones_are_packed(node):
+    def gradients_of(**options):
+        torch.manual_seed(1)
+        net = sltt_ext.convert(nn.Sequential(nn.Linear(7, 9), node(), nn.Linear(9, 3)))
+        sltt_ext.OnlineTrainer(net, nn.functional.cross_entropy, 5, **options).forward_backward(x, target)
+        return oracle.gradients(net), net[1].spikes(x)
+
+    x, target = currents(1)[0], torch.randint(3, (4,))
+    (plain, _), (packed, told) = gradients_of(), gradients_of(pack_spikes=True)
+    assert (told is None) == (node is Louder)
+    assert oracle.relative_error(packed, plain) < 1e-6
+
+
 def test_a_setting_that_changes_after_conversion():
     converted = sltt_ext.convert(clock_driven.LIFNode())
     original = clock_driven.LIFNode(v_threshold=0.5)
