@@ -29,21 +29,23 @@ _RULES: dict[type[nn.Module] | str, Rule] = {}
 _LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
 _CONVERTED_BUT = "converted, but know what SLTT means for them:"
 
-_RETIRED = {
-    "spikingjelly.clock_driven": " Neurons of spikingjelly.clock_driven (0.0.0.0.12 and older) are not known: build the "
-    "network with the neurons of spikingjelly.activation_based, which take the same arguments.",
-}
-
 _FRAMEWORKS = {
     "spikingjelly.activation_based": "sltt_ext.spikingjelly",
     "snntorch": "sltt_ext.snntorch",
 }
+"""A framework -> the room that knows it."""
+
+_COPIED = {"BaseNode", "MemoryModule"}
+"""Classes of `spikingjelly.clock_driven`, which code bases carry copies of: they are known by their names alone."""
+
+BRING_YOUR_CODE = "the page 'Bring your code' of the documentation has the lines for each case"
 
 
 def register_adapter(*classes: type[nn.Module] | str) -> Callable[[RuleT], RuleT]:
     """Register a rule for modules of the given classes and their subclasses.
 
-    A class that may not be imported yet is given by its name, ``"package.module.Class"``.
+    A class that may not be imported yet is given by its name, ``"package.module.Class"``; a class that is copied from code
+    base to code base by ``"Class"``.
 
     The decorated function gets a module and returns its adapter class (a subclass of the module's
     own class and of `SLTTNeuron`), or None to leave the module as it is, or raises
@@ -65,7 +67,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     Converting a converted network again is harmless.
 
     Args:
-        net: A network with SpikingJelly or snnTorch neurons, or one neuron.
+        net: A network with SpikingJelly or snnTorch neurons, or declared ones (`declare_neuron`), or one neuron.
         backend: What the fused neurons run on: ``"auto"`` (CUDA kernels where they can be used), ``"torch"``,
             ``"cupy"`` (the kernels or an error) or ``"inductor"`` (compiled by `torch.compile`).
         strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in
@@ -92,7 +94,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
         cure = ": give it as nn.Sequential(*layers)" if isinstance(net, (list, tuple)) else ""
         raise ConversionError(f"convert takes a torch.nn.Module, got {got}{cure}")
     check_backend(backend)
-    _load_adapters()
+    _load_adapters(net)
     adapters: list[tuple[nn.Module, type[SLTTNeuron]]] = []
     refused: dict[str, str] = {}
     caveats: dict[str, str] = {}
@@ -110,14 +112,14 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
                 if adapter.caveat:
                     caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
     if refused and (strict or not adapters):
-        raise ConversionError("cannot be trained with SLTT, nothing was converted:", refused)
-    if not adapters:
-        retired = next((hint for package, hint in _RETIRED.items() if package in sys.modules), "")
         raise ConversionError(
-            f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of "
-            "SpikingJelly (spikingjelly.activation_based) and of snnTorch; a neuron of your own has to be a "
-            "subclass of SpikingJelly's BaseNode or snnTorch's SpikingNeuron, or needs a rule given with "
-            f"sltt_ext.conversion.register_adapter.{retired}"
+            f"cannot be trained with SLTT, nothing was converted ({BRING_YOUR_CODE}):", refused
+        )
+    if not adapters:
+        raise ConversionError(
+            f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of SpikingJelly "
+            "(activation_based, clock_driven and copies of it) and of snnTorch; a neuron of your own is told in a few lines, "
+            f"with sltt_ext.declare_neuron: {BRING_YOUR_CODE}"
         )
     _check_backend(net, adapters, backend)
     for module, adapter in adapters:
@@ -164,12 +166,19 @@ def _check_backend(net: nn.Module, adapters: list[tuple[nn.Module, type[SLTTNeur
         raise BackendError(listed("a neuron does not run on the backend, nothing was converted:", refused))
 
 
-def _load_adapters() -> None:
+def _load_adapters(net: nn.Module) -> None:
     for framework, room in _FRAMEWORKS.items():
         if framework in sys.modules:
             importlib.import_module(room)
+    classes = {type(module) for module in net.modules()}
+    if any(
+        _rule(cls) is None and not _COPIED.isdisjoint(base.__name__ for base in cls.__mro__)
+        for cls in classes
+    ):
+        importlib.import_module("sltt_ext.legacy_spikingjelly")
 
 
 def _rule(cls: type[nn.Module]) -> Rule | None:
-    keys = (key for base in cls.__mro__ for key in (base, f"{base.__module__}.{base.__qualname__}"))
-    return next((_RULES[key] for key in keys if key in _RULES), None)
+    exact = (key for base in cls.__mro__ for key in (base, f"{base.__module__}.{base.__qualname__}"))
+    copied = (base.__name__ for base in cls.__mro__)
+    return next((_RULES[key] for keys in (exact, copied) for key in keys if key in _RULES), None)

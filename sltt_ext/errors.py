@@ -34,6 +34,10 @@ class UnsupportedModuleError(SLTTError):
     """
 
 
+class DeclarationError(SLTTError):
+    """A neuron of one's own is not what it was declared to be."""
+
+
 class ConfigurationError(SLTTError, ValueError):
     """An option has a value that cannot work, alone or with the network it is used with."""
 

@@ -123,9 +123,9 @@ class SLTTNeuron(StatefulModule):
         """What `tell_steps` has said last."""
         return self._sltt_steps
 
-    def _entering(self, state: Any) -> Any:
-        """``state`` as it enters a step: constant where an earlier step has left it."""
-        return _mapped(lambda tensor: tensor if self._keeps(tensor) else tensor.detach(), state)
+    def _entering(self, state: Any, steps: int = 1) -> Any:
+        """``state`` as it enters a call of so many steps: constant where an earlier step has left it."""
+        return _mapped(lambda tensor: tensor if self._keeps(tensor, steps) else tensor.detach(), state)
 
     def _keeps(self, state: Any, steps: int = 1) -> bool:
         """Whether the gradient goes on into the ``state`` that enters a call of the module of so many steps."""

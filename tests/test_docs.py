@@ -15,7 +15,9 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["index.md", "spikingjelly.md", "snntorch.md", "analysis.md"])
+@pytest.mark.parametrize(
+    "page", ["index.md", "spikingjelly.md", "snntorch.md", "bring-your-code.md", "analysis.md"]
+)
 def test_examples_run_as_printed_from_top_to_bottom(page):
     names = {}
     for example in blocks(page, "python"):
@@ -29,6 +31,22 @@ def test_the_time_loop_of_a_tutorial_leaves_forward_with_three_new_lines():
     assert len(lines["+"]) == 3
     assert all(line in before for line in lines["-"])
     assert all(line in after for line in lines["+"] + lines[" "])
+
+
+def test_every_case_leads_to_code_that_runs():
+    """Each row of the table in "Bring your code" has a section, with a block of code in it."""
+    page = (ROOT / "docs" / "bring-your-code.md").read_text()
+    table = page.partition("## Find your case")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    sections = re.split(r"^##+ ", page, flags=re.MULTILINE)
+    with_code = {
+        re.sub(r"[^a-z0-9 -]", "", section.splitlines()[0].lower()).replace(" ", "-")
+        for section in sections[1:]
+        if "```python" in section
+    }
+    assert len(rows) >= 10
+    for row in rows:
+        assert re.search(r"\(#([\w-]+)\)", row).group(1) in with_code, row
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
 
+from sltt_ext.charging import ChargeHeld, check_charges
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
 from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot
@@ -150,6 +151,14 @@ class MaskedStepwiseNode(StepwiseNode):
         return super(StepwiseNode, self).multi_step_functional_forward(inputs, states, **kwargs)
 
 
+class ChargingNode(ChargeHeld):
+    """A neuron with a ``forward`` of its own that begins each step with ``neuronal_charge``."""
+
+    @property
+    def multi_step(self) -> bool:
+        return bool(cast(base.MemoryModule, self).step_mode == "m")
+
+
 def _stacked(steps: list[Any]) -> Any:
     if isinstance(steps[0], Tensor):
         return torch.stack(steps)
@@ -160,6 +169,8 @@ _KNOWN_FORWARDS = [base.MemoryModule] + [
     getattr(neuron, name) for name in ("MPBNLIFNode", "FlexSN") if hasattr(neuron, name)
 ]
 
+
+_OWN_NAMES = frozenset(name for name, cls in vars(neuron).items() if isinstance(cls, type)) | {"MemoryModule"}
 
 framework_neurons(base.MemoryModule, lambda module: bool(module._memories))
 
@@ -173,10 +184,8 @@ def stepwise(module: nn.Module, adapter: type[SLTTNeuron] = StepwiseNode) -> typ
     """
     cls = type(module)
     if all(cls.forward is not known.forward for known in _KNOWN_FORWARDS):
-        raise UnsupportedModuleError(
-            "overrides forward, past which its state cannot be held constant; compute the step in "
-            "single_step_forward or single_step_functional_forward instead"
-        )
+        check_charges(cls, _OWN_NAMES)
+        return adapter_subclass(ChargingNode, cls)
     if "s" not in cast(base.MemoryModule, module).supported_step_mode() or not _has_step(cls):
         raise UnsupportedModuleError(
             "runs whole sequences only (step mode 'm'); SLTT needs a step-by-step form, step mode 's'"

@@ -162,7 +162,9 @@ class ResetsItsMultiStep(Single):
 RESETS = {"SpikingJelly": ResetsItself, "snnTorch": lambda: MultiStep(sltt_ext.convert(ResetsItsMultiStep()))}
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk": 3}, {"schedule": lambda T, _: [2, 3]}], ids=["steps", "chunks", "schedule"])
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk": 3}, {"schedule": lambda T, _: [2, 3]}], ids=["steps", "chunks", "schedule"]
+)
 @pytest.mark.parametrize("make", RESETS.values(), ids=RESETS)
 def test_a_network_that_resets_itself_is_refused_in_parts(make, options):
     net = make()

@@ -1,0 +1,209 @@
+"""The adapters of declared neurons."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sltt_ext.declared.comparison import check_kept_graphs, check_spikes, compare
+from sltt_ext.declared.record import Declaration
+from sltt_ext.errors import ConfigurationError
+from sltt_ext.kernels import check_backend
+from sltt_ext.kernels.lif import LIF
+from sltt_ext.neuron import SLTTNeuron, constant, snapshot, tensors_in
+
+__all__ = ["Declared", "DeclaredState", "DeclaredStep"]
+
+_ABSENT: Any = object()
+
+
+class Declared(SLTTNeuron, nn.Module):
+    """What all declared neurons share."""
+
+    declarations: ClassVar[dict[type[nn.Module], Declaration]] = {}
+    keeps_steps_apart = True
+
+    @classmethod
+    def declaration_of(cls, original: type[nn.Module]) -> Declaration:
+        """The declaration of a class, or of the closest one that it is derived from."""
+        return next(cls.declarations[base] for base in original.__mro__ if base in cls.declarations)
+
+    @property
+    def declaration(self) -> Declaration:
+        """The neuron's own."""
+        return self.declaration_of(self.original)
+
+    @property
+    def multi_step(self) -> bool:
+        """Whether it takes ``[T, N, ...]``, as the time loop gives sequences; with its time behind the batch it takes no part."""
+        return self.declaration.time_dim == 0
+
+    def spikes(self, output: Any) -> tuple[Tensor, None] | None:
+        spikes = self.declaration.spikes_in(output)
+        return None if spikes is None else (spikes, None)
+
+    def _sltt_is_new(self, *args: Any) -> bool:
+        """Whether this is the first call with numbers in it, which a comparison can read."""
+        plain = all(
+            type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors_in(args)
+        )
+        return "_sltt_compared" not in vars(self) and plain and not torch.compiler.is_compiling()
+
+
+class DeclaredState(Declared):
+    """A neuron whose own forward runs one step, and keeps its state in attributes that were named."""
+
+    def reset_state(self) -> None:
+        self._sltt_remember_rest()
+        for name, value in vars(self)["_sltt_rest"].items():
+            if value is not _ABSENT:
+                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+            elif hasattr(self, name):
+                delattr(self, name)
+        vars(self).pop("_sltt_last", None)
+
+    def detach_state(self) -> None:
+        for name, value in self._sltt_states().items():
+            self._sltt_set(name, constant(value))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._sltt_remember_rest()
+        states = self._sltt_states()
+        self._begin_step(*tensors_in(states))
+        keeps = any(self._keeps(tensor) for tensor in tensors_in(states))
+        for name, value in states.items():
+            self._sltt_set(name, self._entering(value))
+        entered = snapshot(self._sltt_states())
+        output = self._sltt_step(*args, **kwargs)
+        self._end_step(self._sltt_states(), entered)
+        if self._sltt_is_new(args, output):
+            if "_sltt_looked" not in vars(self):  # once: it reads numbers back from the device
+                check_spikes(self.original.__name__, self.declaration, output)
+                vars(self)["_sltt_looked"] = True
+            check_kept_graphs(self, self.original, self.declaration.state, (args, kwargs), output, keeps)
+        return output
+
+    def _sltt_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+    def _sltt_states(self) -> dict[str, Any]:
+        found = {name: getattr(self, name, _ABSENT) for name in self.declaration.state}
+        return {name: value for name, value in found.items() if value is not _ABSENT}
+
+    def _sltt_set(self, name: str, value: Any) -> None:
+        if value is not getattr(self, name):
+            setattr(self, name, value)
+
+    def _sltt_remember_rest(self) -> None:
+        """Before the first step, what the state is at rest.
+
+        Raises:
+            ConfigurationError: If there is a state of an earlier step already.
+        """
+        if "_sltt_rest" in vars(self):
+            return
+        rest = {name: getattr(self, name, _ABSENT) for name in self.declaration.state}
+        moved = [
+            name
+            for name, value in rest.items()
+            if any(tensor.grad_fn is not None for tensor in tensors_in(value))
+        ]
+        if moved:
+            raise ConfigurationError(
+                f"{self.original.__name__} has run before it was converted, and {moved[0]} is not at rest: convert the network "
+                "before its first call, or reset it first"
+            )
+        copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()}
+        vars(self)["_sltt_rest"] = copied
+
+
+class DeclaredStep(DeclaredState):
+    """A neuron that runs by its declared step, or by the fused operator."""
+
+    @classmethod
+    def check_backend(cls, module: nn.Module, backend: str) -> None:
+        if Declared.declaration_of(type(module)).as_lif is not None:
+            check_backend(backend, LIF)
+
+    def steps_of(self, *args: Any) -> int:
+        time_dim = self.declaration.time_dim
+        return 1 if time_dim is None else int(args[0].shape[time_dim])
+
+    def tell_steps(self, steps: int | None) -> None:
+        super().tell_steps(steps)
+        vars(self).pop("_sltt_calls", None)
+
+    def reset_state(self) -> None:
+        if self.declaration.time_dim is None:
+            super().reset_state()
+        vars(self).pop("_sltt_carried", None)
+
+    def detach_state(self) -> None:
+        if self.declaration.time_dim is None:
+            super().detach_state()
+        elif "_sltt_carried" in vars(self):
+            vars(self)["_sltt_carried"] = constant(vars(self)["_sltt_carried"])
+
+    def forward(self, x: Tensor) -> Any:
+        if self._sltt_is_new(x):
+            compare(self, self.original, self.declaration, x)
+            vars(self)["_sltt_compared"] = True
+        return super().forward(x) if self.declaration.time_dim is None else self._sltt_sequence(x)
+
+    def _sltt_step(self, x: Tensor) -> Any:  # type: ignore[override]
+        declaration = self.declaration
+        states = tuple(getattr(self, name, None) for name in declaration.state)
+        if declaration.as_lif is not None:
+            output, *left = declaration.run_as_lif(self, x, states[0], self.sltt_backend, single_step=True)
+        else:
+            output, left = declaration.run(self, x, states)  # type: ignore[assignment]
+        for name, value in zip(declaration.state, left):
+            setattr(self, name, value)
+        return output
+
+    def _sltt_sequence(self, x: Tensor) -> Any:
+        """All steps of ``x``, from rest, or from where the last call has ended if the time loop goes on from there.
+
+        Raises:
+            ConfigurationError: If the time loop goes on from step to step, and this is the second call in one.
+        """
+        declaration, own, steps = self.declaration, vars(self), self.steps_of(x)
+        told, goes_on = self.told_steps, self.told_steps == steps
+        if told is not None and not goes_on and declaration.time_dim == 1:
+            raise ConfigurationError(
+                f"{self.original.__name__} takes [N, T, ...], and got shape {list(x.shape)} in a step of {told}: give it [N, 1, ...] "
+                "in a network that runs step by step, or use sltt_ext.convert alone"
+            )
+        if goes_on:
+            own["_sltt_calls"] = own.get("_sltt_calls", 0) + 1
+            if own["_sltt_calls"] > 1:
+                raise ConfigurationError(
+                    f"a {self.original.__name__} runs more than once in a step, each time from rest, which the time loop cannot "
+                    "tell from going on: a module for each place, or convert alone and a loop of your own"
+                )
+        state = own.get("_sltt_carried") if goes_on else None
+        self._begin_step(*tensors_in(state))
+        if declaration.as_lif is not None:
+            entering = None if state is None else constant(state)[0]
+            x_seq = x.movedim(declaration.time_dim, 0)  # type: ignore[arg-type]
+            output, v = declaration.run_as_lif(self, x_seq, entering, self.sltt_backend, single_step=False)
+            output, state = output.movedim(0, declaration.time_dim), (v,)  # type: ignore[arg-type]
+        else:
+            outputs = []
+            for step in x.unbind(declaration.time_dim):  # type: ignore[arg-type]
+                entering = (None,) * declaration.states if state is None else constant(state)
+                one, state = declaration.run(self, step, entering)
+                outputs.append(one)
+            output = _stacked(outputs, declaration.time_dim)
+        self._end_step(state)
+        if goes_on:
+            own["_sltt_carried"] = state
+        return output
+
+
+def _stacked(outputs: list[Any], time_dim: int | None) -> Any:
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs, dim=time_dim or 0)
+    return type(outputs[0])(_stacked(list(each), time_dim) for each in zip(*outputs))

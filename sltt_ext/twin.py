@@ -1,0 +1,62 @@
+"""A module that can be tried out in the place of another one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["aside", "seed", "twin_of"]
+
+Result = TypeVar("Result")
+
+
+def twin_of(module: nn.Module, cls: type[nn.Module]) -> Any:
+    """A module of class ``cls`` with what ``module`` has, but for its hooks, and for what was put in the place of its forward.
+
+    Whatever a forward of it changes, ``module`` stays as it is.
+    """
+    twin: Any = cls.__new__(cls)
+    own = {
+        name: value
+        for name, value in vars(nn.Module()).items()
+        if name not in ("training", "_parameters", "_buffers")
+    }
+    for name, value in vars(module).items():
+        if name == "forward" or name.startswith(("_sltt_", "sltt_")) or (name in own and name != "_modules"):
+            continue
+        vars(twin)[name] = _copied(value)
+    for name, value in own.items():
+        vars(twin).setdefault(name, value)
+    return twin
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().clone(), value.requires_grad)
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value)
+    if isinstance(value, dict) and type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    if type(value) in (list, set, tuple):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def seed(value: int, device: torch.device) -> None:
+    """Seed the generators of the CPU and of ``device``, and none of devices that are not used."""
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(value)
+
+
+def aside(trial: Callable[[], Result]) -> Result:
+    """What ``trial`` returns in a thread of its own, where no mode and no hook on saved tensors of this one is in force."""
+    with ThreadPoolExecutor(1) as clean:
+        return clean.submit(trial).result()
