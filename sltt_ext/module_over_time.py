@@ -45,7 +45,57 @@ def over_time(
 ) -> Module:
     """Have a network run over time when it is called, in place, with SLTT's gradient and the memory of one step.
 
-    >>> import sltt_ext, snntorch, torch
+    The network stays the user's own: its class, attributes, hooks, ``state_dict`` and copies. It is converted if it is not.
+    A call runs T steps from rest, and keeps no graph. ``loss.backward()`` runs them again, one after the other, and gives
+    the gradients to autograd: any loss, anything in front of the network or behind it, and any training script do.
+
+        net = sltt_ext.over_time(net, time_steps=4)
+        loss = criterion(net(images), target)
+        loss.backward()
+
+    The gradient is SLTT's (Meng et al. 2023, Sec. 4): what a step leaves in the neurons is a constant for the next.
+    Random numbers, batch statistics and autocast are the same in both runs, and running statistics move once. Hooks on
+    what is in the network are called in both. Without gradients it is a plain run over time. `sltt_ext.revert` undoes it.
+
+    Args:
+        net: A network, or a part of one.
+        time_steps: T, how many steps an input is shown; None takes it from the input (``time_dim``).
+        k: None back-propagates every step (SLTT); a number K runs K random ones again (SLTT-K), with T / K of their gradient.
+        chunk: How many steps a multi-step network is shown in one call.
+        time_dim: None shows the first argument ``[N, ...]`` at every step; 0 or 1 is its axis of time, ``[T, N, ...]`` or
+            ``[N, T, ...]``. A dict says so for arguments by name. All others are passed as they are. An argument may be a
+            tensor, or any structure of tensors.
+        time_inside: For a network that runs T steps in its own forward: the attributes that hold T, ``"T"``, ``"*.T"``. It
+            is then run ``chunk`` steps at a time, and gives what it gave before; that is tried in the first calls.
+        returns: ``"mean"`` gives the mean over time of each tensor that the network returns, ``"sequence"`` all steps
+            ``[T, N, ...]``. None is the mean, or with ``time_inside`` what the network itself gives.
+        carry: Start from the state that the last call has left, a constant for the gradient, and not from rest.
+        schedule: Instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate.
+        generator: Source of the random steps; None is torch's default generator.
+        memory_budget: Keep the graphs of as many steps as fit, which then do not run again: bytes, text as ``"6GiB"``,
+            or a part of the device's memory, ``"0.8"``. None keeps none.
+        pack_spikes: Store spikes that are saved for backward as bits.
+        cache_invariant: Evaluate what does not depend on time once; see `OnlineTrainer`.
+        backend: See `convert`.
+
+    A call also takes ``lengths=``, one number of steps for each sample of a padded batch ``[N]``: the mean is then that over
+    the sample's own steps. (The padding is at the end, where the steps before it do not see it; a mask with holes could not
+    keep the state from moving on.)
+
+    Returns:
+        ``net`` itself.
+
+    Raises:
+        ConfigurationError: If an option cannot work; in the first call, if the network does not give step by step what it
+            gives as it is.
+        ConversionError: If the network cannot be converted.
+
+    >>> import snntorch, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
+    >>> output = over_time(net, time_steps=5)(torch.rand(8, 4))
+    >>> output.sum().backward()
+    >>> output.shape, net[0].weight.grad.shape
+    (torch.Size([8, 2]), torch.Size([2, 4]))
     """
     _check(net)
     inside = None

@@ -97,7 +97,7 @@ class SLTTNeuron(StatefulModule):
 
     def carried(self) -> dict[str, Any]:
         """What it keeps from step to step, by name, its state among it; as it is, for comparing."""
-        return {}
+        return {name: value for store in self.stores() for name, value in store.items()}
 
     def carry_charged(self, on: bool) -> None:
         """Whether to carry, from step to step, the tensor that backward reads instead of one more.

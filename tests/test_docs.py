@@ -18,6 +18,7 @@ def blocks(page, language):
 @pytest.mark.parametrize(
     "page", ["index.md", "spikingjelly.md", "snntorch.md", "bring-your-code.md", "analysis.md"]
 )
+@pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
 def test_examples_run_as_printed_from_top_to_bottom(page):
     names = {}
     for example in blocks(page, "python"):

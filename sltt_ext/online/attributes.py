@@ -17,6 +17,7 @@ __all__ = [
     "Key",
     "as_constant",
     "holds_tensors",
+    "is_record",
     "is_same",
     "leaves_of",
     "needs_gradient",
@@ -96,6 +97,11 @@ def as_constant(value: Any) -> Any:
     if isinstance(value, _Contents):
         return _Contents(value.holder, tuple(map(constant, value.elements)))
     return constant(value)
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is a list, deque or set, which others may fill, and empty."""
+    return isinstance(value, _Contents)
 
 
 def is_same(a: Any, b: Any) -> bool:

@@ -18,6 +18,7 @@ from sltt_ext.online.attributes import (
     Key,
     as_constant,
     holds_tensors,
+    is_record,
     is_same,
     leaves_of,
     needs_gradient,
@@ -82,6 +83,7 @@ class KeptTensors(SpeedUp):
         self._left: dict[Key, Any] = {}  # and what the last pass has left in their place
         self._before: dict[Key, Any] = {}  # the passes that are watched, and what they have left
         self._set: dict[Key, Any] = {}  # by an earlier call of this pass, while it is watched
+        self._stale: dict[Key, Any] = {}  # with the graph of the last pass, while nothing tells what it is
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
@@ -89,6 +91,11 @@ class KeptTensors(SpeedUp):
         self._net, self._calls, self._set, known = one.net, 0, {}, len(self._rest)
         for key in self._rest if one.from_rest else ():
             self._put_back(key)
+        if self._stale and one.from_rest:
+            now = self._now()
+            for key, value in self._stale.items():
+                if is_same(now.get(key, ABSENT), value):
+                    put(key, self._before.get(key, ABSENT))
         if self._watches:
             now = self._now()
             stays = {
@@ -105,8 +112,13 @@ class KeptTensors(SpeedUp):
                     key: now.get(key, ABSENT)
                     for key in (now.keys() if self._watches else ()) | self._rest.keys()
                 }
+                self._stale = {
+                    key: value
+                    for key, value in self._set.items()
+                    if needs_gradient(value) and not is_record(value)
+                }
             self._set = {}
-            if not self._watches:
+            if not self._watches and not self._stale:
                 self._before = {}
         self._say([*self._rest][known:])
 
@@ -132,7 +144,7 @@ class KeptTensors(SpeedUp):
             put_back_elements(key, cut[key], self._set[key])
         for key, value in self._now().items():
             if not is_same(value, start.get(key, ABSENT)) and holds_tensors(value):
-                if key in found and needs_gradient(value):
+                if key in found and (needs_gradient(value) or needs_gradient(self._set[key])):
                     self._rest[key] = self._before.get(key, ABSENT)
                 self._set[key] = value
         self._has_seen |= call.selected and self._calls > 1

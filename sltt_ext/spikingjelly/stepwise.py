@@ -50,9 +50,6 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     def fires(self) -> bool:
         return not isinstance(self, _LAYERS)
 
-    def carried(self) -> dict[str, Any]:
-        return dict(self._memories)
-
     def reset_state(self) -> None:
         self.reset()
 

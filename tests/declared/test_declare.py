@@ -311,6 +311,7 @@ def test_spikes_are_packed():
     assert sltt_ext.convert(WithPotential()).spikes((spikes, None))[0] is spikes
 
 
+@pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
 def test_own_time_inside_one_step_of_the_trainer():
     """A network that shows each frame several times to itself starts each call from rest, as it does by itself."""
 
