@@ -8,10 +8,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
+from sltt_ext.forwards import Looking
 from sltt_ext.neuron import StatefulModule, constant, is_unconverted, tensors_in
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 
@@ -78,13 +78,24 @@ class KeptTensors(SpeedUp):
         for key in self._rest:
             self._put_back(*key)
         self._before = {module: _own(module) for module in one.net.modules()} if self._watches else {}
-        try:
-            yield
-        finally:
-            self._watches = self._watches and not self._has_seen
-            self._left = {(module, name): vars(module).get(name, _ABSENT) for module, name in self._rest}
-            self._before, self._set = {}, {}
+        one.replaced.at_end(self._end)
+        one.replaced.if_cut_short(self._back_to_rest)
+        yield
         self._say([*self._rest][known:])
+
+    def _end(self) -> None:
+        self._watches = self._watches and not self._has_seen
+        self._left = {(module, name): vars(module).get(name, _ABSENT) for module, name in self._rest}
+        self._before, self._set = {}, {}
+
+    def _back_to_rest(self) -> None:
+        """What the calls so far have set is nobody's rest."""
+        for module, before in self._before.items():
+            for name, value in _own(module).items():
+                if value is not before.get(name, _ABSENT) and _holds_tensors(value):
+                    _assign(module, name, before.get(name, _ABSENT))
+        for (module, name), rest in self._rest.items():
+            _assign(module, name, rest)
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
@@ -117,10 +128,8 @@ class KeptTensors(SpeedUp):
         rest, found = self._rest[module, name], vars(module).get(name, _ABSENT)
         if found is not self._left.get((module, name)):
             self._rest[module, name] = found
-        elif rest is _ABSENT:
-            del vars(module)[name]
         else:
-            vars(module)[name] = rest
+            _assign(module, name, rest)
 
     def _refuse_lost(self, cut: dict[Key, Any], read: set[Key]) -> None:
         """What is computed in one step and read in later ones would have the gradient of the first step only."""
@@ -152,7 +161,7 @@ class KeptTensors(SpeedUp):
         )
 
 
-class _Reads(TorchFunctionMode):
+class _Reads(Looking):
     """Sees which of the tensors that are kept are read."""
 
     def __init__(self, kept: dict[Key, Any]) -> None:
@@ -165,6 +174,13 @@ class _Reads(TorchFunctionMode):
             read = map(id, tree_leaves((args, kwargs)))
             self.found |= {self._keys[one] for one in read if one in self._keys}
         return func(*args, **(kwargs or {}))
+
+
+def _assign(module: nn.Module, name: str, value: Any) -> None:
+    if value is _ABSENT:
+        vars(module).pop(name, None)
+    else:
+        vars(module)[name] = value
 
 
 def _path(net: nn.Module, module: nn.Module, name: str) -> str:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.outputs import MeanOutput
 from sltt_ext.online.schedule import runs
-from sltt_ext.online.states import detach, one_call, reset
+from sltt_ext.online.states import detach, from_rest, one_call
 
 __all__ = ["Call", "CallSizes", "Objective", "Pass", "SpeedUp", "through_time"]
 
@@ -81,6 +82,7 @@ class Pass:
         learns: Whether they are in this pass; one that only looks ahead sends the same calls.
         sizes: How many steps share a call.
         output: Outputs ``[C, N, ...]`` of C steps, from what the network returns; one, or several in a dict or tuple.
+        replaced: What is changed for it, and put back at its end.
     """
 
     net: nn.Module
@@ -92,6 +94,7 @@ class Pass:
     learns: bool
     sizes: CallSizes
     output: Callable[[Any, int], Any]
+    replaced: Replacements = field(default_factory=Replacements)
 
     def calls(self) -> Iterator[Call]:
         """The calls, in order; each takes its frames when it is its turn."""
@@ -145,12 +148,12 @@ def through_time(
         The sum of the losses, detached, and the mean output.
     """
     mean, total = MeanOutput(), None
-    reset(one.neurons)
-    with ExitStack() as around_pass:
+    with one.replaced, one.replaced, _Contexts(one.replaced) as around_pass:  # twice, for interrupts
+        from_rest(one.neurons, one.replaced)
         for speed_up in speed_ups:
             around_pass.enter_context(speed_up.around_pass(one))
         for call in one.calls():
-            with ExitStack() as around_call:
+            with _Contexts(one.replaced) as around_call:
                 for speed_up in speed_ups:
                     around_call.enter_context(speed_up.around_call(call))
                 around_call.enter_context(one_call(one.neurons, call.steps))
@@ -167,3 +170,33 @@ def through_time(
             if call.selected and objective is not None:
                 objective.after(call)
     return total, mean.value()
+
+
+class _Contexts(ExitStack):
+    """Closes what an interrupt has kept from ending together with the pass, and not whenever the exception is forgotten.
+
+    Args:
+        replaced: Whose end that is.
+    """
+
+    def __init__(self, replaced: Replacements) -> None:
+        super().__init__()
+        self._entered: list[Any] = []
+        replaced.if_cut_short(self._close)
+
+    def enter_context(self, context: AbstractContextManager[Any]) -> Any:
+        """Enter a context that ends with this one."""
+        self._entered.append(context)
+        return super().enter_context(context)
+
+    def __exit__(self, *details: Any) -> bool | None:
+        super().__exit__(*details)
+        self._entered.clear()
+        return None
+
+    def _close(self) -> None:
+        while self._entered:
+            generator = getattr(self._entered[-1], "gen", None)
+            if generator is not None:
+                generator.close()
+            self._entered.pop()

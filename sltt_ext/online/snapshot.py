@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "without_modes"]
+
+without_modes = torch._C._DisableTorchDispatch
+"""A context without dispatch modes, entered and left in C: torch's own takes the modes off, and Ctrl-C may keep them off."""
 
 
 class Snapshot:
@@ -24,7 +26,7 @@ class Snapshot:
             if buffer is not None
         ]
         devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
-        with _disable_current_modes():  # real states also where the network runs on fake tensors
+        with without_modes():  # real states also where the network runs on fake tensors
             self._random: Tensor = torch.get_rng_state()
             self._random_cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
@@ -34,7 +36,7 @@ class Snapshot:
         for module, name, buffer, value in self._buffers:
             buffer.data.copy_(value)  # unseen by autograd: a graph may need the buffer as it was
             module._buffers[name] = buffer
-        with _disable_current_modes():
+        with without_modes():
             torch.set_rng_state(self._random)
             for device, state in self._random_cuda.items():
                 torch.cuda.set_rng_state(state, device)

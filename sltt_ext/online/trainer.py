@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError, SLTTWarning, listed
+from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.distributed import (
@@ -212,7 +213,8 @@ class OnlineTrainer:
             return total_loss(self.loss_fn, output_seq, targets[call.start : call.stop]) / divisor
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
-        with all_or_nothing(self._leaves(x), partial(reset, neurons)), synchronised as step:
+        whole = all_or_nothing(self._leaves(x), partial(reset, neurons))
+        with whole, whole, synchronised as step:  # twice, for interrupts
             if self.loss_on == "mean":
                 loss, output = self._two_passes(x, target, steps, divisor, step)
             else:
@@ -220,7 +222,6 @@ class OnlineTrainer:
         assert loss is not None  # the schedule selects at least one step
         return OnlineResult(IterationLoss.of(loss), output, steps, stop)
 
-    @torch.no_grad()
     def predict(self, x: Any) -> Any:
         """The network's output averaged over all T steps, without gradients; what ``output`` reads of it.
 
@@ -229,7 +230,9 @@ class OnlineTrainer:
         Raises:
             InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
         """
-        return self._run(x, self.time_steps)[1]
+        block = Replacements()
+        with block, block, torch.no_grad():
+            return self._run(x, self.time_steps)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator that draws the steps, and what was found out about the network; for checkpoints.

@@ -12,6 +12,7 @@ from typing import Any
 import snntorch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_map
 
 from sltt_ext.conversion import register_adapter
@@ -235,7 +236,7 @@ _DYNAMICS = [
 
 @register_adapter(snntorch.Leaky)
 def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
-    cls = type(module)
+    cls = type_before_parametrizations(module)
     if cls is snntorch.Leaky:
         return SLTTLeaky
     own = {name for name in _DYNAMICS if getattr(cls, name) is not getattr(snntorch.Leaky, name)}
@@ -252,7 +253,7 @@ def _stepwise(module: nn.Module) -> type[SLTTNeuron]:
             "has no reset_mem(), so that its state cannot be reset between sequences; define it, as snnTorch's "
             "own neurons do"
         )
-    return adapter_subclass(StepwiseNeuron, type(module))
+    return adapter_subclass(StepwiseNeuron, type_before_parametrizations(module))
 
 
 def _has_graph(value: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.functional.inputs import broadcasts
@@ -305,7 +306,7 @@ _DYNAMICS = [
 
 @register_adapter(*_RULES)
 def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
-    cls = type(module)
+    cls = type_before_parametrizations(module)
     known_surrogate(getattr(module, "surrogate_function", None))  # made here, not while a step is compiled
     if cls in _EXPLICIT:
         return _EXPLICIT[cls]

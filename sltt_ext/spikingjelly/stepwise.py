@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
@@ -165,7 +166,7 @@ def stepwise(module: nn.Module, adapter: type[SLTTNeuron] = StepwiseNode) -> typ
     Raises:
         UnsupportedModuleError: If the module's state is out of the generic rule's reach.
     """
-    cls = type(module)
+    cls: Any = type_before_parametrizations(module)
     if all(cls.forward is not known.forward for known in _KNOWN_FORWARDS):
         raise UnsupportedModuleError(
             "overrides forward, past which its state cannot be held constant; compute the step in "
@@ -180,7 +181,7 @@ def stepwise(module: nn.Module, adapter: type[SLTTNeuron] = StepwiseNode) -> typ
 
 @register_adapter(layer.Dropout)
 def _dropout(module: nn.Module) -> type[SLTTNeuron]:
-    known = type(module) in (layer.Dropout, layer.Dropout2d)
+    known = type_before_parametrizations(module) in (layer.Dropout, layer.Dropout2d)
     return stepwise(module, MaskedStepwiseNode if known else StepwiseNode)
 
 
