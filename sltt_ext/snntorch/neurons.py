@@ -21,7 +21,15 @@ from sltt_ext.functional.inputs import broadcasts
 from sltt_ext.functional.leaky_operator import leaky_settings, run_leaky
 from sltt_ext.kernels import check_backend
 from sltt_ext.kernels.leaky import LEAKY, LeakySettings
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot, tensors_in
+from sltt_ext.neuron import (
+    SLTTNeuron,
+    adapter_subclass,
+    constant,
+    framework_neurons,
+    is_taken_apart,
+    snapshot,
+    tensors_in,
+)
 from sltt_ext.snntorch.surrogates import known_surrogate
 
 __all__ = ["FusedLeaky", "SLTTLeaky", "StepwiseNeuron"]
@@ -185,7 +193,7 @@ class FusedLeaky(StepwiseNeuron):
 
     def _fused_settings(self, x: Tensor) -> LeakySettings | None:
         """What to run the fused operator with; None where it does not cover the settings."""
-        settings = _settings(self) if self._covers_input(x) else None
+        settings = _settings(self) if self._covers_input(x) and not is_taken_apart() else None
         self.__dict__["_sltt_fused"] = settings is not None
         return settings
 

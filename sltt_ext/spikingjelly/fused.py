@@ -15,7 +15,7 @@ from sltt_ext.functional.inputs import broadcasts
 from sltt_ext.functional.lif_operator import decay_of, lif_settings, reset, run_lif
 from sltt_ext.kernels import check_backend
 from sltt_ext.kernels.lif import LIF, LIFSettings
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass, is_taken_apart
 from sltt_ext.spikingjelly.stepwise import FUNCTIONAL_FORM, States, StepwiseNode, Tensors, stepwise
 from sltt_ext.spikingjelly.surrogates import known_surrogate
 from sltt_ext.surrogate import Surrogate
@@ -180,7 +180,7 @@ class FusedNode(StepwiseNode):
         """The surrogate to run the fused operator with; None where the operator does not cover the settings."""
         if not (self.training or self._surrogate_in_eval):
             return None
-        if not x.is_floating_point() or x.numel() == 0 or not self._covers_parameters():
+        if not x.is_floating_point() or x.numel() == 0 or not self._covers_parameters() or is_taken_apart():
             return None
         return known_surrogate(self.surrogate_function)
 

@@ -15,7 +15,14 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot
+from sltt_ext.neuron import (
+    SLTTNeuron,
+    adapter_subclass,
+    constant,
+    framework_neurons,
+    is_taken_apart,
+    snapshot,
+)
 
 __all__ = ["FUNCTIONAL_FORM", "MaskedStepwiseNode", "States", "StepwiseNode", "Tensors", "stepwise"]
 
@@ -78,6 +85,10 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not len(x_seq):
             raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
+        if is_taken_apart() and not torch.is_grad_enabled():
+            return super().multi_step_forward(
+                x_seq, *args, **kwargs
+            )  # as it counts, or is exported, unconverted
         if getattr(self, "store_v_seq", False):
             self.v_seq = None  # 2.x: each single step appends its potential
         each_step = zip(x_seq, *args) if FUNCTIONAL_FORM else ((x, *args) for x in x_seq)
@@ -103,6 +114,8 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     def multi_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
+        if is_taken_apart() and not torch.is_grad_enabled():
+            return super().multi_step_functional_forward(inputs, states, **kwargs)
         steps, told = [], self.told_steps
         try:
             for t, step in enumerate(zip(*inputs)):
