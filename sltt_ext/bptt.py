@@ -89,8 +89,10 @@ class BPTTTrainer:
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
+        whole = all_or_nothing(self.net.parameters(), self._reset)
         with (
-            all_or_nothing(self.net.parameters(), self._reset),
+            whole,
+            whole,  # twice, for interrupts
             synchronised_once(self.wrapper or self.net, sync) as step,
             step(True),
         ):

@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
-from typing import TypeVar, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from sltt_ext.errors import BackendError, ConversionError, SLTTWarning, UnsupportedModuleError, listed
+from sltt_ext.forwards import Replacements
 from sltt_ext.kernels import check_backend
 from sltt_ext.neuron import Reclassed, SLTTNeuron
 
@@ -25,6 +28,9 @@ Rule = Callable[[nn.Module], type[SLTTNeuron] | None]
 RuleT = TypeVar("RuleT", bound=Rule)
 
 _RULES: dict[type[nn.Module] | str, Rule] = {}
+
+_OWN = ("sltt_backend", "_sltt_")
+"""How the attributes begin that a conversion gives to a module."""
 
 _LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
 _CONVERTED_BUT = "converted, but know what SLTT means for them:"
@@ -101,7 +107,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     for path, module in net.named_modules():
         if issubclass(type(module), SLTTNeuron):
             adapters.append((module, cast(type[SLTTNeuron], type(module))))
-        elif (rule := _rule(type(module))) is not None:
+        elif (rule := _rule(parametrize.type_before_parametrizations(module))) is not None:
             try:
                 adapter = rule(module)
             except UnsupportedModuleError as refusal:
@@ -122,9 +128,11 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
             f"with sltt_ext.declare_neuron: {BRING_YOUR_CODE}"
         )
     _check_backend(net, adapters, backend)
-    for module, adapter in adapters:
-        module.__class__ = adapter  # type: ignore[assignment]
-        cast(SLTTNeuron, module).sltt_backend = backend
+    whole = _all_or_none([module for module, _ in adapters])
+    with whole, whole:  # twice, for interrupts
+        for module, adapter in adapters:
+            _give_class(module, adapter)
+            cast(SLTTNeuron, module).sltt_backend = backend
     messages = [listed(_LEFT, refused)] * bool(refused) + [listed(_CONVERTED_BUT, caveats)] * bool(caveats)
     if messages:
         warnings.warn("\n".join(messages), SLTTWarning, stacklevel=2)
@@ -140,12 +148,44 @@ def revert(net: Module) -> Module:
     for module in net.modules():
         if isinstance(module, Reclassed):
             module.give_back_class()
-        if isinstance(module, SLTTNeuron):
-            module.carry_charged(False)
-            for name in [name for name in vars(module) if name.startswith(("sltt_backend", "_sltt_"))]:
-                del vars(module)[name]
-            module.__class__ = module.original  # type: ignore[assignment]
+    neurons = [module for module in net.modules() if isinstance(module, SLTTNeuron)]
+    whole = _all_or_none(neurons)
+    with whole, whole:  # twice, for interrupts
+        for neuron in neurons:
+            neuron.carry_charged(False)
+            for name in [name for name in vars(neuron) if name.startswith(_OWN)]:
+                del vars(neuron)[name]
+            _give_class(neuron, neuron.original)
     return net
+
+
+def _give_class(module: Any, cls: type[Any]) -> None:
+    """Give ``module`` another class, with what torch.nn.utils.parametrize has put over its own: torch looks for it there."""
+    given = type(module)
+    if given is cls:
+        return
+    if parametrize.is_parametrized(module):
+        injected = {
+            name: value for name, value in vars(given).items() if name not in ("__dict__", "__weakref__")
+        }
+        cls = type(f"Parametrized{cls.__name__}", (cls,), injected)
+    module.__class__ = cls
+
+
+def _all_or_none(modules: Sequence[Any]) -> Replacements:
+    """A block that gives ``modules`` their classes back if it is cut short."""
+    block = Replacements()
+    for module in modules:
+        own = {name: value for name, value in vars(module).items() if name.startswith(_OWN)}
+        block.if_cut_short(partial(_put_back, module, type(module), own))
+    return block
+
+
+def _put_back(module: Any, cls: type[nn.Module], own: dict[str, Any]) -> None:
+    module.__class__ = cls
+    for name in [name for name in vars(module) if name.startswith(_OWN) and name not in own]:
+        del vars(module)[name]
+    vars(module).update(own)
 
 
 def is_converted(net: nn.Module) -> bool:

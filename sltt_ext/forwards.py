@@ -10,14 +10,18 @@ taking it away twice does no harm: an exception at any moment leaves the module 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-__all__ = ["Around", "Layer", "Replacements", "has_own_forward"]
+__all__ = ["Around", "Layer", "Looking", "Replacements", "has_own_forward"]
 
 Around = Callable[..., Any]
 """``around(module, forward, *args, **kwargs)`` stands in for ``forward(*args, **kwargs)`` of ``module``."""
@@ -41,7 +45,7 @@ class Layer(IntEnum):
 
 
 class Replacements:
-    """What is replaced inside of a ``with`` block; all of it is put back at the end, in reverse order.
+    """What is changed inside of a ``with`` block; all of it is put back at the end, in reverse order.
 
     >>> import torch
     >>> double = torch.nn.Identity()
@@ -51,42 +55,126 @@ class Replacements:
     6
     >>> double(3)
     3
+
+    Ctrl-C may strike at any moment: between a change and the block that undoes it, or while things are put back. So what
+    undoes a change is written down before the change is made, and a block of the time loop is entered twice, ``with replaced,
+    replaced:``. What the inner end is kept from, the outer one does; and what even that one is kept from (by a second
+    Ctrl-C), the next block that `begins_at` the same modules does.
     """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], Any]] = []
+        self._take_back: list[Callable[[], Any]] = []
+        self._surroundings: list[_Surroundings] = []
+        self._is_over = False
 
     def forward(self, module: nn.Module, layer: Layer, around: Around) -> None:
         """Put ``around`` around the forward of ``module``; of two on the same layer, the later one is outside."""
         stack = _Stack.of(module)
         entry = (layer, around)
-        self._undo.append(partial(stack.remove, entry))
+        self.at_end(partial(stack.remove, entry))
         stack.add(entry)
 
-    def attribute(self, module: nn.Module, name: str, value: Any) -> None:
+    def attribute(self, module: Any, name: str, value: Any) -> None:
         """Give an attribute of ``module`` itself another value."""
         self.entry(vars(module), name, value)
 
     def entry(self, store: dict[str, Any], name: str, value: Any) -> None:
         """Give an entry of a dict of a module's, such as one of its parameters, another value."""
-        self._undo.append(partial(_put_back, store, name, store.get(name, _ABSENT)))
+        self.at_end(partial(_put_back, store, name, store.get(name, _ABSENT)))
         store[name] = value
 
+    def at_end(self, undo: Callable[[], Any]) -> None:
+        """Call ``undo`` at the end, before what was given earlier; twice does no harm."""
+        self._undo.append(undo)
+
+    def if_cut_short(self, take_back: Callable[[], Any]) -> None:
+        """Call ``take_back`` if the block ends with an exception, before anything else is put back; twice does no harm."""
+        self._take_back.append(take_back)
+
+    def begins_at(self, owners: Sequence[Any]) -> None:
+        """Say that a block begins that has ``owners`` for itself, and undo what an interrupt has left of their latest one."""
+        for owner in owners:
+            latest = _LATEST.get(owner)
+            if latest is not None and latest._is_over:
+                latest.undo()
+        _LATEST.update(dict.fromkeys(owners, self))
+
+    def is_latest_at(self, owners: Sequence[Any]) -> bool:
+        """Whether no other block has begun at ``owners`` since."""
+        return all(_LATEST.get(owner) is self for owner in owners)
+
     def undo(self) -> None:
-        """Put everything back, also when an interrupt comes in between."""
-        try:
-            while self._undo:
-                self._undo[-1]()
-                self._undo.pop()
-        finally:
-            if self._undo:
-                self.undo()
+        """Put everything back; what an interrupt keeps it from is left for another time."""
+        self._is_over = True
+        _each(self._undo)
 
     def __enter__(self) -> Replacements:
+        self._surroundings.append(_Surroundings())
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.undo()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is not None:
+                _each(self._take_back)
+        finally:
+            self.undo()
+        if kind is not None:
+            self._surroundings[-1].come_back()
+        self._surroundings.pop()
+        if not self._surroundings:
+            self._take_back.clear()
+
+
+_LATEST: WeakKeyDictionary[Any, Replacements] = WeakKeyDictionary()
+"""The latest block at each module that one has begun at; nobody has to clear it, whatever ends a block."""
+
+
+def _each(undo: list[Callable[[], Any]]) -> None:
+    """Call each one, the last one first, and take it off the list; also after an error, but for an interrupt."""
+    while undo:
+        try:
+            undo[-1]()
+        except Exception:
+            undo.pop()
+            _each(undo)
+            raise
+        undo.pop()
+
+
+class Looking(TorchFunctionMode):
+    """A mode that only looks at what torch is called with.
+
+    Torch takes such a mode off around each call, and Ctrl-C may keep it from putting it back, or have it do so once the
+    block is over. It is left once, whatever happened, and one that is put back too late is taken off by the next block.
+    """
+
+    is_over = False
+
+    def __exit__(self, *details: Any) -> None:
+        self.is_over = True
+        if self in _get_current_function_mode_stack():
+            super().__exit__(*details)
+
+
+class _Surroundings:
+    """The modes of torch that code runs in: autograd's, and those on the stacks."""
+
+    def __init__(self) -> None:
+        while (modes := _get_current_function_mode_stack()) and getattr(modes[-1], "is_over", False):
+            modes[-1].__exit__(None, None, None)
+        self._grad = torch.is_grad_enabled()
+        self._depths = [len(stack()) for stack in _MODES]
+
+    def come_back(self) -> None:
+        """Leave what was entered since."""
+        for stack, depth in zip(_MODES, self._depths):
+            while len(modes := stack()) > depth:
+                modes[-1].__exit__(None, None, None)
+        torch.set_grad_enabled(self._grad)  # which modes would see
+
+
+_MODES: list[Callable[[], list[Any]]] = [_get_current_function_mode_stack, _get_current_dispatch_mode_stack]
 
 
 class _Stack:

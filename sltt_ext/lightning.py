@@ -99,8 +99,8 @@ class OnlineModule(LightningModule):
         x, target = batch
         return x, target
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Accumulate one batch's gradient, and update where it is time to."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Accumulate one batch's gradient, and update where it is time to; returns the loss, for the learning rate finder."""
         x, target = self.unpack(batch)
         update = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         model = self.trainer.strategy.model
@@ -109,6 +109,7 @@ class OnlineModule(LightningModule):
         self.log("train_loss", result.loss, prog_bar=True, batch_size=_batch_size(result.output))
         if update:
             self._update()
+        return result.loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Clip; the gradients are unscaled by now."""
@@ -216,6 +217,12 @@ class OnlineModule(LightningModule):
         return metrics[self.lr_monitor]
 
     def _evaluate(self, stage: str, batch: Any) -> None:
+        if getattr(self.online, "target_time_dim", None) is not None:
+            name = {"val": "validation_step", "test": "test_step"}[stage]
+            raise ConfigurationError(
+                f"OnlineModule evaluates the output averaged over time, and with target_time_dim= there is a target for each "
+                f"step: override {name}(self, batch, batch_idx)"
+            )
         x, target = self.unpack(batch)
         output = self(x)
         size = _batch_size(output)

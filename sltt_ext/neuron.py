@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sltt_ext.errors import ConfigurationError
 
@@ -288,6 +289,24 @@ def _is_changed(tensor: Tensor, entered: dict[int, tuple[Tensor, int]]) -> bool:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def is_taken_apart() -> bool:
+    """Whether a step is taken apart by what knows a framework's own operators, and not the fused ones.
+
+    That is an export to ONNX, `torch.func`, or a counter of SpikingJelly's.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(
+        type(mode).__module__.startswith("spikingjelly.") for mode in _get_current_dispatch_mode_stack()
+    )
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,12 @@
 """Replacing what modules do, for a while: order, restoring, and who else replaces something."""
 
+from contextlib import suppress
+
 import pytest
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from sltt_ext.forwards import Layer, Replacements, has_own_forward
 
@@ -99,24 +104,92 @@ def test_everything_is_put_back_after_an_error(error):
     assert not hasattr(module, "new")
 
 
-def test_an_interrupt_while_putting_back():
-    module, interrupts = Named(), [KeyboardInterrupt]
+class Once:
+    """Fails the first time."""
 
-    class Interrupted(dict):
-        def pop(self, name, *default):
-            if interrupts:
-                raise interrupts.pop()
-            return super().pop(name, *default)
+    def __init__(self, error):
+        self.errors = [error]
 
-    replaced = Replacements()
+    def __call__(self):
+        if self.errors:
+            raise self.errors.pop()
+
+
+def interrupted(replaced, module, *, begins=False):
     replaced.attribute(module, "new", 1)
     replaced.forward(module, Layer.OWN, says("layer"))
-    replaced._undo[0] = replaced._undo[0].__class__(
-        replaced._undo[0].func, Interrupted(), *replaced._undo[0].args[1:]
-    )
+    replaced.at_end(Once(KeyboardInterrupt))
     replaced.attribute(module, "later", 2)
-    with pytest.raises(KeyboardInterrupt):
-        replaced.undo()
-    assert not replaced._undo
-    assert "forward" not in vars(module)
-    assert not hasattr(module, "later")
+    if begins:
+        replaced.begins_at([module])
+        replaced.at_end(Once(KeyboardInterrupt))
+
+
+def test_an_interrupt_while_putting_back():
+    module, replaced = Named(), Replacements()
+    kept = vars(module).copy()
+    with pytest.raises(KeyboardInterrupt), replaced, replaced:
+        interrupted(replaced, module)
+    assert vars(module) == kept
+
+
+def test_the_next_block_puts_back_what_a_second_interrupt_has_left():
+    module, replaced = Named(), Replacements()
+    kept = vars(module).copy()
+    with pytest.raises(KeyboardInterrupt), replaced, replaced:
+        interrupted(replaced, module, begins=True)
+    assert vars(module) != kept
+    Replacements().begins_at([module])
+    assert vars(module) == kept
+
+
+def test_a_block_that_is_not_over_is_left_alone():
+    module, outer = Named(), Replacements()
+    with outer, outer:
+        outer.begins_at([module])
+        outer.attribute(module, "new", 1)
+        Replacements().begins_at([module])
+        assert module.new == 1
+        assert not outer.is_latest_at([module])
+
+
+def test_an_error_while_putting_back_keeps_nothing_else_from_it():
+    module, replaced = Named(), Replacements()
+    kept = vars(module).copy()
+    replaced.attribute(module, "new", 1)
+    replaced.at_end(Once(IndexError))
+    replaced.attribute(module, "later", 2)
+    with pytest.raises(IndexError), replaced, replaced:
+        pass
+    assert vars(module) == kept
+
+
+@pytest.mark.parametrize(("errors", "called"), [([], ["end"]), ([IndexError], ["taken back", "end"])])
+def test_what_is_taken_back_after_an_error_only(errors, called):
+    calls, replaced = [], Replacements()
+    replaced.if_cut_short(lambda: calls.append("taken back"))
+    replaced.at_end(lambda: calls.append("end"))
+    with suppress(IndexError), replaced, replaced:
+        fail(errors)
+    assert calls == called
+
+
+def fail(errors):
+    for error in errors:
+        raise error
+
+
+def leave_open():
+    torch.set_grad_enabled(False)
+    TorchFunctionMode().__enter__()
+    TorchDispatchMode().__enter__()
+    raise IndexError
+
+
+def test_modes_that_an_error_has_left_open():
+    before = torch.is_grad_enabled()
+    with pytest.raises(IndexError), Replacements():
+        leave_open()
+    assert torch.is_grad_enabled() == before
+    assert not _get_current_function_mode_stack()
+    assert not _get_current_dispatch_mode_stack()

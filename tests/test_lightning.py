@@ -409,3 +409,26 @@ def test_the_digits_example(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "test_accuracy" in done.stdout
+
+
+def test_the_learning_rate_finder(tmp_path):
+    """It sees the losses, and leaves the weights as they were."""
+    from lightning.pytorch.tuner import Tuner
+
+    lightning_module = module()
+    lightning_module.lr = 0.1
+    before = [parameter.clone() for parameter in lightning_module.parameters()]
+    finder = Tuner(lightning_trainer(tmp_path)).lr_find(
+        lightning_module, loader(), num_training=8, early_stop_threshold=None, update_attr=False
+    )
+    losses = torch.tensor(finder.results["loss"])
+    assert len(losses) >= 4
+    assert losses.isfinite().all()
+    assert all(map(torch.equal, before, lightning_module.parameters()))
+
+
+def test_validation_with_a_target_for_each_step(tmp_path):
+    x, _ = networks.images(8)
+    data = DataLoader(TensorDataset(x, torch.zeros(8, T, dtype=torch.long)), batch_size=4)
+    with pytest.raises(ConfigurationError, match="override validation_step"):
+        lightning_trainer(tmp_path).fit(module({"target_time_dim": 1}), data, data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.neuron import state_dtype
 
-__all__ = ["broadcasts", "check_device", "check_number", "initial_state", "step_shape"]
+__all__ = ["broadcasts", "check_device", "check_number", "initial_state", "plain", "step_shape"]
 
 _FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -51,6 +52,18 @@ def check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
     """Raise an InputError unless ``tensor`` is on the device of ``x_seq``."""
     if tensor.device != x_seq.device:
         raise InputError(f"{name} is on {tensor.device}, x_seq on {x_seq.device}: move one with .to(device)")
+
+
+def plain(value: Any) -> Any:
+    """A tensor of a user's subclass as a plain one: its operators would make other views, and it wraps no other tensor."""
+    kind = type(value)
+    if (
+        kind is Tensor
+        or not isinstance(value, Tensor)
+        or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    ):
+        return value
+    return value.as_subclass(Tensor)
 
 
 def broadcasts(shape: torch.Size, whole: torch.Size) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.functional.inputs import check_device, check_number, initial_state, step_shape
+from sltt_ext.functional.inputs import check_device, check_number, initial_state, plain, step_shape
 from sltt_ext.functional.once import differentiable_once
 from sltt_ext.functional.schema import flat, packed
 from sltt_ext.kernels import select_kernels, torch_lif
@@ -105,6 +105,7 @@ def run_lif(
     save_slope = decay is not None and decay.requires_grad and torch.is_grad_enabled()
     save = save_slope or (x_seq.requires_grad and torch.is_grad_enabled())
     if not torch.compiler.is_compiling():
+        x_seq, v = plain(x_seq), plain(v)
         kernels = select_kernels(backend, LIF, x_seq)
         outputs: tuple[Tensor, Tensor] = _EagerLIF.apply(
             kernels, single_step, x_seq, v, decay, settings, save, save_slope, overwrite

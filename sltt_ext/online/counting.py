@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
-from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.forwards import Layer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
@@ -140,10 +140,9 @@ class NeuronSteps(SpeedUp):
             return
         neurons = [module for module in eager_modules(one.net) if isinstance(module, SLTTNeuron)]
         self._paths = {module: path for path, module in one.net.named_modules()}
-        with Replacements() as replaced:
-            for neuron in neurons:
-                replaced.forward(neuron, Layer.STEPS, self._count)
-            yield
+        for neuron in neurons:
+            one.replaced.forward(neuron, Layer.STEPS, self._count)
+        yield
         self._first.watched(one)
 
     @contextmanager

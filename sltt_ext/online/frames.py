@@ -64,6 +64,10 @@ def frames(x: Any, time_steps: int, time_dim: int | None, multi_step: bool) -> F
 
 
 def _tensor_frames(x: Tensor, time_steps: int, time_dim: int | None, multi_step: bool) -> Frames:
+    if x.is_nested or (x.layout is not torch.strided and multi_step):
+        raise InputError(
+            "x must be a dense tensor: x.to_dense() of a sparse one, and one of padded samples in the place of a nested one"
+        )
     if x.dim() == 0 or 0 in x.shape:
         raise InputError(
             f"x is empty: shape {list(x.shape)}; skip empty batches (drop_last=True in the DataLoader)"
@@ -72,7 +76,7 @@ def _tensor_frames(x: Tensor, time_steps: int, time_dim: int | None, multi_step:
         return Frames(
             lambda start, stop: x.unsqueeze(0).expand(stop - start, *x.shape) if multi_step else x,
             elements=x.numel(),
-            static=x,
+            static=x if x.layout is torch.strided else None,
         )
     if time_dim not in (0, 1) or x.dim() <= time_dim:
         raise InputError(

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError
-from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 
 __all__ = ["Alone", "GraphOfStep", "OneBackward", "WeightsStay", "has_graph", "shares_graph"]
-
-_LATEST: WeakKeyDictionary[StatefulModule, object] = WeakKeyDictionary()
-"""The mark of the pass that has last begun at each neuron; nobody has to clear it, whatever ends a pass."""
 
 
 class Alone(SpeedUp):
     """No other pass runs through the network before this one is over: the states would be those of the other."""
 
-    def __init__(self) -> None:
-        self._mark = object()
-        self._neurons: list[StatefulModule] = []
-
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Be the latest pass."""
-        self._neurons = list(one.neurons)
-        _LATEST.update(dict.fromkeys(self._neurons, self._mark))
+        self._pass = one
+        one.replaced.begins_at(one.neurons)
         yield
 
     @contextmanager
@@ -47,7 +39,7 @@ class Alone(SpeedUp):
         self._check()
 
     def _check(self) -> None:
-        if any(_LATEST.get(neuron) is not self._mark for neuron in self._neurons):
+        if not self._pass.replaced.is_latest_at(self._pass.neurons):
             raise ConfigurationError(
                 "another pass ran through the network in the middle of this one, and left its states: call predict and "
                 "forward_backward between iterations, not in on_step=, backward= or the loss, or on another copy of the network"
@@ -65,18 +57,30 @@ class WeightsStay(SpeedUp):
         self._weights = set(map(id, net.parameters()))
 
     @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Have optimizers watched."""
+        _watch_optimizers()
+        one.replaced.at_end(partial(_REFUSING.discard, self))
+        yield
+
+    @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Refuse an update before it is made."""
         if not call.selected or call.last:
             yield
             return
-        hook = register_optimizer_step_pre_hook(self._refuse)
+        _REFUSING.add(self)
         try:
             yield
         finally:
-            hook.remove()
+            _REFUSING.discard(self)
 
-    def _refuse(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def check(self, optimizer: Optimizer) -> None:
+        """Nothing if ``optimizer`` updates other weights.
+
+        Raises:
+            LossError: If it updates the network's.
+        """
         groups: Iterable[dict[str, Any]] = optimizer.param_groups
         if any(id(weight) in self._weights for group in groups for weight in group["params"]):
             raise LossError(
@@ -84,6 +88,20 @@ class WeightsStay(SpeedUp):
                 "complete (does backward= call optimizer.step(), as timm's NativeScaler does?): call it after forward_backward, "
                 "or say on_step= for an update at every step"
             )
+
+
+_REFUSING: set[WeightsStay] = set()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """One hook for all passes, which stays: no interrupt can come between a hook and its removal."""
+    register_optimizer_step_pre_hook(_check_update)
+
+
+def _check_update(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for guard in tuple(_REFUSING):
+        guard.check(optimizer)
 
 
 class OneBackward(SpeedUp):

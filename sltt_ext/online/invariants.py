@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from sltt_ext.errors import LossError
-from sltt_ext.forwards import Layer, Replacements, has_own_forward
+from sltt_ext.forwards import Layer, has_own_forward
 from sltt_ext.online.capture import capturing
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.gradient_hooks import gradient_hooks
@@ -111,16 +111,13 @@ class EvaluatedOnce(SpeedUp):
             self._static = StaticInput(static, one.multi_step)
         self._learns, self._cuts = one.learns, one.keeps_from is None or one.again
         self._differentiable = one.learns or not self._cuts
-        with Replacements() as replaced:
-            try:
-                for module in eager_modules(one.net) if self._enabled else ():
-                    if self._may_be_invariant(module) and not has_own_forward(module):
-                        replaced.forward(module, Layer.ONCE, self._forward)
-                yield
-                self._finish()
-                self._judge_pass()
-            finally:
-                self._close()
+        one.replaced.at_end(self._close)
+        for module in eager_modules(one.net) if self._enabled else ():
+            if self._may_be_invariant(module) and not has_own_forward(module):
+                one.replaced.forward(module, Layer.ONCE, self._forward)
+        yield
+        self._finish()
+        self._judge_pass()
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.forwards import Layer
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import folds_time, is_batch_norm
@@ -38,11 +38,10 @@ class NormsInParts(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand in for the forward of every norm that reads batch statistics."""
         shares = max(one.sizes.chunk, one.sizes.group) > one.sizes.part
-        with Replacements() as replaced:
-            for _, norm, folded in _norms(one.net) if shares else ():
-                if folded or _takes_sequences(norm):
-                    replaced.forward(norm, Layer.PARTS, self._folded if folded else self._sequence)
-            yield
+        for _, norm, folded in _norms(one.net) if shares else ():
+            if folded or _takes_sequences(norm):
+                one.replaced.forward(norm, Layer.PARTS, self._folded if folded else self._sequence)
+        yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
+from sltt_ext.forwards import Looking
 from sltt_ext.neuron import StatefulModule, is_unconverted
 from sltt_ext.online.attributes import (
     ABSENT,
@@ -102,25 +103,36 @@ class KeptTensors(SpeedUp):
                 key for key in self._before if is_same(now.get(key, ABSENT), self._left.get(key, ABSENT))
             }
             self._before = now | {key: self._before[key] for key in stays}
-        try:
-            yield
-        finally:
-            self._watches = self._watches and not self._has_seen
-            if not one.again:  # what runs again leaves no trace
-                now = self._now() if self._watches or self._rest else {}
-                self._left = {
-                    key: now.get(key, ABSENT)
-                    for key in (now.keys() if self._watches else ()) | self._rest.keys()
-                }
-                self._stale = {
-                    key: value
-                    for key, value in self._set.items()
-                    if needs_gradient(value) and not is_record(value)
-                }
-            self._set = {}
-            if not self._watches and not self._stale:
-                self._before = {}
+        one.replaced.at_end(partial(self._end, one))
+        if not one.again:
+            one.replaced.if_cut_short(self._back_to_rest)
+        yield
         self._say([*self._rest][known:])
+
+    def _end(self, one: Pass) -> None:
+        self._watches = self._watches and not self._has_seen
+        if not one.again:  # what runs again leaves no trace
+            now = self._now() if self._watches or self._rest else {}
+            self._left = {
+                key: now.get(key, ABSENT) for key in (now.keys() if self._watches else ()) | self._rest.keys()
+            }
+            self._stale = {
+                key: value
+                for key, value in self._set.items()
+                if needs_gradient(value) and not is_record(value)
+            }
+        self._set = {}
+        if not self._watches and not self._stale:
+            self._before = {}
+
+    def _back_to_rest(self) -> None:
+        """What the calls so far have set is nobody's rest."""
+        for key in self._set:
+            if not is_record(self._set[key]):
+                put(key, self._before.get(key, ABSENT))
+        for key, rest in self._rest.items():
+            put(key, rest)
+        self._set = {}
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
@@ -199,7 +211,7 @@ def _attributes(modules: Iterable[nn.Module]) -> Iterator[tuple[Key, Any]]:
         yield from list(plain_attributes(module))
 
 
-class _Reads(TorchFunctionMode):
+class _Reads(Looking):
     """Sees which of the tensors that are kept are read."""
 
     def __init__(self, kept: dict[Key, Any]) -> None:

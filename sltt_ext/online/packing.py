@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.forwards import Layer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
@@ -46,17 +46,18 @@ class PackedSpikes(SpeedUp):
         self._spikes: dict[int, _Spikes] = {}
         self._freed: deque[_Storage] = deque()
         self._averaging = 0
+        self._asked = False  # to pack something
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand next to the forward of neurons and average poolings, inside of all hooks."""
-        with Replacements() as replaced:
-            for module in eager_modules(one.net) if self._enabled else ():
-                if isinstance(module, SLTTNeuron):
-                    replaced.forward(module, Layer.OWN, self._fire)
-                elif is_average_pooling(module):
-                    replaced.forward(module, Layer.OWN, self._average)
-            yield
+        one.replaced.if_cut_short(self._stop_saving)
+        for module in eager_modules(one.net) if self._enabled else ():
+            if isinstance(module, SLTTNeuron):
+                one.replaced.forward(module, Layer.OWN, self._fire)
+            elif is_average_pooling(module):
+                one.replaced.forward(module, Layer.OWN, self._average)
+        yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
@@ -70,6 +71,17 @@ class PackedSpikes(SpeedUp):
     def saving(self) -> AbstractContextManager[Any]:
         """A context in which autograd saves packed tensors, whatever other hooks there are around."""
         return saved_tensors_hooks(self._pack, _unpack)
+
+    def _stop_saving(self) -> None:
+        """Leave the contexts that an interrupt has kept from ending: those in which a tensor is still given to be packed."""
+        while self._is_saving():
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def _is_saving(self) -> bool:
+        self._asked = False
+        with torch.enable_grad():
+            torch.zeros((), requires_grad=True).exp()
+        return self._asked
 
     def _average(self, pool: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._averaging += 1
@@ -95,6 +107,7 @@ class PackedSpikes(SpeedUp):
         return output
 
     def _pack(self, tensor: Tensor) -> _Saved:
+        self._asked = True
         if self._averaging:
             return _Shape(tensor)
         storage = tensor.untyped_storage()

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.schedule import runs
-from sltt_ext.online.states import detach, one_call, reset
+from sltt_ext.online.states import begin, detach, one_call
 
 __all__ = ["Call", "CallSizes", "Objective", "Pass", "SpeedUp", "through_time"]
 
@@ -90,6 +91,7 @@ class Pass:
         differentiable: Whether the selected calls run with a graph, also where they are not back-propagated here.
         keeps_from: The step from which on these graphs are kept; the others are dropped.
         again: Only the selected calls up to there, which have run before.
+        replaced: What is changed for it, and put back at its end.
     """
 
     net: nn.Module
@@ -106,6 +108,7 @@ class Pass:
     differentiable: bool = False
     keeps_from: int | None = None
     again: bool = False
+    replaced: Replacements = field(default_factory=Replacements)
 
     def keeps(self, start: int) -> bool:
         """Whether the graph of a call from ``start`` on is kept for later."""
@@ -168,13 +171,12 @@ def through_time(
         The sum of the losses, detached.
     """
     total = None
-    if one.from_rest:
-        reset(one.neurons)
-    with ExitStack() as around_pass:
+    with one.replaced, one.replaced, _Contexts(one.replaced) as around_pass:  # twice, for interrupts
+        begin(one.neurons, one.replaced, one.from_rest)
         for speed_up in speed_ups:
             around_pass.enter_context(speed_up.around_pass(one))
         for call in one.calls():
-            with ExitStack() as around_call:
+            with _Contexts(one.replaced) as around_call:
                 for speed_up in speed_ups:
                     around_call.enter_context(speed_up.around_call(call))
                 around_call.enter_context(one_call(one.neurons, call.steps))
@@ -191,3 +193,33 @@ def through_time(
             if call.selected and objective is not None:
                 objective.after(call)
     return total
+
+
+class _Contexts(ExitStack):
+    """Closes what an interrupt has kept from ending together with the pass, and not whenever the exception is forgotten.
+
+    Args:
+        replaced: Whose end that is.
+    """
+
+    def __init__(self, replaced: Replacements) -> None:
+        super().__init__()
+        self._entered: list[Any] = []
+        replaced.if_cut_short(self._close)
+
+    def enter_context(self, context: AbstractContextManager[Any]) -> Any:
+        """Enter a context that ends with this one."""
+        self._entered.append(context)
+        return super().enter_context(context)
+
+    def __exit__(self, *details: Any) -> bool | None:
+        super().__exit__(*details)
+        self._entered.clear()
+        return None
+
+    def _close(self) -> None:
+        while self._entered:
+            generator = getattr(self._entered[-1], "gen", None)
+            if generator is not None:
+                generator.close()
+            self._entered.pop()

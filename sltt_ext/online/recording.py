@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from sltt_ext.errors import InputError, LossError, SLTTWarning
+from sltt_ext.forwards import Replacements
 from sltt_ext.online.conditions import Conditions
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.heads import Heads
@@ -176,7 +177,13 @@ class _Recording:
     def _run_again(self, stand_ins: StandIns, inputs: Sequence[Tensor], objective: Objective) -> None:
         source = self._source([stand_ins.of(tensor) for tensor in inputs])
         one = replace(
-            self._pass, source=source, learns=True, differentiable=False, from_rest=False, again=True
+            self._pass,
+            source=source,
+            learns=True,
+            differentiable=False,
+            from_rest=False,
+            again=True,
+            replaced=Replacements(),
         )
         with stand_ins.in_place(), self._conditions.restored():
             around = (_Again(self._moments), *self._speed_ups(one))
@@ -332,11 +339,8 @@ class _Again(SpeedUp):
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Put everything back at the end."""
-        now = Snapshot(one.net)
-        try:
-            yield
-        finally:
-            now.restore()
+        one.replaced.at_end(Snapshot(one.net).restore)
+        yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.online.capture import capturing
+from sltt_ext.online.snapshot import without_modes
 
 __all__ = ["Schedule", "longest_runs", "random_steps", "runs", "selected_steps"]
 
@@ -32,7 +32,7 @@ def _drawn(k: int, time_steps: int, generator: torch.Generator | None) -> list[i
             "capture without k, or give a schedule= whose steps may be frozen"
         )
     device = "cpu" if generator is None else generator.device
-    with _disable_current_modes():  # real numbers also where the network runs on fake tensors
+    with without_modes():  # real numbers also where the network runs on fake tensors
         drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
     return drawn
 

@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from sltt_ext.neuron import StatefulModule
 
-__all__ = ["Snapshot", "random_numbers"]
+__all__ = ["Snapshot", "random_numbers", "without_modes"]
+
+without_modes = torch._C._DisableTorchDispatch
+"""A context without dispatch modes, entered and left in C: torch's own takes the modes off, and Ctrl-C may keep them off."""
+
 
 _NOT_TAKEN = frozenset({*vars(nn.Module()), "forward"})  # which is replaced by whoever runs the pass
 _DEPTH = 2  # a list or dict that is an attribute, and one in that
@@ -76,14 +79,14 @@ class Snapshot:
 def random_numbers(net: nn.Module) -> Callable[[], None]:
     """A function that has the generators draw the same again: those of torch, of Python, and of NumPy where it is used."""
     devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
-    with _disable_current_modes():  # real states also where the network runs on fake tensors
+    with without_modes():  # real states also where the network runs on fake tensors
         state = torch.get_rng_state()
         cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
     python, numpy = random.getstate(), getattr(sys.modules.get("numpy"), "random", None)
     numbers = None if numpy is None else numpy.get_state()
 
     def draw_again() -> None:
-        with _disable_current_modes():
+        with without_modes():
             torch.set_rng_state(state)
             for device, of_device in cuda.items():
                 torch.cuda.set_rng_state(of_device, device)

@@ -20,7 +20,7 @@ from sltt_ext.online.norms import NormsInParts
 from sltt_ext.online.outside import KeptTensors
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
-from sltt_ext.online.states import carrying_charged
+from sltt_ext.online.states import carry_charged
 from sltt_ext.online.watching import Watch
 
 __all__ = ["AutocastCache", "ChargedState", "Synchronisation", "speed_ups_of"]
@@ -59,9 +59,11 @@ class AutocastCache(SpeedUp):
 class ChargedState(SpeedUp):
     """Neurons carry, from step to step, the tensor that their backward reads, and no other."""
 
-    def around_pass(self, one: Pass) -> AbstractContextManager[Any]:
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
         """Let them."""
-        return carrying_charged(one.neurons)
+        carry_charged(one.neurons, one.replaced)
+        yield
 
 
 def speed_ups_of(

@@ -44,7 +44,8 @@ class StandIns:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Have the network read the leaves."""
-        with Replacements() as replaced:
+        replaced = Replacements()
+        with replaced, replaced:  # twice, for interrupts
             for store, name, tensor in _places(self._net):
                 if id(tensor) in self._leaves:
                     replaced.entry(store, name, self._leaves[id(tensor)])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
-__all__ = ["all_or_nothing", "carrying_charged", "detach", "one_call", "reset"]
+__all__ = ["all_or_nothing", "begin", "carry_charged", "detach", "one_call", "reset"]
 
 
 def reset(neurons: Sequence[StatefulModule]) -> None:
@@ -19,24 +21,24 @@ def reset(neurons: Sequence[StatefulModule]) -> None:
         neuron.reset_state()
 
 
-@contextmanager
-def all_or_nothing(leaves: Iterable[Tensor], reset: Callable[[], Any]) -> Iterator[None]:
-    """Put the gradients of ``leaves``, and states, back if anything goes wrong; out-of-memory and Ctrl-C included."""
-    before = [
-        (leaf, None if leaf.grad is None else leaf.grad.clone())
-        for leaf in leaves
-        if leaf.requires_grad and leaf.is_leaf
-    ]
-    try:
-        yield
-    except BaseException:
-        for leaf, grad in before:
-            if grad is None or leaf.grad is None:
-                leaf.grad = grad
-            else:
-                leaf.grad.copy_(grad)
-        reset()
-        raise
+def all_or_nothing(leaves: Iterable[Tensor], reset: Callable[[], Any]) -> Replacements:
+    """A block that puts the gradients of ``leaves``, and states, back if anything goes wrong; out-of-memory and Ctrl-C included.
+
+    To be entered twice.
+    """
+    block = Replacements()
+    block.if_cut_short(reset)
+    for leaf in leaves:
+        if leaf.requires_grad and leaf.is_leaf:
+            block.if_cut_short(partial(_put_back, leaf, None if leaf.grad is None else leaf.grad.clone()))
+    return block
+
+
+def _put_back(leaf: Tensor, grad: Tensor | None) -> None:
+    if grad is None or leaf.grad is None:
+        leaf.grad = grad
+    else:
+        leaf.grad.copy_(grad)
 
 
 @contextmanager
@@ -59,17 +61,22 @@ def detach(modules: Sequence[StatefulModule]) -> None:
         module.detach_state()
 
 
-@contextmanager
-def carrying_charged(modules: Sequence[StatefulModule]) -> Iterator[None]:
+def begin(modules: Sequence[StatefulModule], replaced: Replacements, from_rest: bool) -> None:
+    """Put all states to rest, if what follows begins there, and if it is cut short: what settles may have no memory to.
+
+    What neurons are told of calls is forgotten at the end, also where an interrupt keeps `one_call` from it.
+    """
+    replaced.if_cut_short(partial(reset, modules))
+    for module in modules:
+        if isinstance(module, SLTTNeuron):
+            replaced.at_end(partial(module.tell_steps, module.told_steps))
+    if from_rest:
+        reset(modules)
+
+
+def carry_charged(modules: Sequence[StatefulModule], replaced: Replacements) -> None:
     """One tensor a neuron from step to step, where its backward reads what it carries."""
-    neurons = [module for module in modules if isinstance(module, SLTTNeuron)]
-    try:
-        for neuron in neurons:
-            neuron.carry_charged(True)
-        yield
-    except BaseException:
-        reset(modules)  # a state that settles needs memory, which may be what has run out
-        raise
-    finally:
-        for neuron in neurons:
-            neuron.carry_charged(False)
+    for module in modules:
+        if isinstance(module, SLTTNeuron):
+            replaced.at_end(partial(module.carry_charged, False))
+            module.carry_charged(True)

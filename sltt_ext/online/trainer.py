@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarning, listed
+from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
@@ -228,7 +229,8 @@ class OnlineTrainer:
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
         loss: Tensor | None
-        with all_or_nothing(self._leaves(x), partial(reset, neurons)), synchronised as step:
+        whole = all_or_nothing(self._leaves(x), partial(reset, neurons))
+        with whole, whole, synchronised as step:  # twice, for interrupts
             if self.loss_on != "step":
                 loss, output = self._whole(x, target, steps, divisor, step)
             else:
@@ -236,7 +238,6 @@ class OnlineTrainer:
         assert loss is not None  # the schedule selects at least one step
         return OnlineResult(IterationLoss.of(loss), output, steps, stop)
 
-    @torch.no_grad()
     def predict(self, x: Any) -> Any:
         """The network's output averaged over all T steps, without gradients; what ``output`` reads of it.
 
@@ -245,7 +246,9 @@ class OnlineTrainer:
         Raises:
             InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
         """
-        return self._run(x, self.time_steps)[1]
+        block = Replacements()
+        with block, block, torch.no_grad():
+            return self._run(x, self.time_steps)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator that draws the steps, and what was found out about the network; for checkpoints.

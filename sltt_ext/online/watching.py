@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.forwards import Layer, Looking
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.gradient_hooks import is_own
 from sltt_ext.online.passes import Call, Pass, SpeedUp
+from sltt_ext.online.snapshot import without_modes
 from sltt_ext.time_invariant import is_batch_norm
 
 __all__ = ["Watch", "layers_tell_calls_apart"]
@@ -62,18 +62,14 @@ class Watch(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand around the norms, to see who else reads their statistics."""
         self._net = one.net
-        with Replacements() as replaced:
-            for norm in eager_modules(one.net):
-                if isinstance(norm, _NormBase):
-                    replaced.forward(norm, Layer.STEPS, self._norm)
-                    if norm.training:
-                        replaced.attribute(norm, "_buffers", _Seen(norm._buffers, self._read))
-            try:
-                yield
-            finally:
-                for norm in one.net.modules():
-                    if isinstance(norm._buffers, _Seen):
-                        norm._buffers.give_back()
+        for norm in eager_modules(one.net):
+            if isinstance(norm, _NormBase):
+                one.replaced.forward(norm, Layer.STEPS, self._norm)
+                if norm.training:
+                    seen = _Seen(norm._buffers, self._read)
+                    one.replaced.attribute(norm, "_buffers", seen)
+                    one.replaced.at_end(seen.give_back)
+        yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
@@ -121,8 +117,9 @@ class _Seen(dict[str, Any]):
 
     def give_back(self) -> None:
         """Put what was set meanwhile into the norm's own buffers."""
-        self._own.clear()
         self._own.update(self.items())
+        for name in self._own.keys() - self.keys():
+            del self._own[name]
 
 
 class _BatchNormCalls(TorchDispatchMode):
@@ -139,7 +136,7 @@ class _BatchNormCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _GradientHooks(TorchFunctionMode):
+class _GradientHooks(Looking):
     """Sees hooks that are registered on tensors, but for this package's own."""
 
     def __init__(self) -> None:
@@ -184,11 +181,11 @@ def _mark(value: Any) -> Any:
 
 def _random_states(net: nn.Module) -> list[Any]:
     devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
-    with _disable_current_modes():
+    with without_modes():
         cuda = [torch.cuda.get_rng_state(device) for device in sorted(devices, key=str)]
         return [torch.get_rng_state(), *cuda, random.getstate()]
 
 
 def _equal(before: list[Any], after: list[Any]) -> bool:
-    with _disable_current_modes():
+    with without_modes():
         return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after))

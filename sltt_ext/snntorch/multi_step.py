@@ -127,7 +127,9 @@ class MultiStep(StatefulModule, nn.Module):
                 )
             return output.unflatten(0, (time_steps, batch))
 
-        with Replacements() as replaced:
+        replaced = Replacements()
+        replaced.begins_at([self.fold])  # a pass of the time loop begins at the module itself
+        with replaced, replaced:  # twice, for interrupts
             _Unfolding(time_steps, batch).around(self.net, replaced)
             return tree_map(unfolded, self.net(self.fold(x_seq)))
 

@@ -12,6 +12,7 @@ from typing import Any
 import snntorch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._pytree import tree_map
 
 from sltt_ext.conversion import register_adapter
@@ -20,7 +21,15 @@ from sltt_ext.functional.inputs import broadcasts
 from sltt_ext.functional.leaky_operator import leaky_settings, run_leaky
 from sltt_ext.kernels import check_backend
 from sltt_ext.kernels.leaky import LEAKY, LeakySettings
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot, tensors_in
+from sltt_ext.neuron import (
+    SLTTNeuron,
+    adapter_subclass,
+    constant,
+    framework_neurons,
+    is_taken_apart,
+    snapshot,
+    tensors_in,
+)
 from sltt_ext.snntorch.surrogates import known_surrogate
 
 __all__ = ["FusedLeaky", "SLTTLeaky", "StepwiseNeuron"]
@@ -187,7 +196,7 @@ class FusedLeaky(StepwiseNeuron):
 
     def _fused_settings(self, x: Tensor) -> LeakySettings | None:
         """What to run the fused operator with; None where it does not cover the settings."""
-        settings = _settings(self) if self._covers_input(x) else None
+        settings = _settings(self) if self._covers_input(x) and not is_taken_apart() else None
         self.__dict__["_sltt_fused"] = settings is not None
         return settings
 
@@ -238,7 +247,7 @@ _DYNAMICS = [
 
 @register_adapter(snntorch.Leaky)
 def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
-    cls = type(module)
+    cls = type_before_parametrizations(module)
     if cls is snntorch.Leaky:
         return SLTTLeaky
     own = {name for name in _DYNAMICS if getattr(cls, name) is not getattr(snntorch.Leaky, name)}
@@ -255,7 +264,7 @@ def _stepwise(module: nn.Module) -> type[SLTTNeuron]:
             "has no reset_mem(), so that its state cannot be reset between sequences; define it, as snnTorch's "
             "own neurons do"
         )
-    return adapter_subclass(StepwiseNeuron, type(module))
+    return adapter_subclass(StepwiseNeuron, type_before_parametrizations(module))
 
 
 def _has_graph(value: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import snntorch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import UnsupportedModuleError
@@ -36,10 +37,13 @@ for _name, _reason in _REASONS.items():
 @register_adapter(snntorch.Lapicque)
 def _lapicque(module: nn.Module) -> type[SLTTNeuron]:
     own = ("forward", "_base_state_function")
-    steps_as_ever = all(getattr(type(module), name) is getattr(snntorch.Lapicque, name) for name in own)
+    steps_as_ever = all(
+        getattr(type_before_parametrizations(module), name) is getattr(snntorch.Lapicque, name)
+        for name in own
+    )
     if isinstance(module.beta, nn.Parameter) and steps_as_ever:
         raise UnsupportedModuleError(
             "learn_beta=True learns nothing: R and C are computed of beta when the neuron is made, and its steps read these. "
             "Use Leaky(learn_beta=True), or Lapicque with learn_beta=False"
         )
-    return adapter_subclass(StepwiseNeuron, type(module))
+    return adapter_subclass(StepwiseNeuron, type_before_parametrizations(module))

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import torch
 from spikingjelly.activation_based import neuron
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.functional.inputs import broadcasts
 from sltt_ext.functional.lif_operator import decay_of, lif_settings, reset, run_lif
 from sltt_ext.kernels import check_backend
 from sltt_ext.kernels.lif import LIF, LIFSettings
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass
+from sltt_ext.neuron import SLTTNeuron, adapter_subclass, is_taken_apart
 from sltt_ext.spikingjelly.stepwise import FUNCTIONAL_FORM, States, StepwiseNode, Tensors, stepwise
 from sltt_ext.spikingjelly.surrogates import known_surrogate
 from sltt_ext.surrogate import Surrogate
@@ -179,7 +180,7 @@ class FusedNode(StepwiseNode):
         """The surrogate to run the fused operator with; None where the operator does not cover the settings."""
         if not (self.training or self._surrogate_in_eval):
             return None
-        if not x.is_floating_point() or x.numel() == 0 or not self._covers_parameters():
+        if not x.is_floating_point() or x.numel() == 0 or not self._covers_parameters() or is_taken_apart():
             return None
         return known_surrogate(self.surrogate_function)
 
@@ -305,7 +306,7 @@ _DYNAMICS = [
 
 @register_adapter(*_RULES)
 def _fused_or_stepwise(module: nn.Module) -> type[SLTTNeuron]:
-    cls = type(module)
+    cls = type_before_parametrizations(module)
     known_surrogate(getattr(module, "surrogate_function", None))  # made here, not while a step is compiled
     if cls in _EXPLICIT:
         return _EXPLICIT[cls]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import base, functional, layer, neuron, rnn
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
@@ -78,7 +79,7 @@ class ResonateAndFire(StepwiseNode):
 
 @register_adapter(rnn.SpikingRNNCellBase)
 def _cell(module: nn.Module) -> type[SLTTNeuron]:
-    return adapter_subclass(RecurrentCell, type(module))
+    return adapter_subclass(RecurrentCell, type_before_parametrizations(module))
 
 
 def _installed(*names: str) -> list[type[nn.Module]]:
@@ -87,7 +88,7 @@ def _installed(*names: str) -> list[type[nn.Module]]:
 
 @register_adapter(*_installed("MultiStepContainer", "TLastMultiStepContainer", "StepModeContainer"))
 def _container(module: nn.Module) -> type[SLTTNeuron]:
-    return adapter_subclass(Container, type(module))
+    return adapter_subclass(Container, type_before_parametrizations(module))
 
 
 @register_adapter(
@@ -95,7 +96,7 @@ def _container(module: nn.Module) -> type[SLTTNeuron]:
     *_installed(*(f"TemporalEffectiveBatchNorm{n}d" for n in (1, 2, 3))),
 )
 def _whole_sequence(module: nn.Module) -> type[SLTTNeuron]:
-    return adapter_subclass(WholeSequence, type(module))
+    return adapter_subclass(WholeSequence, type_before_parametrizations(module))
 
 
 @register_adapter(layer.Delay)
@@ -118,4 +119,4 @@ for _name, _adapter in {"FlexSN": FlexSN, "GatedLIFNode": GatedLIF, "RAFNode": R
 
         @register_adapter(getattr(neuron, _name))
         def _special(module: nn.Module, adapter: type[SLTTNeuron] = _adapter) -> type[SLTTNeuron]:
-            return adapter_subclass(adapter, type(module))
+            return adapter_subclass(adapter, type_before_parametrizations(module))

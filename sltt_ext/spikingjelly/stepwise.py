@@ -11,11 +11,19 @@ from typing import Any, cast
 import torch
 from spikingjelly.activation_based import base, layer, neuron
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from sltt_ext.charging import ChargeHeld, check_charges
 from sltt_ext.conversion import register_adapter
 from sltt_ext.errors import InputError, UnsupportedModuleError
-from sltt_ext.neuron import SLTTNeuron, adapter_subclass, constant, framework_neurons, snapshot
+from sltt_ext.neuron import (
+    SLTTNeuron,
+    adapter_subclass,
+    constant,
+    framework_neurons,
+    is_taken_apart,
+    snapshot,
+)
 
 __all__ = ["FUNCTIONAL_FORM", "MaskedStepwiseNode", "States", "StepwiseNode", "Tensors", "stepwise"]
 
@@ -81,6 +89,10 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not len(x_seq):
             raise InputError(f"x_seq must be [T, N, ...] with T >= 1, got shape {list(x_seq.shape)}")
+        if is_taken_apart() and not torch.is_grad_enabled():
+            return super().multi_step_forward(
+                x_seq, *args, **kwargs
+            )  # as it counts, or is exported, unconverted
         if getattr(self, "store_v_seq", False):
             self.v_seq = None  # 2.x: each single step appends its potential
         each_step = zip(x_seq, *args) if FUNCTIONAL_FORM else ((x, *args) for x in x_seq)
@@ -106,6 +118,8 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
     def multi_step_functional_forward(
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
+        if is_taken_apart() and not torch.is_grad_enabled():
+            return super().multi_step_functional_forward(inputs, states, **kwargs)
         steps, told = [], self.told_steps
         try:
             for t, step in enumerate(zip(*inputs)):
@@ -179,7 +193,7 @@ def stepwise(module: nn.Module, adapter: type[SLTTNeuron] = StepwiseNode) -> typ
     Raises:
         UnsupportedModuleError: If the module's state is out of the generic rule's reach.
     """
-    cls = type(module)
+    cls: Any = type_before_parametrizations(module)
     if all(cls.forward is not known.forward for known in _KNOWN_FORWARDS):
         check_charges(cls, _OWN_NAMES)
         return adapter_subclass(ChargingNode, cls)
@@ -192,7 +206,7 @@ def stepwise(module: nn.Module, adapter: type[SLTTNeuron] = StepwiseNode) -> typ
 
 @register_adapter(layer.Dropout)
 def _dropout(module: nn.Module) -> type[SLTTNeuron]:
-    known = type(module) in (layer.Dropout, layer.Dropout2d)
+    known = type_before_parametrizations(module) in (layer.Dropout, layer.Dropout2d)
     return stepwise(module, MaskedStepwiseNode if known else StepwiseNode)
 
 

@@ -102,3 +102,46 @@ def test_what_is_no_input(name):
     )
     with pytest.raises(InputError, match=message):
         online.forward_backward(give(), TARGET)
+
+
+class Named(torch.Tensor):
+    """A user's subclass."""
+
+
+KINDS = {
+    "sparse": torch.Tensor.to_sparse,
+    "compressed": torch.Tensor.to_sparse_csr,
+    "a subclass": lambda x: x.as_subclass(Named),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_of_tensors(kind):
+    def gradients(x):
+        torch.manual_seed(0)
+        net = sltt_ext.convert(nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(), nn.Linear(8, 5)))
+        online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+        for _ in range(2):  # the second time, what is time-invariant is evaluated once
+            net.zero_grad()
+            online.forward_backward(x, TARGET)
+        return oracle.gradients(net)
+
+    assert oracle.relative_error(gradients(KINDS[kind](A[0])), gradients(A[0])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("x", "step_mode"), [(A[0].to_sparse(), "m"), (torch.nested.nested_tensor([*A[0]]), "s")]
+)
+def test_tensors_that_are_not_dense(x, step_mode):
+    net = sltt_ext.convert(nn.Sequential(nn.Linear(6, 5), neuron.LIFNode(step_mode=step_mode)))
+    with pytest.raises(InputError, match=r"x must be a dense tensor: x.to_dense\(\)"):
+        sltt_ext.OnlineTrainer(net, F.cross_entropy, T).forward_backward(x, TARGET)
+
+
+def test_weights_of_a_subclass():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), neuron.LIFNode(), nn.Linear(8, 5))
+    expected = oracle.sltt_gradients(net, [A[0]] * T, TARGET, F.cross_entropy)
+    net[0].weight = nn.Parameter(net[0].weight.detach().as_subclass(Named))
+    sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T).forward_backward(A[0], TARGET)
+    assert oracle.relative_error(oracle.gradients(net), expected) < 1e-6

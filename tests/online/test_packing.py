@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import sltt_ext
 from sltt_ext.analysis import ActivationMeter
+from sltt_ext.forwards import Replacements
 from sltt_ext.online.packing import PackedSpikes, pack_bits, unpack_bits
 
 T = 3
@@ -72,7 +73,8 @@ def test_what_a_layer_keeps_of_the_spikes_it_reads(consumer, floats, packed):
     def kept(enabled):
         spiking.reset()
         packed = PackedSpikes(enabled)
-        with ActivationMeter() as meter, packed.around_pass(SimpleNamespace(net=net)):
+        one = SimpleNamespace(net=net, replaced=Replacements())
+        with one.replaced, ActivationMeter() as meter, packed.around_pass(one):
             with packed.saving():
                 s = spiking(x)
                 before = meter.live_bytes - s.nbytes

@@ -10,6 +10,7 @@ from modules import FUNCTIONAL_FORM
 from spikingjelly.activation_based import functional, layer, monitor, neuron, surrogate
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sltt_ext
 
@@ -243,3 +244,63 @@ def test_surrogates_keep_their_own_forward_when_not_spiking():
     expected = net(x)
     functional.reset_net(net)
     assert torch.equal(sltt_ext.convert(net)(x), expected)
+
+
+@only_2x
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize(
+    "name",
+    ["ACCounter", "FlopCounter", "MACCounter", "MemoryAccessCounter", "NeuronStateCounter", "SynOpCounter"],
+)
+def test_operation_counters(name, step_mode):
+    """They know the framework's own operators, and count those."""
+    from spikingjelly.activation_based import op_counter
+
+    def counted(net):
+        x = sequence()[0] if step_mode == "m" else networks.images()[0]
+        counter = getattr(op_counter, name)()
+        with op_counter.DispatchCounterMode([counter]), torch.no_grad():
+            net(x)
+        return counter.get_total()
+
+    expected = counted(networks.conv_net(step_mode=step_mode))
+    assert counted(converted_net(step_mode=step_mode)) == expected
+
+
+@nodes
+def test_an_export_to_onnx_runs_the_framework_s_own_operators(node, monkeypatch):
+    x, _ = networks.images()
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    assert ran(converted_net(node), x) == ran(networks.conv_net(node), x)
+
+
+def ran(net, x):
+    """The operators that a forward pass dispatches."""
+    with Names() as names:
+        output = net(x)
+    return names.seen, output.tolist()
+
+
+class Names(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) != "aten.detach.default":
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@only_2x
+def test_vmap_over_a_converted_network():
+    x, _ = networks.images()
+
+    def one(net):
+        def run(sample):
+            functional.reset_net(net)
+            return net(sample.unsqueeze(0)).squeeze(0)
+
+        return torch.func.vmap(run)
+
+    torch.testing.assert_close(one(converted_net())(x), one(networks.conv_net())(x))
