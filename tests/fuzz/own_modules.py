@@ -147,8 +147,10 @@ class Kept(nn.Module):
         return x - self.strength * self.last
 
     def rest(self) -> None:
-        """For the oracle: what has a gradient is state, and starts anew; what has none stays, and so does a list."""
-        if self.variant not in ("detached", "average", "list"):
+        """For the oracle: what has a gradient is state, and starts anew; what has none stays."""
+        if self.variant == "list":
+            self.last.clear()
+        elif self.variant not in ("detached", "average"):
             self.last = None
 
     def detach(self) -> None:

@@ -214,7 +214,7 @@ def test_budgets_that_cannot_be(budget):
 def test_a_budget_stays_what_it_was(monkeypatch):
     """Other programs come and go on a device: the same seed has to send the same calls."""
     available = iter([10**9, 1, 1])
-    monkeypatch.setattr(grouping, "_in_bytes", lambda budget, net: next(available))
+    monkeypatch.setattr(grouping, "in_bytes", lambda budget, net: next(available))
     online = sltt_ext.OnlineTrainer(sltt_ext.convert(wide_net()), F.cross_entropy, T, chunk="auto")
     for _ in range(2):
         online.forward_backward(*batch())
