@@ -127,9 +127,10 @@ class KeptTensors(SpeedUp):
 
     def _back_to_rest(self) -> None:
         """What the calls so far have set is nobody's rest."""
-        for key in self._set:
-            if not is_record(self._set[key]):
-                put(key, self._before.get(key, ABSENT))
+        for key, value in self._now().items() if self._watches else ():
+            before = self._before.get(key, ABSENT)
+            if not is_same(value, before) and holds_tensors(value) and not is_record(value):
+                put(key, before)
         for key, rest in self._rest.items():
             put(key, rest)
         self._set = {}

@@ -187,7 +187,7 @@ def picture(net):
     }  # fmt: skip
 
 
-STATE = ("_sltt_", "trace", "reset")  # snnTorch keeps whether neurons were reset
+STATE = ("_sltt_", "trace", "reset", "_folds")  # snnTorch keeps whether neurons were reset
 
 
 def states(net):
