@@ -16,7 +16,8 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize(
-    "page", ["index.md", "spikingjelly.md", "snntorch.md", "bring-your-code.md", "analysis.md"]
+    "page",
+    ["index.md", "over-time.md", "spikingjelly.md", "snntorch.md", "bring-your-code.md", "analysis.md"],
 )
 @pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
 def test_examples_run_as_printed_from_top_to_bottom(page):
@@ -48,6 +49,15 @@ def test_every_case_leads_to_code_that_runs():
     assert len(rows) >= 10
     for row in rows:
         assert re.search(r"\(#([\w-]+)\)", row).group(1) in with_code, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--sltt"]], ids=["BPTT", "SLTT"])
+def test_a_script_of_ones_own_learns(options):
+    """The same script with and without the one line."""
+    command = [sys.executable, ROOT / "examples" / "any_script" / "train.py", "--epochs", "2", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout.split()[-2]) > 80
 
 
 @pytest.mark.slow

@@ -117,9 +117,9 @@ class OnlineTrainer:
         backward: How a loss is back-propagated; default ``loss.backward()``. For mixed precision
             ``lambda loss: scaler.scale(loss).backward()``.
         loss_on: ``"step"`` takes the loss of every step's output and averages the losses; ``"mean"`` takes
-            one loss, of the output averaged over all T steps, in two passes through time: the first, without
-            gradients, for the mean output, the second for SLTT's gradient. With K steps back-propagated, it
-            is their part of that gradient, times T / K where ``scale="mean"``.
+            one loss, of the output averaged over all T steps, and ``"sequence"`` one of all steps ``[T, N, ...]``. The
+            network then runs twice: first without keeping a graph, and again, step by step, in backward. With K steps
+            back-propagated, it is their part of that gradient, times T / K where ``scale="mean"``.
         target_time_dim: The axis of time in a target that differs from step to step; None gives the same
             target to every step.
         on_step: Called with the number t of the time step after each back-propagation, for an update at
