@@ -38,11 +38,13 @@ class Net(nn.Module):
         self.head = nn.Linear(16 * width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class scores ``[N, 10]`` of images ``[N, 1, 8, 8]``."""
         x_seq = x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)
         return self.head(self.features(x_seq).mean(0))
 
 
 def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
+    """Handwritten digits of 8 x 8 pixels, 1500 to train on and 297 to test on."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     data = TensorDataset(images, torch.tensor(digits.target))
@@ -51,12 +53,14 @@ def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
 
 
 def mixup(x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image and its target, blended with another one of the batch."""
     share = torch.distributions.Beta(0.2, 0.2).sample().item()
     soft = F.one_hot(target, 10).float()
     return share * x + (1 - share) * x.flip(0), share * soft + (1 - share) * soft.flip(0)
 
 
 def main() -> None:
+    """Train, and print the accuracy after each epoch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--time-steps", type=int, default=4)
