@@ -119,6 +119,7 @@ class Pass:
         sizes = self.sizes
         for start, stop, selected in runs(self.stop, self.selected, sizes.chunk, sizes.group):
             if self.again and (not selected or self.keeps(start)):
+                self.source.take(start, stop)  # a stream gives its frames in order
                 continue
             whole, rest = divmod(stop - start, sizes.part)
             parts = (*[sizes.part] * whole, *[rest] * bool(rest))

@@ -26,7 +26,6 @@ LOSSES = {  # how often each is drawn
     "rates": 1,
     "saliency of a weight": 1,
 }
-MEAN_TAKES_ANY_LOSS = False  # else a loss that `loss_on="mean"` takes is of the output and the target alone
 
 
 def random_case(framework: str, seed: int) -> Case:
@@ -143,7 +142,6 @@ def _options(draw: random.Random, form: str) -> Options:
 def _of_the_mean(options: Options) -> Options:
     """The options with a loss that may be taken of the mean output."""
     takes = [loss for loss in LOSSES if not loss.startswith("saliency")]
-    takes = takes if MEAN_TAKES_ANY_LOSS else ["cross entropy", "squared"]
     selected = options.loss == "rates" and options.select is not None  # of which steps is left open
     return options if options.loss in takes and not selected else replace(options, loss="cross entropy")
 

@@ -168,6 +168,19 @@ def test_a_crash_in_either_pass_leaves_nothing(failing):
     assert oracle.relative_error(oracle.gradients(net), expected) < 1e-6
 
 
+@pytest.mark.parametrize("selected", [(1,), (0, 3), (4, 5)])
+def test_some_steps_of_a_list_of_frames(selected):
+    """Those that run again are shown their own frames."""
+    frames = list(2 * torch.rand(T, *X.shape))
+    net = networks.conv_net()
+    online = trainer(net, schedule=lambda *_: selected, loss_on="mean")
+    online.forward_backward(frames, TARGET)
+    expected = oracle.sltt_gradients_of_mean(
+        networks.conv_net(), frames, TARGET, F.cross_entropy, selected, len(selected)
+    )
+    assert oracle.relative_error(oracle.gradients(net), expected) < 1e-6
+
+
 def test_random_numbers_are_not_left_rewound_by_a_crash():
     net = random_net()
 
