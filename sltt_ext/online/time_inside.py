@@ -94,7 +94,9 @@ class TimeInside:
         """An output as the network itself returns it, of ``[T, N, ...]`` or the mean ``[N, ...]``."""
         assert self._axes is not None
         axis = self._axes[head]
-        return tensor if axis == _AVERAGED else tensor.movedim(0, axis)
+        if axis != _AVERAGED:
+            return tensor.movedim(0, axis)
+        return tensor if self.averages else tensor.mean(0)
 
     @property
     def averages(self) -> bool:

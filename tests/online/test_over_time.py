@@ -561,6 +561,24 @@ def test_time_inside(make, name, k):
     assert getattr(net, "inner", net).T == 4
 
 
+def test_an_output_that_is_averaged_and_one_that_is_not():
+    class Both(TimeInside):
+        def forward(self, x):
+            s = self.body(x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1))
+            return self.head(s.mean(0)), s
+
+    reference, net = TimeInside(averages=False), sltt_ext.over_time(Both(), time_inside="T")
+    whole, spikes = Both()(X)
+    reference.T = 1
+    steps = original(reference, [X] * 4)[:, 0]
+    F.cross_entropy(steps.mean(0), TARGET).backward()
+    output, output_spikes = net(X)
+    assert torch.allclose(output, whole, atol=1e-6)
+    assert torch.equal(output_spikes, spikes)
+    F.cross_entropy(output, TARGET).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
 @pytest.mark.parametrize("after", [nn.Softmax(-1), nn.Tanh(), nn.LayerNorm(5)])
 def test_something_that_is_not_linear_after_the_average(after):
     with pytest.raises(ConfigurationError, match="not linear of the average over time"):
