@@ -7,6 +7,7 @@ from pathlib import Path
 
 import modules
 import pytest
+from spikingjelly.activation_based import base
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,6 +23,8 @@ def blocks(page, language):
 @pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
 def test_examples_run_as_printed_from_top_to_bottom(page):
     names = {}
+    if page == "bring-your-code.md" and not hasattr(base.MemoryModule, "single_step_functional_forward"):
+        pytest.skip("the old package itself asks for CuPy, and SpikingJelly 0.0.0.0.14 still has it")
     for example in blocks(page, "python"):
         exec(example, names)
 
