@@ -29,7 +29,7 @@ from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import is_average_pooling
 
-__all__ = ["PackedSpikes"]
+__all__ = ["PackedSpikes", "leave_saving_contexts"]
 
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: these bits in the highest byte
 
@@ -73,15 +73,12 @@ class PackedSpikes(SpeedUp):
         return saved_tensors_hooks(self._pack, _unpack)
 
     def _stop_saving(self) -> None:
-        """Leave the contexts that an interrupt has kept from ending: those in which a tensor is still given to be packed."""
-        while self._is_saving():
-            torch._C._autograd._pop_saved_tensors_default_hooks()
+        """Leave the contexts that an interrupt has kept from ending."""
+        leave_saving_contexts(self._is_asked)
 
-    def _is_saving(self) -> bool:
-        self._asked = False
-        with torch.enable_grad():
-            torch.zeros((), requires_grad=True).exp()
-        return self._asked
+    def _is_asked(self) -> bool:
+        asked, self._asked = self._asked, False
+        return asked
 
     def _average(self, pool: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._averaging += 1
@@ -115,6 +112,21 @@ class PackedSpikes(SpeedUp):
         if known is None or not known.is_still(tensor, storage):
             return _AsItIs(tensor)
         return known.pack(tensor)
+
+
+def leave_saving_contexts(is_asked: Callable[[], bool]) -> None:
+    """Leave contexts that an interrupt has kept from ending: those in which a tensor is still given to their hook.
+
+    Args:
+        is_asked: Whether the hook has been called since it was asked last.
+    """
+    is_asked()
+    while True:
+        with torch.enable_grad():
+            torch.zeros((), requires_grad=True).exp()
+        if not is_asked():
+            return
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 class _Saved:

@@ -29,6 +29,7 @@ from sltt_ext.online.conditions import Conditions
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.heads import Heads
 from sltt_ext.online.outputs import Outputs
+from sltt_ext.online.packing import leave_saving_contexts
 from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.stand_ins import StandIns, outer_tensors
@@ -126,10 +127,9 @@ class _Recording:
 
     def run(self) -> None:
         """Run the pass."""
-        in_place = nullcontext() if self._stand_ins is None else self._stand_ins.in_place()
-        with in_place:
-            around = (*self._speed_ups(self._pass), self._moments, self._graphs)
-            through_time(self._pass, None, around, self._graphs)
+        standing_in = [] if self._stand_ins is None else [self._stand_ins]
+        around = (*standing_in, *self._speed_ups(self._pass), self._moments, self._graphs)
+        through_time(self._pass, None, around, self._graphs)
         self._conditions = Conditions(self._pass.net)  # a wrapper hooks on in its first forward
 
     def gradients(
@@ -185,8 +185,8 @@ class _Recording:
             again=True,
             replaced=Replacements(),
         )
-        with stand_ins.in_place(), self._conditions.restored():
-            around = (_Again(self._moments), *self._speed_ups(one))
+        with self._conditions.restored():
+            around = (stand_ins, _Again(self._moments), *self._speed_ups(one))
             through_time(one, objective, around, self._graphs.comparison())
 
 
@@ -210,10 +210,12 @@ class _Graphs(SpeedUp, Outputs):
         self._call: Call | None = None
         self._first_run: list[list[Tensor]] = []
         self._weights: set[int] = set()
+        self._saved = _Saved(self._weights)
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """See what is saved anyway."""
+        one.replaced.if_cut_short(lambda: leave_saving_contexts(self._saved.is_asked))
         self._weights = {_storage(parameter) for parameter in one.net.parameters()}
         yield
 
@@ -222,7 +224,7 @@ class _Graphs(SpeedUp, Outputs):
         """Drop what autograd saves, or keep it."""
         self._call = call
         dropping: AbstractContextManager[Any] = nullcontext()
-        saved = _Saved(self._weights)
+        saved = self._saved = _Saved(self._weights)
         if call.differentiable and not call.keeps_graph:
             dropping = saved_tensors_hooks(saved.drop, _refuse)
         with dropping:
@@ -256,9 +258,16 @@ class _Saved:
     def __init__(self, weights: set[int]) -> None:
         self.bytes = 0
         self._seen = set(weights)
+        self._asked = False
+
+    def is_asked(self) -> bool:
+        """Whether a tensor was dropped since it was asked last."""
+        asked, self._asked = self._asked, False
+        return asked
 
     def drop(self, tensor: Tensor) -> None:
         """Count a tensor, and let it go."""
+        self._asked = True
         storage = _storage(tensor)
         if storage not in self._seen:
             self._seen.add(storage)

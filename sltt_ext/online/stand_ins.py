@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.online.passes import Pass, SpeedUp
 
 __all__ = ["StandIns", "outer_tensors"]
 
@@ -22,7 +22,7 @@ def outer_tensors(net: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
-class StandIns:
+class StandIns(SpeedUp):
     """A leaf of the same memory in the place of each tensor.
 
     The gradient of a pass is gathered by the leaves. Hooks on the tensors' own gradients, and wrappers that wait for
@@ -42,14 +42,12 @@ class StandIns:
         return self._leaves.get(id(tensor), tensor)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def around_pass(self, one: Pass) -> Iterator[None]:
         """Have the network read the leaves."""
-        replaced = Replacements()
-        with replaced, replaced:  # twice, for interrupts
-            for store, name, tensor in _places(self._net):
-                if id(tensor) in self._leaves:
-                    replaced.entry(store, name, self._leaves[id(tensor)])
-            yield
+        for store, name, tensor in _places(self._net):
+            if id(tensor) in self._leaves:
+                one.replaced.entry(store, name, self._leaves[id(tensor)])
+        yield
 
     def forget_gradients(self) -> None:
         """Begin anew."""

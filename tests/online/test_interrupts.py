@@ -153,6 +153,12 @@ class Interrupt:
             self.is_raised = True
             if "TorchScript interpreter" not in str(error):
                 raise
+        except (
+            SystemError
+        ) as error:  # and torch's own code around an autograd function, of one at its very end
+            self.is_raised = isinstance(error.__cause__, KeyboardInterrupt)
+            if not self.is_raised:
+                raise
         finally:
             sys.settrace(None)
         return self
