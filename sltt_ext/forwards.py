@@ -19,7 +19,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
 __all__ = ["Around", "Layer", "Looking", "Replacements", "has_own_forward"]
 
@@ -155,6 +160,22 @@ class Looking(TorchFunctionMode):
         self.is_over = True
         if self in _get_current_function_mode_stack():
             super().__exit__(*details)
+
+
+class LookingAtOperators(TorchDispatchMode):
+    """A mode that only looks at the operators that run.
+
+    Torch takes such a mode off around each operator, and Ctrl-C may keep it from putting it back; or strike while torch
+    leaves the mode. Leaving it does what is left to do, and once more does no harm.
+    """
+
+    def __exit__(self, *details: Any) -> None:
+        if self not in _get_current_dispatch_mode_stack():
+            _push_mode(self)
+        if self.old_dispatch_mode_flags:
+            super().__exit__(*details)
+        else:
+            _pop_mode()
 
 
 class _Surroundings:

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sltt_ext.forwards import LookingAtOperators
 
 __all__ = ["ActivationMeter", "LiveStorages"]
 
@@ -77,7 +78,7 @@ class _Reference(weakref.ref[torch.UntypedStorage]):
     size: int
 
 
-class ActivationMeter(TorchDispatchMode):
+class ActivationMeter(LookingAtOperators):
     """Counts the bytes of live storages that operators create inside the ``with`` block.
 
     Storages from before the block (parameters, the input) do not count.

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.forwards import Layer, Looking
+from sltt_ext.forwards import Layer, Looking, LookingAtOperators
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.gradient_hooks import is_own
@@ -122,7 +121,7 @@ class _Seen(dict[str, Any]):
             del self._own[name]
 
 
-class _BatchNormCalls(TorchDispatchMode):
+class _BatchNormCalls(LookingAtOperators):
     """Sees batch norms that are computed outside of a norm's forward."""
 
     def __init__(self, running: Callable[[], int]) -> None:

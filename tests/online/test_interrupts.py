@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import random
 import sys
 from pathlib import Path
@@ -266,7 +267,8 @@ def some(seen):
 
 
 def every(seen):
-    return seen.lines()
+    """A quarter of all lines, and all of them where they are asked for."""
+    return seen.lines() if os.environ.get("SLTT_EVERY_LINE") else seen.lines()[::4]
 
 
 @pytest.mark.parametrize("case", CASES)
