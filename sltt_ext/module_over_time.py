@@ -46,8 +46,8 @@ def over_time(
     """Have a network run over time when it is called, in place, with SLTT's gradient and the memory of one step.
 
     The network stays the user's own: its class, attributes, hooks, ``state_dict`` and copies. It is converted if it is not.
-    A call runs T steps from rest, and keeps no graph. ``loss.backward()`` runs them again, one after the other, and gives
-    the gradients to autograd: any loss, anything in front of the network or behind it, and any training script do.
+    A call runs T steps from rest, and keeps the graph of the last one alone. ``loss.backward()`` runs the others again, one
+    after the other, and gives the gradients to autograd: any loss, anything in front of the network or behind it, and any training script do.
 
         net = sltt_ext.over_time(net, time_steps=4)
         loss = criterion(net(images), target)
@@ -73,7 +73,8 @@ def over_time(
         schedule: Instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate.
         generator: Source of the random steps; None is torch's default generator.
         memory_budget: Keep the graphs of as many steps as fit, which then do not run again: bytes, text as ``"6GiB"``,
-            or a part of the device's memory, ``"0.8"``. None keeps none.
+            or a part of the device's memory, ``"0.8"``. None keeps that of the last selected step, unless an earlier
+            call still has one.
         pack_spikes: Store spikes that are saved for backward as bits.
         cache_invariant: Evaluate what does not depend on time once; see `OnlineTrainer`.
         backend: See `convert`.

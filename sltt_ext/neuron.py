@@ -107,6 +107,9 @@ class SLTTNeuron(StatefulModule):
         who reads it; a neuron that carries nothing else than what backward reads has nothing to do.
         """
 
+    def keep_charged(self) -> None:
+        """Write over no tensor that is carried, from here on until `carry_charged` ends."""
+
     def tell_steps(self, steps: int | None) -> None:
         """Say that one call of the network begins, and of how many steps; None: that nobody says any more.
 

@@ -79,6 +79,7 @@ def run_lif(
     *,
     backend: str,
     single_step: bool,
+    overwrites: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Spikes and final state of a layer; see `sltt_ext.functional.multi_step_lif`.
 
@@ -89,6 +90,7 @@ def run_lif(
         settings: The layer's.
         backend: What to run on.
         single_step: Whether ``x_seq`` is one step.
+        overwrites: Whether a charged potential may be overwritten by the next one.
 
     Raises:
         InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
@@ -97,7 +99,7 @@ def run_lif(
     overwrite = False
     if isinstance(v, Tensor):
         # what a graph has made that still lives is needed as it is
-        overwrite = settings.charged and not v.requires_grad
+        overwrite = overwrites and settings.charged and not v.requires_grad
         v = initial_state("v", v, x_seq, single_step)
     else:
         step_shape(x_seq, single_step)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
-from sltt_ext.online.gradient_hooks import gradient_hooks
+from sltt_ext.online.gradient_hooks import gradient_hooks, own
 from sltt_ext.time_invariant import Time
 
 __all__ = [
@@ -35,7 +35,7 @@ class InvariantTensor:
         reads: What else it follows from.
         time: How the steps of a call share it.
         counted: The running statistics that every step counts in, of a batch norm in training.
-        cuts: Whether it is cut from its graph; if not, autograd adds up the steps' gradients itself.
+        guard: Called with each gradient that comes to the leaf.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class InvariantTensor:
         reads: Reads | None = None,
         time: Time = Time.NONE,
         counted: BatchStatistics | None = None,
-        cuts: bool = True,
+        guard: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.reads = reads
         self.time = time
         self.counted = counted
         self._evaluate = evaluate
-        self._keeps_graph = keeps_graph and cuts
-        self._cuts = cuts
+        self._keeps_graph = keeps_graph
+        self._guard = guard
         self._graph: Tensor | None = None
         self._gated: Tensor | None = None
         self._leaf: Tensor | None = None
@@ -85,7 +85,9 @@ class InvariantTensor:
         return self._gated
 
     def _cut(self, tensor: Tensor) -> None:
-        self._leaf = tensor.detach().requires_grad_(tensor.requires_grad) if self._cuts else tensor
+        self._leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+        if self._guard is not None and tensor.requires_grad:
+            self._leaf.register_hook(own(self._guard))
         self._version = self._leaf._version
 
     def back_propagate_early(self) -> None:
@@ -94,17 +96,17 @@ class InvariantTensor:
             leaf = self.leaf()
             self._hook = leaf.register_post_accumulate_grad_hook(lambda _: self.back_propagate())
 
-    def back_propagate(self) -> None:
-        """Back-propagate what the leaf has gathered."""
+    def back_propagate(self, retains: bool = False) -> None:
+        """Back-propagate what the leaf has gathered, and ``retains`` the graph or frees it."""
         graph = self._evaluate() if self._graph is None else self._graph
-        self._graph = None
+        self._graph = graph if retains else None
         gradient = self.gathered()
         assert gradient is not None
-        torch.autograd.backward(graph, gradient.to(graph.dtype))
+        torch.autograd.backward(graph, gradient.to(graph.dtype), retain_graph=retains)
 
     def _gather(self) -> None:
         """Take the gradients from the leaf, where autograd has added them up; sums of half precision in float32."""
-        if not self._cuts or self._leaf is None or self._leaf.grad is None:
+        if self._leaf is None or self._leaf.grad is None:
             return
         if self._gradient is None:
             self._gradient = self._leaf.grad.to(state_dtype(self._leaf.dtype))
@@ -120,9 +122,7 @@ class InvariantTensor:
 
     def is_waiting(self) -> bool:
         """Whether there are gradients that have not been back-propagated."""
-        return self._cuts and (
-            self._gradient is not None or (self._leaf is not None and self._leaf.grad is not None)
-        )
+        return self._gradient is not None or (self._leaf is not None and self._leaf.grad is not None)
 
     def end_of_call(self, last: bool) -> None:
         """Keep no more than later steps need; in half precision, no more than one call's gradients add up in the leaf."""

@@ -157,9 +157,9 @@ class Trial:
             self._modules.refuse(self.module)
         self._in_call = []
 
-    def has_passed(self) -> bool:
-        """Whether the module may be evaluated once from now on."""
-        return self._compared and self.module not in self._modules.refused
+    def has_passed(self, compared: bool) -> bool:
+        """Whether the module may be evaluated once from now on; it may have been ``compared`` in another pass."""
+        return (self._compared or compared) and self.module not in self._modules.refused
 
 
 class _Output:

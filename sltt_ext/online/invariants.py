@@ -18,7 +18,8 @@ The gradient is the sum over the steps, as before, added up at the invariant out
 parametrisation's backward runs as soon as the last step's has reached its weight, so that what it saved is free before
 the next layer's turn; that of a stem after the step, in reverse order of evaluation.
 
-Where the graphs of all steps are kept for one backward pass, nothing is cut: the steps share one graph.
+Where graphs of steps are kept for a backward pass of later, so is what they have read, and its leaf: steps that run
+again in that backward pass read the same, and `EvaluatedOnce.finish` ends it.
 
 Wrappers that synchronise gradients free the weights behind each layer, and send its gradient before the next one's. There
 no graph is kept: the last step evaluates the module once more, behind a gate that adds what the leaf has gathered::
@@ -88,6 +89,10 @@ class EvaluatedOnce(SpeedUp):
         keeps_graphs: False evaluates each module twice, the second time in the last back-propagated step: where its
             backward has to come between those of the modules around it, since a wrapper frees and sends weights then.
         saving: Context for what an evaluation saves: a network's own hooks (checkpointing, say) are for its steps.
+
+    Attributes:
+        retains: Whether another backward pass is to come.
+        guard: Called with each gradient that comes to what was evaluated once, where graphs are kept.
     """
 
     def __init__(self, modules: InvariantModules, enabled: bool, keeps_graphs: bool, saving: Saving) -> None:
@@ -101,22 +106,28 @@ class EvaluatedOnce(SpeedUp):
         self._static: StaticInput | None = None
         self._call: Call | None = None
         self._differentiable = self._gates = self._evaluating = False
-        self._learns = self._cuts = True
+        self._learns = True
+        self.retains = False
+        self.guard: Callable[[Tensor], None] | None = None
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand in for the forward of every module that may be time-invariant."""
         static = one.source.static
-        if static is not None and not (static.is_inference() or gradient_hooks(static)):  # see Reads.usable
+        usable = static is not None and not (
+            static.is_inference() or gradient_hooks(static)
+        )  # see Reads.usable
+        if static is not None and usable and self._static is None:
             self._static = StaticInput(static, one.multi_step)
-        self._learns, self._cuts = one.learns, one.keeps_from is None or one.again
-        self._differentiable = one.learns or not self._cuts
-        one.replaced.at_end(self._close)
+        waits = one.keeps_from is not None and not one.again
+        self._learns, self._differentiable = one.learns, one.learns or waits
+        (one.replaced.if_cut_short if waits or self.retains else one.replaced.at_end)(self._close)
         for module in eager_modules(one.net) if self._enabled else ():
             if self._may_be_invariant(module) and not has_own_forward(module):
                 one.replaced.forward(module, Layer.ONCE, self._forward)
         yield
-        self._finish()
+        if not waits:
+            self._finish()
         self._judge_pass()
 
     @contextmanager
@@ -214,7 +225,7 @@ class EvaluatedOnce(SpeedUp):
         if tensor is None:
             evaluate, counted = self._evaluation(module, forward, asked, asked.differentiable)
             tensor = InvariantTensor(
-                evaluate, self._keeps_graphs, asked.reads, asked.time, counted, cuts=self._cuts
+                evaluate, self._keeps_graphs, asked.reads, asked.time, counted, self.guard
             )
         self._tensors[asked.key] = tensor  # in order of evaluation
         return self._read(tensor, early=isinstance(module, ParametrizationList) and not self._evaluating)
@@ -280,16 +291,25 @@ class EvaluatedOnce(SpeedUp):
         if isinstance(tensor, Tensor):
             self._handed_out[id(tensor)] = HandedOut(tensor, value)
 
+    def finish(self) -> None:
+        """Back-propagate what the graphs that were kept have left, where no step runs again."""
+        try:
+            self._finish()
+        finally:
+            if not self.retains:
+                self._close()
+
     def _judge_pass(self) -> None:
         for trial in self._trials.values():
-            if trial.has_passed():
+            # a pass that runs again may have one step, which the first run has compared with the others
+            if trial.has_passed(self._learns and self._modules.are_proven(trial.module, False)):
                 self._modules.prove(trial.module, self._learns)
 
     def _finish(self) -> None:
         """Back-propagate what leaves still hold, in reverse order of evaluation."""
         self._gates = False
         while waiting := [tensor for tensor in self._tensors.values() if tensor.is_waiting()]:
-            waiting[-1].back_propagate()
+            waiting[-1].back_propagate(self.retains)
 
     def _close(self) -> None:
         """Free everything."""

@@ -6,8 +6,9 @@ is given: its parameters, and those inputs that want a gradient::
     inputs, parameters -> [ T steps ] -> outputs -> any loss
 
 Backward gets the gradient of the outputs and runs the selected steps again, one after the other, each with its graph,
-from the state that it had. Stand-ins for inputs and parameters gather the gradients, and autograd takes the sum on. Where
-there is room for the graphs of the last steps, these are kept instead.
+from the state that it had. Stand-ins for inputs and parameters gather the gradients, and autograd takes the sum on. The
+graph of the last selected step is kept instead, as one step's memory is needed anyway, and those of more of the last steps
+where there is room.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +27,23 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from sltt_ext.errors import InputError, LossError, SLTTWarning
 from sltt_ext.forwards import Replacements
+from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.conditions import Conditions
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.heads import Heads
+from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.packing import leave_saving_contexts
 from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.stand_ins import StandIns, outer_tensors
+from sltt_ext.online.states import keep_charged
 
 __all__ = ["Found", "recorded"]
 
-SpeedUps = Callable[[Pass], Sequence[SpeedUp]]
+SpeedUps = Callable[[Pass, EvaluatedOnce | None], tuple[Sequence[SpeedUp], EvaluatedOnce]]
+"""Those of a pass, and the one among them that evaluates once, which may be that of the first run."""
+
 Source = Callable[[Sequence[Tensor]], Frames]
 """``tensors -> `` the network's input over time, with these in the place of the tensors in its arguments."""
 
@@ -51,7 +58,13 @@ class Found:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.again = 0
         self.compares = True
+        self.holding: WeakSet[_Graphs] = WeakSet()
+
+    def is_held(self) -> bool:
+        """Whether a recording still keeps a graph for its backward pass."""
+        return any(graphs.kept for graphs in self.holding)
 
 
 def recorded(
@@ -78,10 +91,11 @@ def recorded(
         The outputs, as autograd's function of ``wanting``.
     """
     versions = [_version(tensor) for tensor in inputs]
-    stand_ins = StandIns(one.net, wanting) if one.keeps_from is not None else None
+    opening = _Opening()
+    stand_ins = None if one.keeps_from is None else StandIns(one.net, wanting, opening)
     if stand_ins is not None:
         one = replace(one, source=source([stand_ins.of(tensor) for tensor in inputs]))
-    recording = _Recording(one, heads, stand_ins, source, speed_ups, found)
+    recording = _Recording(one, heads, stand_ins, source, speed_ups, found, opening)
     recording.run()
     outputs = heads.values()
     if not wanting:
@@ -106,6 +120,7 @@ class _Recording:
         source: Its input over time.
         speed_ups: Those of a pass.
         found: What was found out.
+        opening: Lets gradients come to what the kept graphs start from.
     """
 
     def __init__(
@@ -116,20 +131,25 @@ class _Recording:
         source: Source,
         speed_ups: SpeedUps,
         found: Found,
+        opening: _Opening,
     ) -> None:
         self._pass = one
         self._heads = heads
         self._stand_ins = stand_ins
         self._source = source
         self._speed_ups = speed_ups
+        self._opening = opening
         self._moments = _Moments()
         self._graphs = _Graphs(heads.outputs, found)
+        self._once: EvaluatedOnce | None = None  # which holds what the kept graphs have read
 
     def run(self) -> None:
         """Run the pass."""
         standing_in = [] if self._stand_ins is None else [self._stand_ins]
-        around = (*standing_in, *self._speed_ups(self._pass), self._moments, self._graphs)
-        through_time(self._pass, None, around, self._graphs)
+        speed_ups, once = self._speed_ups(self._pass, None)
+        if self._stand_ins is not None:
+            self._once, once.guard = once, self._opening
+        through_time(self._pass, None, (*standing_in, *speed_ups, self._moments, self._graphs), self._graphs)
         self._conditions = Conditions(self._pass.net)  # a wrapper hooks on in its first forward
 
     def gradients(
@@ -152,6 +172,8 @@ class _Recording:
         """
         stand_ins = self._stand_ins or StandIns(self._pass.net, wanting)
         stand_ins.forget_gradients()
+        if self._once is not None:
+            self._once.retains = not once
 
         def product(output_seq: Any, call: Call) -> Tensor:
             """A loss whose gradient, by the outputs of a call, is what was given."""
@@ -162,7 +184,7 @@ class _Recording:
             ]
             return sum(parts[1:], parts[0]) if parts else torch.zeros(())
 
-        with torch.enable_grad():
+        with torch.enable_grad(), self._opening:
             if self._graphs.kept:
                 kept = [product(output_seq, call) for call, output_seq in self._graphs.kept]
                 torch.autograd.backward([one for one in kept if one.requires_grad], retain_graph=not once)
@@ -170,6 +192,8 @@ class _Recording:
                     self._graphs.kept.clear()
             if any(not self._pass.keeps(t) for t in self._pass.selected):
                 self._run_again(stand_ins, inputs, Objective(product, _back_propagate, lambda call: None))
+            elif self._once is not None:
+                self._once.finish()
         found = stand_ins.gradients(wanting)
         stand_ins.forget_gradients()  # which are autograd's from here on
         return found
@@ -186,7 +210,8 @@ class _Recording:
             replaced=Replacements(),
         )
         with self._conditions.restored():
-            around = (stand_ins, _Again(self._moments), *self._speed_ups(one))
+            speed_ups, _ = self._speed_ups(one, self._once)
+            around = (stand_ins, _Again(self._moments), *speed_ups)
             through_time(one, objective, around, self._graphs.comparison())
 
 
@@ -207,6 +232,7 @@ class _Graphs(SpeedUp, Outputs):
         self.kept: list[tuple[Call, Any]] = []
         self._outputs = outputs
         self._found = found
+        self._neurons: Sequence[StatefulModule] = ()
         self._call: Call | None = None
         self._first_run: list[list[Tensor]] = []
         self._weights: set[int] = set()
@@ -216,6 +242,7 @@ class _Graphs(SpeedUp, Outputs):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """See what is saved anyway."""
         one.replaced.if_cut_short(lambda: leave_saving_contexts(self._saved.is_asked))
+        self._neurons = one.neurons
         self._weights = {_storage(parameter) for parameter in one.net.parameters()}
         yield
 
@@ -223,6 +250,8 @@ class _Graphs(SpeedUp, Outputs):
     def around_call(self, call: Call) -> Iterator[None]:
         """Drop what autograd saves, or keep it."""
         self._call = call
+        if call.keeps_graph:
+            keep_charged(self._neurons)
         dropping: AbstractContextManager[Any] = nullcontext()
         saved = self._saved = _Saved(self._weights)
         if call.differentiable and not call.keeps_graph:
@@ -237,6 +266,7 @@ class _Graphs(SpeedUp, Outputs):
         assert call is not None
         if call.keeps_graph:
             self.kept.append((call, output_seq))
+            self._found.holding.add(self)
         elif call.differentiable and self._found.compares:
             self._first_run.append([head_seq.detach() for head_seq in output_seq])
         self._outputs.add(output_seq)
@@ -244,6 +274,7 @@ class _Graphs(SpeedUp, Outputs):
     def comparison(self) -> Outputs:
         """Where the outputs of the second run go."""
         first_run, self._first_run = self._first_run, []
+        self._found.again += 1
         self._found.compares = False
         return _Compared(first_run)
 
@@ -274,7 +305,29 @@ class _Saved:
             self.bytes += tensor.untyped_storage().nbytes() if storage else tensor.numel() * tensor.itemsize
 
 
-def _refuse(dropped: None) -> Tensor:
+class _Opening:
+    """A hook that asks whether gradients may come to what the kept graphs start from: only through the outputs of the network."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+
+    def __enter__(self) -> None:
+        self._is_open = True
+
+    def __exit__(self, *details: Any) -> None:
+        self._is_open = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        """See a gradient come.
+
+        Raises:
+            LossError: If it comes past the outputs.
+        """
+        if not self._is_open:
+            _refuse()
+
+
+def _refuse(dropped: None = None) -> Tensor:
     raise LossError(
         "the loss follows from a tensor that the network left on the side while it ran over time (a forward hook or an "
         "attribute has gathered it), whose graph is not kept: return it as a part of the output, in a dict or tuple, or use "
@@ -333,6 +386,10 @@ class _Moments(SpeedUp):
             self._next = call.stop
         yield
 
+    def written(self) -> set[int]:
+        """The tensors that going back writes to."""
+        return {tensor for before in self._before.values() for tensor in before.tensors}
+
     def return_to(self, call: Call) -> None:
         """Have the network hold what it held before a call, if it does not after the one before."""
         if call.start in self._before:
@@ -348,7 +405,7 @@ class _Again(SpeedUp):
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Put everything back at the end."""
-        one.replaced.at_end(Snapshot(one.net).restore)
+        one.replaced.at_end(Snapshot(one.net, written=self._moments.written()).restore)
         yield
 
     @contextmanager

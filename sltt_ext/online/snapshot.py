@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -33,9 +33,15 @@ class Snapshot:
 
     Args:
         net: The network.
+        written: Where others are about to take the place of the states that neurons carry: which tensors are written to
+            meanwhile (by ``id``). The states are not copied then, but for these.
+
+    Attributes:
+        tensors: Those (by ``id``) that `restore` writes to.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, written: Collection[int] | None = None) -> None:
+        self.tensors: set[int] = set()
         self._undo: list[Callable[[], Any]] = []
         for module in net.modules():
             buffers: Any = module._buffers
@@ -44,7 +50,7 @@ class Snapshot:
             self._keep(own, {name: value for name, value in own.items() if name not in _NOT_TAKEN})
             if isinstance(module, StatefulModule):
                 for store in module.stores():
-                    self._keep(store, store)
+                    self._keep(store, store, written=written)
         self._undo.append(random_numbers(net))
 
     @torch.no_grad()
@@ -53,15 +59,23 @@ class Snapshot:
         for undo in self._undo:
             undo()
 
-    def _keep(self, store: dict[Any, Any], now: dict[Any, Any], depth: int = _DEPTH) -> None:
+    def _keep(
+        self,
+        store: dict[Any, Any],
+        now: dict[Any, Any],
+        depth: int = _DEPTH,
+        written: Collection[int] | None = None,
+    ) -> None:
         """Take what is ``now`` in a dict."""
         self._undo.append(partial(_put_back, store, dict(now)))
         for value in now.values():
-            self._keep_content(value, depth)
+            if written is None or not isinstance(value, Tensor) or id(value) in written:
+                self._keep_content(value, depth)
 
     def _keep_content(self, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter) and _can_change(value):
+                self.tensors.add(id(value))
                 self._undo.append(partial(_write, value, value.detach().clone()))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))

@@ -79,7 +79,7 @@ def speed_ups_of(
     caches: bool,
     keeps_graphs: bool,
     packs: bool,
-    charges: bool = True,
+    once: EvaluatedOnce | None = None,
 ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
     """The speed-ups of one pass, and the one among them that evaluates once.
 
@@ -95,11 +95,10 @@ def speed_ups_of(
         caches: Whether they are evaluated once.
         keeps_graphs: See `EvaluatedOnce`.
         packs: Whether spikes are saved as bits.
-        charges: Whether neurons carry what their backward reads, which the next step writes over: not where the graph of a call
-            is kept longer than the call.
+        once: What the first run of the pass has evaluated once, if steps of it run again.
     """
     packed = PackedSpikes(packs)
-    once = EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
+    once = once or EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
     shared = max(sizes.chunk, sizes.group) > sizes.part
     watching = [Watch(grouping.keep_apart)] if measuring else []
     return (
@@ -108,7 +107,7 @@ def speed_ups_of(
         Synchronisation(step),
         AutocastCache(),
         *([Measuring(grouping)] if measuring else []),
-        *([ChargedState()] if charges else []),
+        ChargedState(),
         once,
         NormsInParts(once.evaluates),
         *watching,

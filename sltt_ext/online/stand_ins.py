@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
+from sltt_ext.online.gradient_hooks import own
 from sltt_ext.online.passes import Pass, SpeedUp
 
 __all__ = ["StandIns", "outer_tensors"]
@@ -31,11 +32,17 @@ class StandIns(SpeedUp):
     Args:
         net: The network that reads the tensors.
         tensors: The tensors.
+        guard: Called with each gradient that comes to a leaf.
     """
 
-    def __init__(self, net: nn.Module, tensors: Iterable[Tensor]) -> None:
+    def __init__(
+        self, net: nn.Module, tensors: Iterable[Tensor], guard: Callable[[Tensor], None] | None = None
+    ) -> None:
         self._net = net
         self._leaves = {id(tensor): _leaf(tensor) for tensor in tensors}
+        if guard is not None:
+            for leaf in self._leaves.values():
+                leaf.register_hook(own(guard))
 
     def of(self, tensor: Any) -> Any:
         """What stands in for a tensor; anything else is returned as it is."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
-__all__ = ["all_or_nothing", "begin", "carry_charged", "detach", "one_call", "reset"]
+__all__ = ["all_or_nothing", "begin", "carry_charged", "detach", "keep_charged", "one_call", "reset"]
 
 
 def reset(neurons: Sequence[StatefulModule]) -> None:
@@ -80,3 +80,10 @@ def carry_charged(modules: Sequence[StatefulModule], replaced: Replacements) -> 
         if isinstance(module, SLTTNeuron):
             replaced.at_end(partial(module.carry_charged, False))
             module.carry_charged(True)
+
+
+def keep_charged(modules: Sequence[StatefulModule]) -> None:
+    """From here on, and up to the end of the pass, no step writes over what another has left: a graph may have saved it."""
+    for module in modules:
+        if isinstance(module, SLTTNeuron):
+            module.keep_charged()

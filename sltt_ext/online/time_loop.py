@@ -22,6 +22,7 @@ from sltt_ext.online.guards import Alone
 from sltt_ext.online.heads import Heads, Returns, tensors_over_time
 from sltt_ext.online.inputs import Arguments, TimeDims
 from sltt_ext.online.invariant_trials import InvariantModules
+from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
@@ -152,13 +153,18 @@ class TimeLoop:
     def _keeps_from(
         self, net: nn.Module, steps: tuple[int, ...], time_steps: int, part: int, found: Found
     ) -> int | None:
-        """The step from which on graphs are kept: as many of the last ones as there is room for."""
-        if self.settings.memory_budget is None or not steps or not found.bytes:
+        """The step from which on graphs are kept: the last one, or as many of the last ones as there is room for.
+
+        The graph of the last one is what a step needs anyway. Where an earlier sequence still has one, none is kept.
+        """
+        if not steps:
             return None
+        calls = [start for start, _, selected in runs(time_steps, steps, part, part) if selected]
+        if self.settings.memory_budget is None:
+            return None if found.is_held() or not found.again else calls[-1]
         if self._room is None:
             self._room = in_bytes(self.settings.memory_budget, net)
-        calls = [start for start, _, selected in runs(time_steps, steps, part, part) if selected]
-        kept = min(self._room // found.bytes, len(calls))
+        kept = min(self._room // found.bytes, len(calls)) if found.bytes else 0
         return calls[-kept] if kept else None
 
     def _wanting(self, net: nn.Module, arguments: Arguments) -> list[Tensor]:
@@ -176,15 +182,17 @@ class TimeLoop:
             options.count("k", self.settings.k, at_most=time_steps)
         return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
 
-    def _speed_ups(self, net: nn.Module, one: Pass) -> Sequence[SpeedUp]:
+    def _speed_ups(
+        self, net: nn.Module, one: Pass, once: EvaluatedOnce | None
+    ) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
         settings = self.settings
         inside = [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
-        speed_ups, _ = speed_ups_of(
+        speed_ups, once = speed_ups_of(
             one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
             modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
-            keeps_graphs=True, packs=settings.pack_spikes, charges=one.again or one.keeps_from is None,
+            keeps_graphs=True, packs=settings.pack_spikes, once=once,
         )  # fmt: skip
-        return Alone(), *inside, *speed_ups
+        return (Alone(), *inside, *speed_ups), once
 
     def _say_what_norms_see(self, net: nn.Module, part: int) -> None:
         """Warn, once, of norms whose statistics are of fewer steps than the network had in one call."""

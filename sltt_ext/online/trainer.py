@@ -311,12 +311,14 @@ class OnlineTrainer:
             loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
             return loss, mean.value()
 
-    def _speed_ups(self, one: Pass, step: Step, measuring: bool) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
+    def _speed_ups(
+        self, one: Pass, step: Step, measuring: bool, once: EvaluatedOnce | None = None
+    ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         return speed_ups_of(
             one.sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
-            modules=self._modules, caches=caches, keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes,
+            modules=self._modules, caches=caches, keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes, once=once,
         )  # fmt: skip
 
     def _whole(
@@ -355,9 +357,10 @@ class OnlineTrainer:
             own = [torch.zeros((), requires_grad=True)] if is_sharded(net) else outer_tensors(net)
             wanting = [tensor for tensor in (*inputs, *own) if tensor.requires_grad]
 
-            def speed_ups(one: Pass) -> Sequence[SpeedUp]:
+            def speed_ups(one: Pass, once: EvaluatedOnce | None) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
                 around = step if is_sharded(net) else no_synchronisation
-                return Alone(), *self._speed_ups(one, around, measuring)[0]
+                of_pass, once = self._speed_ups(one, around, measuring, once)
+                return (Alone(), *of_pass), once
 
             with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
                 return recorded(one, heads, inputs, source, speed_ups, wanting, self._found)

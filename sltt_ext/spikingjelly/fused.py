@@ -45,6 +45,7 @@ class FusedNode(StepwiseNode):
 
     _surrogate_in_eval: ClassVar[bool] = True
     _carries_charged: bool = False
+    _overwrites: bool = True
 
     def __getattr__(self, name: str) -> Any:
         if name == "v":
@@ -68,11 +69,15 @@ class FusedNode(StepwiseNode):
         return super()._apply(*args, **kwargs)
 
     def carry_charged(self, on: bool) -> None:
+        self.__dict__.pop("_overwrites", None)
         if on:
             self._carries_charged = True
             return
         self.__dict__.pop("_carries_charged", None)
         self._settle()
+
+    def keep_charged(self) -> None:
+        self._overwrites = False
 
     def _charged(self) -> _Charged | None:
         """What stands in for ``v``, if something does."""
@@ -160,7 +165,9 @@ class FusedNode(StepwiseNode):
         self, x: Tensor, v: Tensor | float | None, settings: LIFSettings, single_step: bool
     ) -> tuple[Tensor, Tensor]:
         """Spikes and final potential for ``x`` ``[N, ...]`` (single-step) or ``[T, N, ...]``."""
-        return run_lif(x, v, self._decay(x), settings, backend=self.sltt_backend, single_step=single_step)
+        return run_lif(
+            x, v, self._decay(x), settings, backend=self.sltt_backend, single_step=single_step, overwrites=self._overwrites
+        )  # fmt: skip
 
     def _settings(self, surrogate: Surrogate, charged: bool = False) -> LIFSettings:
         """The settings of a neuron without a leak."""

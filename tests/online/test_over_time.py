@@ -115,7 +115,7 @@ def test_any_loss_of_all_steps(loss, make, k):
         buffer.clone() for name, buffer in reference.named_buffers() if "running" in name or "num_" in name
     ]
     sltt_ext.over_time(net, T, k=k, returns="sequence", generator=torch.Generator().manual_seed(3))
-    for _ in range(2):  # what is found out in the first iteration is used in the second
+    for _ in range(3):  # what is found out in the first iterations is used in later ones
         net.zero_grad()
         net.load_state_dict(copy.deepcopy(MAKES[make]().state_dict()), strict=False)
         net._sltt_time_loop.settings.generator.manual_seed(3)
@@ -284,9 +284,63 @@ def test_several_calls_before_one_backward():
     ]
     (F.mse_loss(outputs[0], outputs[1]) + outputs[2].square().sum()).backward()
     torch.manual_seed(6)
-    outputs = [net(view) for view in views]
-    (F.mse_loss(outputs[0], outputs[1]) + outputs[2].square().sum()).backward()
-    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+    for _ in range(3):
+        net._sltt_time_loop.settings.generator.manual_seed(0)
+        net.zero_grad()
+        torch.manual_seed(6)
+        outputs = [net(view) for view in views]
+        (F.mse_loss(outputs[0], outputs[1]) + outputs[2].square().sum()).backward()
+        assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
+@pytest.mark.parametrize("k", [None, 1, 2])
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_the_graph_of_the_last_step_is_kept(step_mode, k):
+    """What was evaluated once for all steps is back-propagated once, by steps that were kept and steps that run again."""
+
+    def make(mode="s"):
+        net = networks.conv_net(step_mode=mode)
+        net = nn.Sequential(
+            nn.Conv2d(1, 1, 3, padding=1) if mode == "s" else layer.Conv2d(1, 1, 3, padding=1, step_mode="m"),
+            *net,
+        )
+        for module in net:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.utils.parametrizations.weight_norm(module)
+        return net
+
+    net = sltt_ext.over_time(make(step_mode), T, k=k, generator=torch.Generator())
+    for iteration in range(4):
+        net._sltt_time_loop.settings.generator.manual_seed(iteration)
+        generator = torch.Generator().manual_seed(iteration)
+        selected = None if k is None else torch.randperm(T, generator=generator)[:k].tolist()
+        reference = make()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(1.01)  # as an optimizer does
+        reference.load_state_dict(net.state_dict())
+        net.zero_grad()
+        F.cross_entropy(original(reference, [X] * T, selected).mean(0), TARGET).backward()
+        F.cross_entropy(net(X), TARGET).backward()
+        assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+    net.zero_grad()
+    net._sltt_time_loop.settings.generator.manual_seed(iteration)
+    loss = F.cross_entropy(net(X), TARGET)
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    thrice = [3 * gradient for gradient in gradients(reference)]
+    assert oracle.relative_error(gradients(net), thrice) < 1e-6
+
+
+def test_no_step_runs_twice_with_one_selected():
+    net = sltt_ext.over_time(networks.conv_net(), T, k=1)
+    calls = []
+    net[0].register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        calls.clear()
+        net(X + torch.rand(())).sum().backward()  # another input for each
+    assert len(calls) <= T
 
 
 def test_variational():
@@ -349,7 +403,7 @@ def test_gradients_go_through_autograd():
     assert calls == [1]
     (asked,) = torch.autograd.grad(F.cross_entropy(net(X), TARGET), [weight])
     assert calls == [1]
-    assert torch.equal(asked, weight.grad)
+    assert torch.allclose(asked, weight.grad, atol=1e-6)  # steps are added up in another order
     plain = sltt_ext.over_time(networks.conv_net(), T)
     F.cross_entropy(plain(X), TARGET).backward()
     assert torch.equal(doubled, 2 * plain[0].weight.grad)
@@ -428,6 +482,19 @@ def test_what_hooks_gather_has_no_gradient_and_says_so():
         (F.cross_entropy(output, TARGET) + sum(rates)).backward()
 
 
+def test_what_a_hook_has_of_the_last_step_has_no_gradient_either():
+    """Its graph is kept, and starts from leaves of its own."""
+    net, rates = sltt_ext.over_time(networks.conv_net(), T), {}
+    net[1].register_forward_hook(lambda module, args, output: rates.update(last=output.mean()))
+    for _ in range(3):
+        F.cross_entropy(net(X), TARGET).backward()
+    net(X)
+    with pytest.raises(LossError, match="return it as a part of the output"):
+        rates["last"].backward()
+    with pytest.raises(RuntimeError, match="second time"):  # torch's: the graph is freed by then
+        (net(X).sum() + rates["last"]).backward()
+
+
 def test_an_attribute_computed_before_the_call_gets_its_gradient():
     class Scaled(nn.Module):
         def __init__(self):
@@ -486,13 +553,17 @@ def test_moving_average_of_weights():
 
 
 def test_memory_does_not_grow_with_time():
+    """At T = 1 no step has a state to start from."""
     peaks = []
-    for time_steps in (1, 32):
+    for time_steps in (1, 2, 32):
         net = sltt_ext.over_time(networks.conv_net(), time_steps)
         x = torch.rand(64, 1, 8, 8)
-        net(x).sum().backward()
+        for _ in range(2):
+            net(x).sum().backward()
         peaks.append(peak_activation_bytes(lambda net=net, x=x: net(x).sum().backward(), net))
-    assert peaks[1] <= 1.05 * peaks[0]
+    states = 2 * 64 * 6 * 64 * 4  # bytes
+    assert peaks[2] <= 1.01 * peaks[1]
+    assert peaks[1] <= peaks[0] + 2 * states
 
 
 class TimeInside(nn.Module):
