@@ -24,6 +24,7 @@ __all__ = [
     "is_distributed",
     "is_sharded",
     "no_synchronisation",
+    "replica",
     "synchronised_once",
     "unwrapped",
 ]
@@ -105,12 +106,18 @@ def unwrapped(net: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
     return inner, call
 
 
+def replica(net: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel around ``net``, or around a network that it is in, whose forward runs right now."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    return ddp if ddp is not None and any(module is net for module in ddp.modules()) else None
+
+
 def common_generator(net: nn.Module, generator: torch.Generator | None) -> torch.Generator:
     """A generator that draws the same numbers in all processes: those the first process's would have drawn.
 
     One broadcast when it is made; none when it draws.
     """
-    ddp = next(iter(_replicated(net)), None)
+    ddp = replica(net) or next(iter(_replicated(net)), None)
     group: Any = distributed.group.WORLD if ddp is None else ddp.process_group
     common = torch.Generator("cpu" if generator is None else generator.device)
     if generator is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt_ext.errors import InputError, SLTTWarning, listed
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
-from sltt_ext.online.distributed import no_synchronisation
+from sltt_ext.online.distributed import common_generator, is_distributed, no_synchronisation, replica
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.grouping import Grouping, in_bytes
 from sltt_ext.online.guards import Alone
@@ -69,6 +69,7 @@ class TimeLoop:
         self._kept = KeptTensors()
         self._found: dict[Any, Found] = {}
         self._room: int | None = None
+        self._common: torch.Generator | None = None
         self._tried = PartsTried(lambda reason: None)
         self._first = FirstCalls()
         self._unknown: dict[str, str] = {}
@@ -117,7 +118,7 @@ class TimeLoop:
             double = source([_double(tensor) for tensor in arguments.tensors])
             inside.compare(net, time_steps, lambda net, start, stop: call_of(net)(double.take(start, stop)))
         wanting = self._wanting(net, arguments)
-        steps = self._steps(time_steps) if wanting else ()
+        steps = self._steps(net, time_steps) if wanting else ()
         returns = self._returns()
         heads = Heads(
             returns,
@@ -168,13 +169,15 @@ class TimeLoop:
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
         return list({id(tensor): tensor for tensor in (*inputs, *outer_tensors(net))}.values())
 
-    def _steps(self, time_steps: int) -> tuple[int, ...]:
-        """The steps to back-propagate."""
+    def _steps(self, net: nn.Module, time_steps: int) -> tuple[int, ...]:
+        """The steps to back-propagate, the same in all processes that train the network together."""
         if self.settings.schedule is None:
             return tuple(range(time_steps))
         if self.settings.k is not None:
             options.count("k", self.settings.k, at_most=time_steps)
-        return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
+        if self._common is None and (is_distributed(net) or replica(net) is not None):
+            self._common = common_generator(net, self.settings.generator)
+        return selected_steps(self.settings.schedule, time_steps, self._common or self.settings.generator)
 
     def _speed_ups(self, net: nn.Module, one: Pass) -> Sequence[SpeedUp]:
         settings = self.settings
