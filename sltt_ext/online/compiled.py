@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._compile import _disable_dynamo
 
 __all__ = ["compiling_calls", "eager_modules", "is_compiled"]
 
@@ -19,7 +19,7 @@ Forward = Callable[..., Any]
 _CALLS_COMPILED: WeakSet[nn.Module] = WeakSet()
 
 
-@torch._disable_dynamo(recursive=False)
+@_disable_dynamo(recursive=False)
 def compiling_calls(
     net: nn.Module,
     run: Callable[..., Any],
