@@ -1,12 +1,15 @@
 """What the processes of the tests of a network over time run: iterations, and how often they talked to each other."""
 
 import networks
-import oracle
 import snntorch
 import torch
-from distributed_runs import Counted, T, batch, gradients
-from spikingjelly.activation_based import layer
-from torch import nn
+from distributed_runs import Counted, T, batch, counts, full, gradients, settings, shard
+from spikingjelly.activation_based import layer, neuron
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 
 import sltt_ext
@@ -118,12 +121,11 @@ def norm_net():
 
 
 def norms(rank, world_size):
-    """Statistics are of each process's batch, and buffers those of the first process."""
+    """Statistics are those of each process's batch."""
     counted = Counted(sltt_ext.over_time(norm_net(), T))
     x, target = batch(rank, world_size)
     F.cross_entropy(counted.net(x), target).backward()
-    counted.net(x)  # broadcasts
-    return {"gradients": gradients(counted.net), "buffers": list(counted.net.buffers())}
+    return {"gradients": gradients(counted.net)}
 
 
 def leaky_net():
@@ -136,8 +138,129 @@ def leaky_net():
 def carried(rank, world_size):
     """Each process goes on from its own state; snnTorch keeps it in a buffer."""
     net = Counted(sltt_ext.over_time(leaky_net(), T, carry=True)).net
-    (x, target), (_, _) = batch(rank, world_size), batch(rank, world_size)
+    x, target = batch(rank, world_size)
     for _ in range(2):
         net.zero_grad()
         F.cross_entropy(net(3 * x), target).backward()
     return {"gradients": gradients(net)}
+
+
+def only_the_root(net, **options):
+    return fully_shard(net, mesh=init_device_mesh("cpu", (distributed.get_world_size(),)), **options)
+
+
+def only_parts(net, **options):
+    for module in net:
+        if any(True for _ in module.parameters()):
+            only_the_root(module, **options)
+    return net
+
+
+SHARDED = {"parts and root": shard, "root": only_the_root, "parts": only_parts}
+
+
+def sharded_over_time(how, before, options=None, **fsdp_options):
+    net = networks.conv_net()
+    net = SHARDED[how](net, **fsdp_options) if before else net
+    sltt_ext.over_time(net, T, **(options or {}))
+    return net if before else SHARDED[how](net, **fsdp_options)
+
+
+def fsdp(rank, world_size, how, before, options, fsdp_options):
+    """Three iterations, of which two update."""
+    net = sharded_over_time(how, before, options, **fsdp_options)
+    optimizer, (x, target) = torch.optim.SGD(net.parameters(), 0.05), batch(rank, world_size)
+    told = []
+    for i in range(3):
+        net.zero_grad()
+        with CommDebugMode() as communication:
+            F.cross_entropy(net(x).float(), target).backward()
+        told.append(settings(net))
+        if i < 2:
+            optimizer.step()
+    return {
+        "gradients": full(gradients(net)),
+        "counts": counts(communication),
+        "sharded": all(isinstance(parameter, DTensor) for parameter in net.parameters()),
+        "settings": told,
+    }
+
+
+def fsdp_drawn(rank, world_size, how):
+    drawn = []
+    generator = torch.Generator().manual_seed(5 + rank)
+    net = sharded_over_time(how, False, {"schedule": draws_two(drawn), "generator": generator})
+    x, target = batch(rank, world_size)
+    for _ in range(2):
+        net.zero_grad()
+        F.cross_entropy(net(x), target).backward()
+    return {"gradients": full(gradients(net)), "drawn": drawn}
+
+
+def mixed_net():
+    """Neurons that compute in whatever precision they are given."""
+    return networks.conv_net(neuron.QIFNode, v_c=0.5, v_threshold=0.8)
+
+
+def fsdp_mixed(rank, world_size):
+    net = sltt_ext.over_time(
+        shard(mixed_net(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)), T
+    )
+    x, target = batch(rank, world_size)
+    output = net(x)
+    F.cross_entropy(output.float(), target).backward()
+    return {"gradients": full(gradients(net)), "dtype": output.dtype}
+
+
+def fsdp_accumulation(rank, world_size, how):
+    """Three batches, reduced with the third."""
+    net = sharded_over_time(how, before=True)
+    with CommDebugMode() as communication:
+        for i in range(3):
+            for module in net.modules():
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(i == 2)
+            x, target = batch(rank, world_size, seed=i)
+            F.cross_entropy(net(x), target).backward()
+    return {"gradients": full(gradients(net)), "counts": counts(communication)}
+
+
+def fsdp_two_views(rank, world_size, how):
+    net = sharded_over_time(how, before=True)
+    (x, target), (other, _) = batch(rank, world_size), batch(rank, world_size, seed=2)
+    first, second = net(x), net(other)
+    (F.cross_entropy(first, target) + F.mse_loss(first, second)).backward()
+    return {"gradients": full(gradients(net))}
+
+
+def fsdp_part(rank, world_size, how):
+    """What is over time is a part of what is sharded; the input of the part has a gradient."""
+    net = Surrounded(over_time())
+    if how == "parts and root":
+        only_parts(net.part)
+    only_the_root(net)
+    x, target = batch(rank, world_size)
+    for _ in range(2):
+        net.zero_grad()
+        F.cross_entropy(net(x), target).backward()
+    return {"gradients": full(gradients(net))}
+
+
+def fsdp_crash(rank, world_size, how):
+    """The gradient of an iteration after one whose backward pass was interrupted, in all processes."""
+    net, calls = sharded_over_time(how, before=True), []
+    net[4].register_forward_hook(lambda *_: calls.append(1) if len(calls) != T + 2 else interrupt())
+
+    def interrupt():
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    x, target = batch(rank, world_size)
+    try:
+        F.cross_entropy(net(x), target).backward()
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError
+    F.cross_entropy(net(x), target).backward()
+    return {"gradients": full(gradients(net))}

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from sltt_ext.errors import InputError, SLTTWarning, listed
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
-from sltt_ext.online.distributed import common_generator, is_distributed, no_synchronisation, replica
+from sltt_ext.online.distributed import (
+    Sharded,
+    by_autograd,
+    common_generator,
+    is_distributed,
+    is_sharded,
+    keep_states_apart,
+    no_synchronisation,
+    replica,
+)
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.grouping import Grouping, in_bytes
 from sltt_ext.online.guards import Alone
@@ -95,6 +104,8 @@ class TimeLoop:
             kwargs: Its named ones.
         """
         settings, inside = self.settings, self.settings.time_inside
+        if (ddp := replica(net)) is not None:
+            keep_states_apart(ddp)
         self._say_what_is_unknown(net)
         neurons, multi_step = neurons_of(net, 1 if inside else settings.chunk)
         kwargs, lengths = _without_lengths(net, kwargs)
@@ -154,8 +165,8 @@ class TimeLoop:
         self, net: nn.Module, steps: tuple[int, ...], time_steps: int, part: int, found: Found
     ) -> int | None:
         """The step from which on graphs are kept: as many of the last ones as there is room for."""
-        if self.settings.memory_budget is None or not steps or not found.bytes:
-            return None
+        if self.settings.memory_budget is None or not steps or not found.bytes or is_sharded(net):
+            return None  # graphs do not keep what is sharded again
         if self._room is None:
             self._room = in_bytes(self.settings.memory_budget, net)
         calls = [start for start, _, selected in runs(time_steps, steps, part, part) if selected]
@@ -167,7 +178,8 @@ class TimeLoop:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return []
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
-        return list({id(tensor): tensor for tensor in (*inputs, *outer_tensors(net))}.values())
+        own = by_autograd(net, outer_tensors(net))
+        return list({id(tensor): tensor for tensor in (*inputs, *own)}.values())
 
     def _steps(self, net: nn.Module, time_steps: int) -> tuple[int, ...]:
         """The steps to back-propagate, the same in all processes that train the network together."""
@@ -181,13 +193,16 @@ class TimeLoop:
 
     def _speed_ups(self, net: nn.Module, one: Pass) -> Sequence[SpeedUp]:
         settings = self.settings
-        inside = [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
+        inside: list[SpeedUp] = (
+            [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
+        )
+        sharded = is_sharded(net)
         speed_ups, _ = speed_ups_of(
             one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
             modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
-            keeps_graphs=True, packs=settings.pack_spikes, charges=one.again or one.keeps_from is None,
+            keeps_graphs=not sharded, packs=settings.pack_spikes, charges=one.again or one.keeps_from is None,
         )  # fmt: skip
-        return Alone(), *inside, *speed_ups
+        return Alone(), *([Sharded(net)] if sharded else []), *inside, *speed_ups
 
     def _say_what_norms_see(self, net: nn.Module, part: int) -> None:
         """Warn, once, of norms whose statistics are of fewer steps than the network had in one call."""
