@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -12,9 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltt_ext.conversion import convert, is_converted
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.errors import ConfigurationError, ConversionError
 from sltt_ext.neuron import Reclassed
 from sltt_ext.online import options
+from sltt_ext.online.compiled import compiling_calls
 from sltt_ext.online.heads import Returns
 from sltt_ext.online.inputs import TimeDims
 from sltt_ext.online.schedule import Schedule
@@ -159,7 +161,16 @@ class OverTime(Reclassed, nn.Module):
     _sltt_time_loop: TimeLoop
     _sltt_original: ClassVar[type[nn.Module]]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What the network makes by its own class, such as a slice of a Sequential, does not run over time."""
+        return cls._sltt_original(*args, **kwargs)
+
     def give_back_class(self) -> None:
+        if type(self) is not _MADE[self._sltt_original]:
+            raise ConversionError(
+                f"the class of the network was exchanged again after over_time, for {type(self).__name__} (by fully_shard?): "
+                "sltt_ext.revert it before that"
+            )
         self.__class__ = self._sltt_original  # type: ignore[assignment]
         own = vars(self)
         del own["_sltt_time_loop"]
@@ -183,23 +194,28 @@ def _class_over_time(original: type[nn.Module]) -> type[OverTime]:
     if original in _MADE:
         return _MADE[original]
 
-    @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()  # what the loop calls is compiled, and not the loop
+            return compiling_calls(self, self._sltt_time_loop.run, forward_of, args, kwargs)
         return self._sltt_time_loop.run(self, forward_of, args, kwargs)
 
     def forward_of(net: nn.Module) -> Forward:
         """What the network does when it does not run over time."""
         return vars(net).get("_sltt_own_forward") or functools.partial(original.forward, net)
 
+    # told by its signature, and not by __wrapped__, which accelerate would unwrap together with its own wrappers
+    forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
+    forward.__doc__ = original.forward.__doc__
     namespace = {
         "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_sltt_original": original,
         "forward": forward,
     }
-    _MADE[original] = type(f"{original.__name__}OverTime", (OverTime, original), namespace)
+    _MADE[original] = type(
+        original.__name__, (OverTime, original), namespace
+    )  # its name is in files of its owner's
     return _MADE[original]
 
 

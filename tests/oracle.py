@@ -38,6 +38,25 @@ def _step_and_detach(module: nn.Module, step_mode: str, x: Tensor) -> Tensor:
     return torch.stack(steps) if step_mode == "m" else steps[0]
 
 
+class StepByStep(nn.Module):
+    """The mean over time of an original network, all T steps in one graph, each from a constant state: SLTT by autograd."""
+
+    def __init__(self, net: nn.Module, time_steps: int) -> None:
+        super().__init__()
+        self.net, self.time_steps = net, time_steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack(self.steps(x)).mean(0)
+
+    def steps(self, *args: Any, **kwargs: Any) -> list[Any]:
+        functional.reset_net(self.net)
+        outputs = []
+        for _ in range(self.time_steps):
+            outputs.append(self.net(*args, **kwargs))
+            detach_memories(self.net)
+        return outputs
+
+
 def gradients(net: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in net.parameters()]
 

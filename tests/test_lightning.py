@@ -387,6 +387,23 @@ def test_ddp_averages_once_an_update(tmp_path):
     assert oracle.relative_error(actual, list(net.state_dict().values())) < 1e-6
 
 
+@pytest.mark.slow
+def test_ddp_with_automatic_optimisation(tmp_path):
+    """A network over time in an ordinary LightningModule: as the original one in one process with the joined batches."""
+    in_two_processes("lightning_ddp_automatic.py", tmp_path / "result.pt")
+    result = torch.load(tmp_path / "result.pt")
+    net = networks.conv_net()
+    optimizer, original = torch.optim.SGD(net.parameters(), 0.1), oracle.StepByStep(net, 4)
+    for x, target in loader(batch_size=8):
+        F.cross_entropy(original(x), target).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert result["reduced"] == 2
+    actual = list(result["weights"].values())
+    assert oracle.relative_error(actual, list(net.state_dict().values())) < 1e-6
+
+
 def test_without_lightning(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.delitem(sys.modules, "sltt_ext.lightning")

@@ -7,23 +7,29 @@ is synchronised by the last of these passes, with the same sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.neuron import StatefulModule
+from sltt_ext.online.passes import Call, Pass, SpeedUp
 
 __all__ = [
+    "Sharded",
     "Step",
+    "by_autograd",
     "common_generator",
     "has_static_graph",
     "is_distributed",
     "is_sharded",
+    "keep_states_apart",
     "no_synchronisation",
+    "replica",
     "synchronised_once",
     "unwrapped",
 ]
@@ -105,12 +111,88 @@ def unwrapped(net: nn.Module) -> tuple[nn.Module, Callable[..., Any]]:
     return inner, call
 
 
+def replica(net: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel around ``net``, or around a network that it is in, whose forward runs right now."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    return ddp if ddp is not None and any(module is net for module in ddp.modules()) else None
+
+
+def keep_states_apart(ddp: DistributedDataParallel) -> None:
+    """Leave states out of the buffers that the first process gives to the others: snnTorch's neurons keep theirs in buffers.
+
+    A state is that of a process's own batch, and in no checkpoint.
+    """
+    modules: Iterator[tuple[str, nn.Module]] = ddp.module.named_modules()
+    for path, module in modules:
+        if isinstance(module, StatefulModule):
+            names: set[str] = vars(module)["_non_persistent_buffers_set"]
+            ddp.parameters_to_ignore |= {f"{path}.{name}".lstrip(".") for name in names}
+
+
+def by_autograd(net: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those ``tensors`` of ``net`` to which autograd takes a gradient: what ``fully_shard`` shards gets it from the wrapper.
+
+    In the place of the others there is one tensor that wants a gradient, so that there is a backward pass.
+    """
+    sharded = {id(parameter) for module in _sharded(net) for parameter in module.parameters()}
+    found = [tensor for tensor in tensors if id(tensor) not in sharded]
+    return found if len(found) == len(tensors) else [*found, torch.zeros((), requires_grad=True)]
+
+
+class Sharded(SpeedUp):
+    """What ``fully_shard`` shards is gathered once a pass, and its gradients are reduced with the last call, as they would be once.
+
+    For a pass inside of the forward or the backward of a network that may be sharded itself, or be in one that is: the
+    hooks of that one do the rest. The user's settings hold for the pass as a whole.
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._all = _sharded(net)
+        self._inner = [module for module in self._all if module is not net]
+        self._groups = [group for module in self._inner for group in _groups(module)]
+        self._reduces = [group.reduce_grads for group in self._groups]
+        self._again = False
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Keep parameters gathered, and shard them again at the end."""
+        self._again = one.again
+        settings = [(group.post_forward_mesh_info, group.reshard_after_backward) for group in self._groups]
+        for group in self._groups:
+            group.post_forward_mesh_info, group.reshard_after_backward = None, False
+        try:
+            yield
+        except BaseException:
+            _forget_iteration(self._all)
+            raise
+        finally:
+            for group, (mesh_info, reshards), reduces in zip(self._groups, settings, self._reduces):
+                group.post_forward_mesh_info, group.reshard_after_backward = mesh_info, reshards
+                group.reduce_grads = reduces
+                if reshards if one.again else mesh_info is not None:
+                    group.reshard()
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Reduce gradients in the last one; in each, the hooks are those of a first one."""
+        for group, reduces in zip(self._groups, self._reduces):
+            group.reduce_grads = reduces and call.last
+        yield
+        if self._again:
+            for module in self._inner:
+                state = module._get_fsdp_state()
+                state._training_state = type(state._training_state).IDLE
+
+
 def common_generator(net: nn.Module, generator: torch.Generator | None) -> torch.Generator:
     """A generator that draws the same numbers in all processes: those the first process's would have drawn.
 
     One broadcast when it is made; none when it draws.
     """
-    ddp = next(iter(_replicated(net)), None)
+    ddp = replica(net) or next(iter(_replicated(net)), None)
     group: Any = distributed.group.WORLD if ddp is None else ddp.process_group
     common = torch.Generator("cpu" if generator is None else generator.device)
     if generator is None:
@@ -167,12 +249,7 @@ def _gathered_once(sharded: list[Any], sync: bool) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module in sharded:
-            for parameter in module.parameters():
-                parameter.grad = None  # of this call; those from before it are put back by the caller
-        for root in _outermost(sharded):
-            if hasattr(root, "reset_iter_state"):  # torch 2.6 does not have it
-                root.reset_iter_state()
+        _forget_iteration(sharded)
         sync = True
         raise
     finally:
@@ -183,6 +260,17 @@ def _gathered_once(sharded: list[Any], sync: bool) -> Iterator[None]:
             module.set_requires_gradient_sync(True, recurse=False)
             if sync:
                 module.reshard()
+
+
+def _forget_iteration(sharded: list[Any]) -> None:
+    """Gradients of an iteration that failed are dropped; those from before it are put back by the caller."""
+    for module in sharded:
+        for parameter in module.parameters():
+            parameter.grad = None
+    for root in _outermost(sharded):
+        # torch 2.6 does not have it; a root around the network is the user's to reset
+        if hasattr(root, "reset_iter_state") and root._get_fsdp_state()._is_root:
+            root.reset_iter_state()
 
 
 def _outermost(modules: list[Any]) -> list[Any]:

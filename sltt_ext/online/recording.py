@@ -107,7 +107,7 @@ def recorded(
         )
     wanting = _still_there(one.net, inputs, wanting)
     others = [tensor for tensor in inputs if all(tensor is not one for one in wanting)]
-    return list(_RunAgain.apply(recording, inputs, len(outputs), *outputs, *others, *wanting))
+    return list(_RunAgain.apply(recording, inputs, outputs, *others, *wanting))
 
 
 class _Recording:
@@ -420,22 +420,26 @@ def _back_propagate(product: Tensor) -> None:
         product.backward()
 
 
+_BEFORE_TENSORS = 3  # arguments of the function below
+
+
 class _RunAgain(torch.autograd.Function):
     """The outputs of a recording; backward runs it again."""
 
     @staticmethod
     def forward(
-        ctx: Any, recording: _Recording, inputs: Sequence[Tensor], number: int, *tensors: Tensor
+        ctx: Any, recording: _Recording, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *read: Tensor
     ) -> tuple[Tensor, ...]:
-        outputs, read = tensors[:number], tensors[number:]
-        ctx.recording, ctx.number = recording, number
+        ctx.recording = recording
         ctx.places = [next(i for i, tensor in enumerate(read) if tensor is one) for one in inputs]
         ctx.save_for_backward(*read)  # by which autograd sees that they stay as they are
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(
             *(one for one in outputs if not (one.is_floating_point() or one.is_complex()))
         )
-        return tuple(one.view_as(one) for one in outputs)
+        return tuple(
+            outputs
+        )  # in a list until here: they are no views, which a loss could not change in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
@@ -445,12 +449,12 @@ class _RunAgain(torch.autograd.Function):
                 "torch's own loop over time for such a loss"
             )
         read = _unchanged(ctx)
-        wanted = ctx.needs_input_grad[3 + ctx.number :]
+        wanted = ctx.needs_input_grad[_BEFORE_TENSORS:]
         wanting = [tensor for tensor, wants in zip(read, wanted) if wants]
         inputs = [read[place] for place in ctx.places]
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
         found = iter(ctx.recording.gradients(inputs, wanting, gradients, once))
-        return *([None] * (3 + ctx.number)), *(next(found) if wants else None for wants in wanted)
+        return *([None] * _BEFORE_TENSORS), *(next(found) if wants else None for wants in wanted)
 
 
 def _unchanged(ctx: Any) -> Sequence[Tensor]:

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from sltt_ext.errors import InputError, SLTTWarning, listed
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
-from sltt_ext.online.distributed import no_synchronisation
+from sltt_ext.online.distributed import (
+    Sharded,
+    by_autograd,
+    common_generator,
+    is_distributed,
+    is_sharded,
+    keep_states_apart,
+    no_synchronisation,
+    replica,
+)
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.grouping import Grouping, in_bytes
 from sltt_ext.online.guards import Alone
@@ -70,6 +79,7 @@ class TimeLoop:
         self._kept = KeptTensors()
         self._found: dict[Any, Found] = {}
         self._room: int | None = None
+        self._common: torch.Generator | None = None
         self._tried = PartsTried(lambda reason: None)
         self._first = FirstCalls()
         self._unknown: dict[str, str] = {}
@@ -95,6 +105,8 @@ class TimeLoop:
             kwargs: Its named ones.
         """
         settings, inside = self.settings, self.settings.time_inside
+        if (ddp := replica(net)) is not None:
+            keep_states_apart(ddp)
         self._say_what_is_unknown(net)
         neurons, multi_step = neurons_of(net, 1 if inside else settings.chunk)
         kwargs, lengths = _without_lengths(net, kwargs)
@@ -118,7 +130,7 @@ class TimeLoop:
             double = source([_double(tensor) for tensor in arguments.tensors])
             inside.compare(net, time_steps, lambda net, start, stop: call_of(net)(double.take(start, stop)))
         wanting = self._wanting(net, arguments)
-        steps = self._steps(time_steps) if wanting else ()
+        steps = self._steps(net, time_steps) if wanting else ()
         returns = self._returns()
         heads = Heads(
             returns,
@@ -157,8 +169,8 @@ class TimeLoop:
 
         The graph of the last one is what a step needs anyway. Where an earlier sequence still has one, none is kept.
         """
-        if not steps:
-            return None
+        if not steps or is_sharded(net):
+            return None  # graphs do not keep what is sharded again
         calls = [start for start, _, selected in runs(time_steps, steps, part, part) if selected]
         if self.settings.memory_budget is None:
             return None if found.is_held() or not found.again else calls[-1]
@@ -172,27 +184,33 @@ class TimeLoop:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return []
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
-        return list({id(tensor): tensor for tensor in (*inputs, *outer_tensors(net))}.values())
+        own = by_autograd(net, outer_tensors(net))
+        return list({id(tensor): tensor for tensor in (*inputs, *own)}.values())
 
-    def _steps(self, time_steps: int) -> tuple[int, ...]:
-        """The steps to back-propagate."""
+    def _steps(self, net: nn.Module, time_steps: int) -> tuple[int, ...]:
+        """The steps to back-propagate, the same in all processes that train the network together."""
         if self.settings.schedule is None:
             return tuple(range(time_steps))
         if self.settings.k is not None:
             options.count("k", self.settings.k, at_most=time_steps)
-        return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
+        if self._common is None and (is_distributed(net) or replica(net) is not None):
+            self._common = common_generator(net, self.settings.generator)
+        return selected_steps(self.settings.schedule, time_steps, self._common or self.settings.generator)
 
     def _speed_ups(
         self, net: nn.Module, one: Pass, once: EvaluatedOnce | None
     ) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
         settings = self.settings
-        inside = [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
+        inside: list[SpeedUp] = (
+            [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
+        )
+        sharded = is_sharded(net)
         speed_ups, once = speed_ups_of(
             one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
             modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
-            keeps_graphs=True, packs=settings.pack_spikes, once=once,
+            keeps_graphs=not sharded, packs=settings.pack_spikes, once=once,
         )  # fmt: skip
-        return (Alone(), *inside, *speed_ups), once
+        return (Alone(), *([Sharded(net)] if sharded else []), *inside, *speed_ups), once
 
     def _say_what_norms_see(self, net: nn.Module, part: int) -> None:
         """Warn, once, of norms whose statistics are of fewer steps than the network had in one call."""

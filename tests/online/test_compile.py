@@ -1,4 +1,4 @@
-"""A compiled network in the trainer: equal results, no graph break, no compilation from step to step."""
+"""A compiled network in the trainer, and over time: equal results, no graph break, no compilation from step to step."""
 
 import copy
 
@@ -8,6 +8,7 @@ import products
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
@@ -89,3 +90,43 @@ def test_nothing_is_compiled_after_the_second_step():
         online.forward_backward(X, TARGET)
     assert seen == [1] + [2] * (3 * T - 1)
     functional.reset_net(net)
+
+
+def step_of(how):
+    """A network over time of which something is compiled, and what is called."""
+    options = {"backend": "aot_eager"}
+    net = networks.conv_net()
+    if how == "in place, before":
+        net.compile(**options)
+    if how == "parts, before":
+        for module in net:
+            module.compile(**options)
+    if how == "body, before":
+        net = nn.Sequential(torch.compile(net[:5], **options, fullgraph=True), net[5:])
+    sltt_ext.over_time(net, T)
+    if how == "around":
+        return net, torch.compile(nn.Sequential(nn.Identity(), net), **options)
+    return net, torch.compile(net, **options) if how == "whole" else net
+
+
+OVER_TIME = {
+    "whole": AT_REST_AND_LATER,
+    "in place, before": AT_REST_AND_LATER,
+    "around": AT_REST_AND_LATER,
+    "body, before": AT_REST_AND_LATER,
+    "parts, before": None,
+}
+
+
+@pytest.mark.parametrize("how", OVER_TIME)
+def test_a_network_over_time(how):
+    """What is compiled is one step, and not the loop; in backward it is the same one."""
+    reference = networks.conv_net()
+    F.cross_entropy(oracle.StepByStep(reference, T)(X), TARGET).backward()
+    net, run = step_of(how)
+    for _ in range(3):
+        net.zero_grad()
+        F.cross_entropy(run(X), TARGET).backward()
+        assert oracle.relative_error(oracle.gradients(net), oracle.gradients(reference)) < 1e-6
+    if OVER_TIME[how]:
+        assert graphs() == OVER_TIME[how]

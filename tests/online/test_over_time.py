@@ -545,6 +545,23 @@ def test_is_the_users_network_still():
     assert torch.equal(net(X), reference(X))
 
 
+def test_what_is_made_by_its_class_does_not_run_over_time():
+    net, reference = sltt_ext.over_time(networks.conv_net(), T), networks.conv_net()
+    features = net[:1]
+    assert type(features) is nn.Sequential
+    assert torch.equal(features(X), reference[:1](X))
+    assert type(net).__name__ == "Sequential"
+
+
+def test_an_output_may_be_changed_in_place():
+    reference, net = networks.conv_net(), sltt_ext.over_time(networks.conv_net(), T)
+    F.cross_entropy(2 * original(reference, [X] * T).mean(0), TARGET).backward()
+    output = net(X)
+    output *= 2
+    F.cross_entropy(output, TARGET).backward()
+    assert oracle.relative_error(gradients(net), gradients(reference)) < 1e-6
+
+
 def test_moving_average_of_weights():
     net = sltt_ext.over_time(networks.conv_net(), T)
     average = torch.optim.swa_utils.AveragedModel(net)
