@@ -43,23 +43,21 @@ def copied(value: Any, seen: dict[int, Any] | None = None) -> Any:
     Tensors are constants. ``seen`` has what was copied before, by its id.
     """
     seen = {} if seen is None else seen
-    if id(value) in seen:
-        return seen[id(value)]
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(value.detach().clone(), value.requires_grad)
+    twin = seen.get(id(value), value)
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        tensor = value.detach().clone()
+        return nn.Parameter(tensor, value.requires_grad) if isinstance(value, nn.Parameter) else tensor
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value)
+        return twin if twin is not value else copy.deepcopy(value)
     if isinstance(value, dict) and type(value) is dict:
         return {key: copied(each, seen) for key, each in value.items()}
     if type(value) in (list, set, tuple):
         return type(value)(copied(each, seen) for each in value)
-    if hasattr(value, "__dict__") and not callable(value) and not isinstance(value, ModuleType):
+    plain = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, ModuleType)
+    if plain and twin is value:
         twin = seen[id(value)] = copy.copy(value)
         vars(twin).update({name: copied(each, seen) for name, each in vars(value).items()})
-        return twin
-    return value
+    return twin
 
 
 def seed(value: int, device: torch.device) -> None:

@@ -14,8 +14,8 @@ from sltt_ext.errors import ConfigurationError
 from sltt_ext.functional.inputs import plain
 from sltt_ext.kernels import check_backend, is_compiled
 from sltt_ext.kernels.lif import LIF
-from sltt_ext.twin import copied
 from sltt_ext.neuron import SLTTNeuron, constant, is_taken_apart, snapshot, tensors_in
+from sltt_ext.twin import copied
 
 __all__ = ["Declared", "DeclaredState", "DeclaredStep"]
 

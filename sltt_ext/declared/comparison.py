@@ -83,7 +83,9 @@ def _compare_states(
     runs: list[list[Any]] = []
     with torch.random.fork_rng(devices=[x.device] if x is not None and x.is_cuda else []):
         twin = twin_of(module, cls)
-        buffers = {path: buffer.clone() for path, buffer in twin.named_buffers() if path not in declaration.state}
+        buffers = {
+            path: buffer.clone() for path, buffer in twin.named_buffers() if path not in declaration.state
+        }
         inputs = [None] * 3 if x is None else _inputs(x, None)
         for _ in range(2):
             put_to_rest(twin, rest)
@@ -99,7 +101,9 @@ def _compare_states(
     for output in runs[0]:
         _check_spikes(name, declaration, output)
     for first, again in zip(*(list(tensors_in(run)) for run in runs)):
-        if first.shape != again.shape or not torch.allclose(first, again, rtol=1e-5, atol=1e-6, equal_nan=True):
+        if first.shape != again.shape or not torch.allclose(
+            first, again, rtol=1e-5, atol=1e-6, equal_nan=True
+        ):
             raise DeclarationError(more)
 
 
@@ -118,15 +122,14 @@ def _cut_run(
     """
     outputs: list[Any] = []
     earlier: list[Tensor] = []
-    for x in inputs:
-        if x is not None:
-            x = x.clone().requires_grad_(x.is_floating_point())
+    for one in inputs:
+        x = None if one is None else one.clone().requires_grad_(one.is_floating_point())
         for name in names:
             if hasattr(twin, name):
                 setattr(twin, name, constant(getattr(twin, name)))
-        output = twin.forward(*args) if x is None else twin.forward(x, *args[1:], **kwargs)
-        left = [tensor for tensor in tensors_in([output, [getattr(twin, name, None) for name in names]])]
-        left = [tensor for tensor in left if tensor.grad_fn is not None]
+        output = twin.forward(*(args if x is None else (x, *args[1:])), **kwargs)
+        states = [getattr(twin, name, None) for name in names]
+        left = [tensor for tensor in tensors_in([output, states]) if tensor.grad_fn is not None]
         if earlier and left:
             ones = [torch.ones_like(tensor) for tensor in left]
             gradients = torch.autograd.grad(left, earlier, ones, retain_graph=True, allow_unused=True)

@@ -12,26 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sltt_ext.declared.elementwise import CURE, check_elementwise, check_shapes, divide_by_tensors
 from sltt_ext.declared.reads import constants_of, tensors_of
 from sltt_ext.declared.record import Declaration
 from sltt_ext.errors import BackendError, SLTTError, one_line
 from sltt_ext.functional.once import differentiable_once
 from sltt_ext.kernels.inductor import run_graph, traced
 from sltt_ext.kernels.layout import is_dense
-from sltt_ext.neuron import state_dtype
 from sltt_ext.twin import twin_of
 
 __all__ = ["run_compiled_steps"]
-
-_CURE = "backend='auto' runs the step as it is"
-_ELEMENTWISE = (
-    {"detach", "alias", "clone", "_to_copy", "copy_", "fill_", "lift_fresh", "lift_fresh_copy"}
-    | {f"{value}_like" for value in ("zeros", "ones", "full", "empty")}
-)  # fmt: skip
-"""What is no arithmetic, and so not tagged as pointwise by torch."""
 
 
 def run_compiled_steps(
@@ -66,7 +59,7 @@ _PROGRAMS: dict[Hashable, _Program] = {}
 def _kind(tensor: Tensor) -> Hashable:
     """What a graph depends on; sizes are open but for 0 and 1, which broadcast."""
     sizes = tuple(size if size < 2 else None for size in tensor.shape)
-    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride(axis), axis))
+    order = sorted(range(tensor.dim()), key=lambda axis: (-tensor.stride()[axis], axis))
     return tensor.dtype, tensor.device, sizes, tuple(order)
 
 
@@ -88,7 +81,7 @@ class _Program:
         self._twin: nn.Module = twin_of(module, module.original)
         self._entering = numbers.count(None)
         one = x if time_dim is None else x.select(time_dim, 0)
-        _check(self.name, self.traced(self._two_steps, [one, *tensors]), 1 + self._entering)
+        check_elementwise(self.name, self.traced(self._two_steps, [one, *tensors]), 1 + self._entering)
 
     def traced(self, function: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
         """The graph of ``function``, with no numbers in sight.
@@ -104,20 +97,22 @@ class _Program:
         except Exception as error:
             raise BackendError(
                 f"backend='inductor' cannot trace the step of {self.name} ({one_line(error)}): write it with torch's operators on "
-                f"its input, its states and the tensors of the module, and no others; {_CURE}"
+                f"its input, its states and the tensors of the module, and no others; {CURE}"
             ) from error
         given = {".".join(filter(None, (path, name))) for path, store, name in self._paths if not store}
         after = _attributes(self._twin)
-        changed = [name for name, value in after.items() if before.get(name) is not value and name not in given]
+        changed = [
+            name for name, value in after.items() if before.get(name) is not value and name not in given
+        ]
         if changed:
             raise BackendError(
                 f"backend='inductor' cannot run the step of {self.name}: it writes to {changed[0]} of the module, which a compiled "
-                f"step does not; {_CURE}"
+                f"step does not; {CURE}"
             )
         graph.graph.eliminate_dead_code()
-        _check_shapes(self.name, graph)
+        check_shapes(self.name, graph)
         if examples[0].is_cpu:
-            _divide_by_tensors(graph)
+            divide_by_tensors(graph)
         graph.recompile()
         return graph
 
@@ -150,9 +145,7 @@ class _Program:
     def rebuilt(self, values: Sequence[Tensor]) -> tuple[Any, tuple[Any, ...]]:
         """Output and states, as the step returns them."""
         output = tree_unflatten([values[place] for place in self._places[0]], self._structure)
-        states = tuple(
-            values[place] if isinstance(place, int) else place[0] for place in self._places[1]
-        )
+        states = tuple(values[place] if isinstance(place, int) else place[0] for place in self._places[1])
         return output, states
 
     def _state(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -174,7 +167,7 @@ class _Program:
         if odd:
             raise BackendError(
                 f"backend='inductor' cannot run the step of {self.name}: it returns a {type(odd[0]).__name__}, where a compiled "
-                f"step has tensors; {_CURE}"
+                f"step has tensors; {CURE}"
             )
         return leaves, state
 
@@ -203,18 +196,22 @@ class _Program:
             [_place(value, returned) if isinstance(value, Tensor) else (value,) for value in state],
         )
         came_in = {id(tensor) for tensor in (x, *tensors)}
-        return tuple(value.clone() if id(value) in came_in or value._is_view() else value for value in returned)
+        return tuple(
+            value.clone() if id(value) in came_in or value._is_view() else value for value in returned
+        )
 
     def _gradients(
         self, needs: tuple[bool, ...], given: Sequence[Tensor], grads: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
         x, *tensors = given
         leaves = [_leaf(tensor, need) for tensor, need in zip(tensors, needs[1:])]
-        state, of_x, of_tensors = self._state(leaves), [], [None] * len(leaves)
+        of_x: list[Tensor] = []
+        of_tensors: list[Tensor | None] = [None] * len(leaves)
+        state = self._state(leaves)
         outputs, states = self._places
         every = self._each(x)
-        for t, one in enumerate(every):
-            one = _leaf(one, needs[0])
+        for t, given_one in enumerate(every):
+            one = _leaf(given_one, needs[0])
             values, state = self._step(one, state, leaves)
             arriving: list[Tensor | None] = [
                 grad if grad is None or self._time_dim is None else grad.select(self._time_dim, t)
@@ -292,63 +289,3 @@ def _attributes(twin: nn.Module) -> dict[str, Any]:
         for path, module in twin.named_modules()
         for name, value in vars(module).items()
     }
-
-
-def _check(name: str, graph: GraphModule, reading: int) -> None:
-    """See that each operator on the first ``reading`` inputs works on elements, and makes none of a shape of its own.
-
-    Raises:
-        BackendError: If one does not.
-    """
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    follows = set(inputs[:reading])
-    for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        operator = node.target
-        reads = [one for one in node.all_input_nodes if one in follows]
-        if reads:
-            follows.add(node)
-        mutable = operator._schema.is_mutable
-        if mutable and _is_input(node.args[0]):
-            raise _not_elementwise(name, f"it writes into what it is given ({operator})")
-        plain = torch.Tag.pointwise in operator.tags or operator._schema.name.partition("::")[2] in _ELEMENTWISE
-        if reads and not plain:
-            raise _not_elementwise(name, f"it is not element-wise ({operator})")
-
-
-def _check_shapes(name: str, graph: GraphModule) -> None:
-    """See that nothing is made of the shape that the input had when it was traced.
-
-    Raises:
-        BackendError: If something is.
-    """
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function" and not node.all_input_nodes and isinstance(value, Tensor) and value.numel() > 1:
-            raise _not_elementwise(name, f"it makes a tensor of one shape ({node.target})")
-
-
-def _is_input(node: Any) -> bool:
-    """Whether a node is an input, or another name for one."""
-    while isinstance(node, Node) and node.op == "call_function" and node.target._schema.name in ("aten::detach", "aten::alias"):  # type: ignore[union-attr]
-        node = node.args[0]
-    return isinstance(node, Node) and node.op == "placeholder"
-
-
-def _not_elementwise(name: str, why: str) -> BackendError:
-    return BackendError(
-        f"backend='inductor' cannot run the step of {name}: {why}; write it with element-wise operators on its input, its "
-        f"states and the module's tensors (torch.zeros_like(x) for zeros), or {_CURE}"
-    )
-
-
-def _divide_by_tensors(graph: GraphModule) -> None:
-    """Make the numbers that are divided by tensors: torch 2.6's Inductor multiplies by what one divided by a number is."""
-    for index, node in enumerate(list(graph.graph.nodes)):
-        if node.op == "call_function" and node.target is torch.ops.aten.div.Tensor and isinstance(node.args[1], float):
-            dtype = state_dtype(node.meta["val"].dtype)
-            graph.register_buffer(f"divisor{index}", torch.tensor(node.args[1], dtype=dtype))
-            with graph.graph.inserting_before(node):
-                divisor = graph.graph.get_attr(f"divisor{index}")
-            node.args = (node.args[0], divisor)

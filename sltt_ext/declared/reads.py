@@ -67,7 +67,7 @@ def _constant(value: Any) -> Hashable:
     if isinstance(value, dict):
         return dict, tuple((_constant(key), _constant(each)) for key, each in value.items())
     if isinstance(value, (Tensor, nn.Module)):
-        return type(value)  # a tensor is an input, and a module's values are there themselves
+        return _Same(type(value))  # a tensor is an input, and a module's values are there themselves
     own = getattr(value, "__dict__", None)
     inner = tuple((name, each) for name, each in (own or {}).items() if isinstance(each, _PLAIN))
     return _Same(value), () if isinstance(value, (type, ModuleType)) else inner
