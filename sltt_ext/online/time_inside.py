@@ -184,7 +184,7 @@ def _numbers(net: nn.Module) -> Iterator[tuple[str, int]]:
                 isinstance(value, int)
                 and not isinstance(value, bool)
                 and value > 0
-                and not name.startswith("_")
+                and not name.startswith("_sltt_")
             ):
                 yield f"{path}.{name}".lstrip("."), value
 
