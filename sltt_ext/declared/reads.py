@@ -8,8 +8,8 @@ and closures of the functions that the step calls.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Hashable, Iterator
-from types import CodeType, FunctionType, ModuleType
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ def constants_of(step: Callable[..., Any], module: nn.Module, states: Collection
         for name, value in values.items()
         if not isinstance(value, (Tensor, nn.Module))
     )
-    return own, tuple(_read_by(step, set()))
+    owners = tuple(dict.fromkeys(type(one) for one in module.modules()))
+    return own, tuple(_constant(_value(place)) for place in _places(step, owners))
 
 
 def _stores(module: nn.Module, states: Collection[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -68,9 +69,10 @@ def _constant(value: Any) -> Hashable:
         return dict, tuple((_constant(key), _constant(each)) for key, each in value.items())
     if isinstance(value, (Tensor, nn.Module)):
         return _Same(type(value))  # a tensor is an input, and a module's values are there themselves
-    own = getattr(value, "__dict__", None)
-    inner = tuple((name, each) for name, each in (own or {}).items() if isinstance(each, _PLAIN))
-    return _Same(value), () if isinstance(value, (type, ModuleType)) else inner
+    if isinstance(value, (type, ModuleType, FunctionType)):
+        return _Same(value)
+    own = getattr(value, "__dict__", {}).items()
+    return _Same(value), tuple((name, each) for name, each in own if isinstance(each, _PLAIN))
 
 
 class _Same:
@@ -86,34 +88,67 @@ class _Same:
         return id(self.value)
 
 
-def _read_by(function: Any, seen: set[int]) -> Iterator[Hashable]:
-    """Values of the globals and closures of a function, and of those that it calls."""
-    if id(function) in seen:
-        return
-    seen.add(id(function))
+Place = tuple[Any, str]
+"""A dictionary, or the cell of a closure, and the name of a value in it."""
+
+
+def _value(place: Place) -> Any:
+    inside, name = place
+    return inside.cell_contents if isinstance(inside, CellType) else inside.get(name)
+
+
+@functools.cache
+def _places(step: Callable[..., Any], owners: tuple[type, ...]) -> tuple[Place, ...]:
+    """Globals, closures and class attributes read by a function, by what it calls, and by the methods of ``owners``."""
+    places: list[Place] = []
+    seen: set[int] = set()
+    waiting: list[Any] = [step, *(owner.__dict__.get("forward") for owner in owners)]
+    while waiting:
+        function = _undecorated(waiting.pop())
+        if isinstance(function, type):
+            waiting += [vars(function).get(name) for name in ("forward", "backward", "setup_context")]
+        if id(function) in seen or not isinstance(function, FunctionType) or _is_library(function.__module__):
+            continue
+        seen.add(id(function))
+        names = _names_in(function.__code__)
+        found: list[Place] = [(cell, "") for cell in function.__closure__ or ()]
+        found += _named(names, function.__globals__)
+        for owner in owners:
+            found += [place for base in owner.__mro__ for place in _named(names, vars(base), base.__module__)]
+        for value in [_value(place) for place in found]:
+            if isinstance(value, ModuleType):
+                found += _named(names, vars(value), value.__name__)
+            elif isinstance(value, type):
+                found += [
+                    place for base in value.__mro__ for place in _named(names, vars(base), base.__module__)
+                ]
+            elif isinstance(value, nn.Module):
+                found += [(vars(one), name) for one in value.modules() for name in vars(one)]
+                waiting += [type(one).forward for one in value.modules()]
+        places += found
+        waiting += map(_value, found)
+    return tuple(places)
+
+
+def _named(names: Collection[str], inside: Mapping[str, Any], module: str = "") -> list[Place]:
+    return [] if _is_library(module) else [(inside, name) for name in names if name in inside]
+
+
+def _undecorated(function: Any) -> Any:
+    """The function in a partial one, a method or a static one; of ``apply``, the `torch.autograd.Function`."""
     if isinstance(function, functools.partial):
-        yield from map(_constant, (function.args, function.keywords))
-        yield from _read_by(function.func, seen)
-    elif isinstance(getattr(function, "__self__", None), type):  # the apply of a torch.autograd.Function
-        for name in ("forward", "backward", "setup_context"):
-            yield from _read_by(getattr(function.__self__, name, None), seen)
-    if not isinstance(function, FunctionType) or function.__module__.partition(".")[0] == "torch":
-        return
-    yield from map(_constant, (function.__defaults__, function.__kwdefaults__))
-    names = _names_in(function.__code__)
-    found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
-    for cell, name in zip(function.__closure__ or (), function.__code__.co_freevars):
-        found.append((name, cell.cell_contents))
-    for name, value in found:
-        yield name, _constant(value)
-        if isinstance(value, ModuleType) and value.__name__.partition(".")[0] != "torch":
-            yield from ((name, _constant(vars(value)[name])) for name in names if name in vars(value))
-        elif isinstance(value, nn.Module):
-            yield constants_of(type(value).forward, value, ())
-        elif isinstance(value, type) and issubclass(value, torch.autograd.Function):
-            yield from _read_by(value.apply, seen)
-        else:
-            yield from _read_by(value, seen)
+        return function.func
+    if isinstance(function, (staticmethod, classmethod)):
+        return function.__func__
+    return (
+        getattr(function, "__self__", function)
+        if isinstance(function, (MethodType, BuiltinMethodType))
+        else function
+    )
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in ("torch", "sltt_ext")
 
 
 @functools.cache

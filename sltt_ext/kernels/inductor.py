@@ -1,7 +1,7 @@
 """Compiling element-wise functions with `torch.compile`: the only file that calls it.
 
-A function is traced once for each of its settings, which become constants of a graph of its own. Its tensors are
-``[..., elements]`` with any number of elements, so that nothing is compiled again for a layer of another shape.
+A function is traced once for each of its settings, which become constants of a graph of its own. Tensors of the fused
+neurons are ``[..., elements]`` with any number of elements, so that nothing is compiled again for a layer of another shape.
 """
 
 from __future__ import annotations
