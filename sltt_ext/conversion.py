@@ -75,7 +75,8 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     Args:
         net: A network with SpikingJelly or snnTorch neurons, or declared ones (`declare_neuron`), or one neuron.
         backend: What the fused neurons run on: ``"auto"`` (CUDA kernels where they can be used), ``"torch"``,
-            ``"cupy"`` (the kernels or an error) or ``"inductor"`` (compiled by `torch.compile`).
+            ``"cupy"`` (the kernels or an error) or ``"inductor"`` (compiled by `torch.compile`, and so are the steps of
+            declared neurons).
         strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in
             one warning. The gradient through the modules left is then their own.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["aside", "seed", "twin_of"]
+__all__ = ["aside", "copied", "seed", "twin_of"]
 
 Result = TypeVar("Result")
 
@@ -26,27 +27,37 @@ def twin_of(module: nn.Module, cls: type[nn.Module]) -> Any:
         for name, value in vars(nn.Module()).items()
         if name not in ("training", "_parameters", "_buffers")
     }
+    seen: dict[int, Any] = {id(module): twin}
     for name, value in vars(module).items():
         if name == "forward" or name.startswith(("_sltt_", "sltt_")) or (name in own and name != "_modules"):
             continue
-        vars(twin)[name] = _copied(value)
+        vars(twin)[name] = copied(value, seen)
     for name, value in own.items():
         vars(twin).setdefault(name, value)
     return twin
 
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(value.detach().clone(), value.requires_grad)
+def copied(value: Any, seen: dict[int, Any] | None = None) -> Any:
+    """``value`` with tensors, containers and plain objects of its own; what is callable stays the same.
+
+    Tensors are constants. ``seen`` has what was copied before, by its id.
+    """
+    seen = {} if seen is None else seen
+    twin = seen.get(id(value), value)
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        tensor = value.detach().clone()
+        return nn.Parameter(tensor, value.requires_grad) if isinstance(value, nn.Parameter) else tensor
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value)
+        return twin if twin is not value else copy.deepcopy(value)
     if isinstance(value, dict) and type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
+        return {key: copied(each, seen) for key, each in value.items()}
     if type(value) in (list, set, tuple):
-        return type(value)(map(_copied, value))
-    return value
+        return type(value)(copied(each, seen) for each in value)
+    plain = hasattr(value, "__dict__") and not callable(value) and not isinstance(value, ModuleType)
+    if plain and twin is value:
+        twin = seen[id(value)] = copy.copy(value)
+        vars(twin).update({name: copied(each, seen) for name, each in vars(value).items()})
+    return twin
 
 
 def seed(value: int, device: torch.device) -> None:

@@ -7,16 +7,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.declared.comparison import check_kept_graphs, check_spikes, compare
+from sltt_ext.declared.comparison import ABSENT, compare, compare_states, put_to_rest
+from sltt_ext.declared.compiled import run_compiled_steps
 from sltt_ext.declared.record import Declaration
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.kernels import check_backend
+from sltt_ext.functional.inputs import plain
+from sltt_ext.kernels import check_backend, is_compiled
 from sltt_ext.kernels.lif import LIF
-from sltt_ext.neuron import SLTTNeuron, constant, snapshot, tensors_in
+from sltt_ext.neuron import SLTTNeuron, constant, is_taken_apart, snapshot, tensors_in
+from sltt_ext.twin import copied
 
 __all__ = ["Declared", "DeclaredState", "DeclaredStep"]
-
-_ABSENT: Any = object()
 
 
 class Declared(SLTTNeuron, nn.Module):
@@ -57,12 +58,7 @@ class DeclaredState(Declared):
 
     def reset_state(self) -> None:
         self._sltt_remember_rest()
-        for name, value in vars(self)["_sltt_rest"].items():
-            if value is not _ABSENT:
-                setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
-            elif hasattr(self, name):
-                delattr(self, name)
-        vars(self).pop("_sltt_last", None)
+        put_to_rest(self, vars(self)["_sltt_rest"])
 
     def detach_state(self) -> None:
         for name, value in self._sltt_states().items():
@@ -70,27 +66,27 @@ class DeclaredState(Declared):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._sltt_remember_rest()
+        self._sltt_compare(args, kwargs)
         states = self._sltt_states()
         self._begin_step(*tensors_in(states))
-        keeps = any(self._keeps(tensor) for tensor in tensors_in(states))
         for name, value in states.items():
             self._sltt_set(name, self._entering(value))
         entered = snapshot(self._sltt_states())
         output = self._sltt_step(*args, **kwargs)
         self._end_step(self._sltt_states(), entered)
-        if self._sltt_is_new(args, output):
-            if "_sltt_looked" not in vars(self):  # once: it reads numbers back from the device
-                check_spikes(self.original.__name__, self.declaration, output)
-                vars(self)["_sltt_looked"] = True
-            check_kept_graphs(self, self.original, self.declaration.state, (args, kwargs), output, keeps)
         return output
+
+    def _sltt_compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """At the first call, look for state that was not named."""
+        if self._sltt_is_new(args, kwargs):
+            compare_states(self, self.original, self.declaration, vars(self)["_sltt_rest"], args, kwargs)
+            vars(self)["_sltt_compared"] = True
 
     def _sltt_step(self, *args: Any, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
 
     def _sltt_states(self) -> dict[str, Any]:
-        found = {name: getattr(self, name, _ABSENT) for name in self.declaration.state}
-        return {name: value for name, value in found.items() if value is not _ABSENT}
+        return {name: getattr(self, name) for name in self.declaration.state if hasattr(self, name)}
 
     def _sltt_set(self, name: str, value: Any) -> None:
         if value is not getattr(self, name):
@@ -104,7 +100,7 @@ class DeclaredState(Declared):
         """
         if "_sltt_rest" in vars(self):
             return
-        rest = {name: getattr(self, name, _ABSENT) for name in self.declaration.state}
+        rest = {name: getattr(self, name, ABSENT) for name in self.declaration.state}
         moved = [
             name
             for name, value in rest.items()
@@ -115,8 +111,7 @@ class DeclaredState(Declared):
                 f"{self.original.__name__} has run before it was converted, and {moved[0]} is not at rest: convert the network "
                 "before its first call, or reset it first"
             )
-        copied = {name: value.clone() if isinstance(value, Tensor) else value for name, value in rest.items()}
-        vars(self)["_sltt_rest"] = copied
+        vars(self)["_sltt_rest"] = {name: copied(value) for name, value in rest.items()}
 
 
 class DeclaredStep(DeclaredState):
@@ -147,10 +142,15 @@ class DeclaredStep(DeclaredState):
             vars(self)["_sltt_carried"] = constant(vars(self)["_sltt_carried"])
 
     def forward(self, x: Tensor) -> Any:
-        if self._sltt_is_new(x):
-            compare(self, self.original, self.declaration, x)
+        if self.declaration.time_dim is None:
+            return super().forward(x)
+        self._sltt_compare((x,), {})
+        return self._sltt_sequence(x)
+
+    def _sltt_compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._sltt_is_new(args):
+            compare(self, self.original, self.declaration, *args)
             vars(self)["_sltt_compared"] = True
-        return super().forward(x) if self.declaration.time_dim is None else self._sltt_sequence(x)
 
     def _sltt_step(self, x: Tensor) -> Any:  # type: ignore[override]
         declaration = self.declaration
@@ -158,7 +158,7 @@ class DeclaredStep(DeclaredState):
         if declaration.as_lif is not None:
             output, *left = declaration.run_as_lif(self, x, states[0], self.sltt_backend, single_step=True)
         else:
-            output, left = declaration.run(self, x, states)  # type: ignore[assignment]
+            output, left = self._sltt_steps_of(x, states, None)  # type: ignore[assignment]
         for name, value in zip(declaration.state, left):
             setattr(self, name, value)
         return output
@@ -191,19 +191,30 @@ class DeclaredStep(DeclaredState):
             output, v = declaration.run_as_lif(self, x_seq, entering, self.sltt_backend, single_step=False)
             output, state = output.movedim(0, declaration.time_dim), (v,)  # type: ignore[arg-type]
         else:
-            outputs = []
-            for step in x.unbind(declaration.time_dim):  # type: ignore[arg-type]
-                entering = (None,) * declaration.states if state is None else constant(state)
-                one, state = declaration.run(self, step, entering)
-                outputs.append(one)
-            output = _stacked(outputs, declaration.time_dim)
+            entering = (None,) * declaration.states if state is None else constant(state)
+            output, state = self._sltt_steps_of(x, entering, declaration.time_dim)
         self._end_step(state)
         if goes_on:
             own["_sltt_carried"] = state
         return output
 
+    def _sltt_steps_of(
+        self, x: Tensor, state: tuple[Any, ...], time_dim: int | None
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """Output and states of one step, or of all along ``time_dim``, by the declared step: compiled, or as it is."""
+        declaration = self.declaration
+        if is_compiled(self.sltt_backend, x) and not is_taken_apart():
+            return run_compiled_steps(declaration, self, plain(x), state, time_dim)
+        if time_dim is None:
+            return declaration.run(self, x, state)
+        outputs = []
+        for one in x.unbind(time_dim):
+            output, state = declaration.run(self, one, constant(state))
+            outputs.append(output)
+        return _stacked(outputs, time_dim), state
 
-def _stacked(outputs: list[Any], time_dim: int | None) -> Any:
+
+def _stacked(outputs: list[Any], time_dim: int) -> Any:
     if isinstance(outputs[0], Tensor):
-        return torch.stack(outputs, dim=time_dim or 0)
+        return torch.stack(outputs, dim=time_dim)
     return type(outputs[0])(_stacked(list(each), time_dim) for each in zip(*outputs))

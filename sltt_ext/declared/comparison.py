@@ -6,6 +6,7 @@ the gradients of the last step's output: in that step's input, where the carried
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.charging import follows, place
 from sltt_ext.declared.record import Declaration
 from sltt_ext.errors import DeclarationError, one_line
 from sltt_ext.neuron import constant, tensors_in
-from sltt_ext.twin import aside, seed, twin_of
+from sltt_ext.twin import aside, copied, seed, twin_of
 
-__all__ = ["check_kept_graphs", "check_spikes", "compare"]
+__all__ = ["ABSENT", "compare", "compare_states", "put_to_rest"]
+
+ABSENT: Any = object()
+"""Of an attribute that is not there when the neuron is at rest."""
 
 _CURE = "write the step as its forward computes it"
 _SCALES = (0.5, 1.0, 3.0)
@@ -33,6 +36,108 @@ def compare(module: nn.Module, cls: type[nn.Module], declaration: Declaration, x
         DeclarationError: If they differ.
     """
     aside(partial(_compare, module, cls, declaration, x))
+
+
+def compare_states(
+    module: nn.Module,
+    cls: type[nn.Module],
+    declaration: Declaration,
+    rest: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """See that the named states are all that goes from one step to the next, on a copy of ``module``.
+
+    Raises:
+        DeclarationError: If the neuron carries something else, as numbers or in its graph.
+    """
+    aside(partial(_compare_states, module, cls, declaration, rest, args, kwargs))
+
+
+def put_to_rest(module: nn.Module, rest: Mapping[str, Any]) -> None:
+    """Give a neuron the states it had before its first step."""
+    for name, value in rest.items():
+        if value is not ABSENT:
+            setattr(module, name, copied(value))
+        elif hasattr(module, name):
+            delattr(module, name)
+
+
+def _compare_states(
+    module: nn.Module,
+    cls: type[nn.Module],
+    declaration: Declaration,
+    rest: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    name, names = cls.__name__, ", ".join(declaration.state)
+    for state in declaration.state:
+        if state in vars(module)["_parameters"]:
+            raise DeclarationError(f"state= of {name} names {state}, which is a parameter: leave it out")
+    more = (
+        f"{name} carries more from step to step than {names}: name all attributes that a step leaves for the next one in state=, "
+        "and give a step function where an object holds them"
+    )
+    x = args[0] if args and isinstance(args[0], Tensor) else None
+    runs: list[list[Any]] = []
+    with torch.random.fork_rng(devices=[x.device] if x is not None and x.is_cuda else []):
+        twin = twin_of(module, cls)
+        buffers = {
+            path: buffer.clone() for path, buffer in twin.named_buffers() if path not in declaration.state
+        }
+        inputs = [None] * 3 if x is None else _inputs(x, None)
+        for _ in range(2):
+            put_to_rest(twin, rest)
+            for path, buffer in buffers.items():
+                twin.get_buffer(path).detach_().copy_(buffer)
+            seed(0, torch.device("cpu") if x is None else x.device)
+            runs.append(_cut_run(twin, declaration.state, inputs, args, kwargs, more))
+        missing = [state for state in declaration.state if not hasattr(twin, state)]
+    if missing:
+        raise DeclarationError(
+            f"{name} has no attribute {missing[0]} after a step, and state= names it: name the attributes that a step leaves"
+        )
+    for output in runs[0]:
+        _check_spikes(name, declaration, output)
+    for first, again in zip(*(list(tensors_in(run)) for run in runs)):
+        if first.shape != again.shape or not torch.allclose(
+            first, again, rtol=1e-5, atol=1e-6, equal_nan=True
+        ):
+            raise DeclarationError(more)
+
+
+def _cut_run(
+    twin: Any,
+    names: tuple[str, ...],
+    inputs: Sequence[Tensor | None],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    more: str,
+) -> list[Any]:
+    """Outputs of some steps; what is named enters each as a constant, so that none has a gradient in an earlier input.
+
+    Raises:
+        DeclarationError: If one has: it says ``more``.
+    """
+    outputs: list[Any] = []
+    earlier: list[Tensor] = []
+    for one in inputs:
+        x = None if one is None else one.clone().requires_grad_(one.is_floating_point())
+        for name in names:
+            if hasattr(twin, name):
+                setattr(twin, name, constant(getattr(twin, name)))
+        output = twin.forward(*(args if x is None else (x, *args[1:])), **kwargs)
+        states = [getattr(twin, name, None) for name in names]
+        left = [tensor for tensor in tensors_in([output, states]) if tensor.grad_fn is not None]
+        if earlier and left:
+            ones = [torch.ones_like(tensor) for tensor in left]
+            gradients = torch.autograd.grad(left, earlier, ones, retain_graph=True, allow_unused=True)
+            if any(gradient is not None for gradient in gradients):
+                raise DeclarationError(more)
+        outputs.append(constant(output))
+        earlier += [x] if x is not None and x.requires_grad else []
+    return outputs
 
 
 def _compare(module: nn.Module, cls: type[nn.Module], declaration: Declaration, x: Tensor) -> None:
@@ -55,7 +160,7 @@ def _compare(module: nn.Module, cls: type[nn.Module], declaration: Declaration, 
             )
         _compare_outputs(name, theirs.output, ours.output)
         for output in ours.steps:
-            check_spikes(name, declaration, output)
+            _check_spikes(name, declaration, output)
         cut = _Run(twin_of(module, cls), inputs)
         cut.as_declared(declaration, cut=True)
         theirs_local, ours_local = theirs.gradients(local=True), cut.gradients(local=True)
@@ -164,7 +269,7 @@ def _compare_outputs(name: str, theirs: list[Any], ours: list[Any]) -> None:
             )
 
 
-def check_spikes(name: str, declaration: Declaration, output: Any) -> None:
+def _check_spikes(name: str, declaration: Declaration, output: Any) -> None:
     """See that what was said to be spikes is.
 
     Raises:
@@ -185,29 +290,3 @@ def _close(theirs: list[Tensor], ours: list[Tensor]) -> bool:
     return all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-6 * scale, equal_nan=True) for a, b in zip(theirs, ours)
     )
-
-
-def check_kept_graphs(
-    module: nn.Module, cls: type[nn.Module], state: tuple[str, ...], inputs: Any, output: Any, keeps: bool
-) -> None:
-    """See, over the first two steps, that nothing goes from one to the next but what was declared.
-
-    Raises:
-        DeclarationError: If the gradient finds a way past the named states.
-    """
-    own = vars(module)
-    last, now = (
-        own.pop("_sltt_last", None),
-        [*tensors_in(output), *tensors_in([own.get(name) for name in state])],
-    )
-    if last is None or keeps:
-        own["_sltt_last"] = {place(tensor) for tensor in now if tensor.grad_fn is not None}
-        return
-    entered = {tensor.grad_fn for tensor in tensors_in(inputs)}
-    if any(follows(tensor, last, entered) for tensor in now):
-        raise DeclarationError(
-            f"{cls.__name__} carries more from step to step than {', '.join(state)}: name all attributes that a step leaves for "
-            "the next one in state="
-        )
-    if last:
-        own["_sltt_compared"] = True

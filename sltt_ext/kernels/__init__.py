@@ -1,5 +1,5 @@
 """How the fused operators run, and which backend runs them."""
 
-from sltt_ext.kernels.selection import BACKENDS, check_backend, default_backend, select_kernels
+from sltt_ext.kernels.selection import BACKENDS, check_backend, default_backend, is_compiled, select_kernels
 
-__all__ = ["BACKENDS", "check_backend", "default_backend", "select_kernels"]
+__all__ = ["BACKENDS", "check_backend", "default_backend", "is_compiled", "select_kernels"]

@@ -1,26 +1,27 @@
 """Compiling element-wise functions with `torch.compile`: the only file that calls it.
 
-A function is traced once for each of its settings, which become constants of a graph of its own. Its tensors are
-``[..., elements]`` with any number of elements, so that nothing is compiled again for a layer of another shape.
+A function is traced once for each of its settings, which become constants of a graph of its own. Tensors of the fused
+neurons are ``[..., elements]`` with any number of elements, so that nothing is compiled again for a layer of another shape.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from sltt_ext.errors import BackendError
 
-__all__ = ["inductor_problem", "run_compiled"]
+__all__ = ["inductor_problem", "run_compiled", "run_graph", "traced"]
 
 _COMPILED: dict[Any, Callable[..., Any]] = {}
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _TRACED_WITH = 16
 """Elements; neither 0 nor 1, which are special to tracing."""
 
@@ -35,41 +36,52 @@ def run_compiled(function: Callable[..., Any], settings: tuple[Any, ...], *tenso
     kinds = tuple(
         None if tensor is None else (tensor.dtype, tensor.device, tensor.shape[:-1]) for tensor in tensors
     )
-    key = (function, settings, kinds, torch.is_autocast_enabled(given[0].device.type))
+
+    def positional(*given: Tensor) -> Any:
+        remaining = iter(given)
+        return function(settings, *(None if tensor is None else next(remaining) for tensor in tensors))
+
+    def graph() -> GraphModule:
+        examples = [
+            tensor.new_zeros((*tensor.shape[:-1], _TRACED_WITH) if tensor.dim() else ()) for tensor in given
+        ]
+        return traced(torch.func.functionalize(positional, remove="mutations"), examples)
+
+    return run_graph((function, settings, kinds), graph, given)
+
+
+def run_graph(key: tuple[Any, ...], graph: Callable[[], GraphModule], given: Sequence[Tensor]) -> Any:
+    """What the graph for ``key`` returns for ``given``; it is made and compiled the first time.
+
+    Raises:
+        BackendError: If there is no working compiler.
+    """
+    key = (*key, torch.is_autocast_enabled(given[0].device.type))
     with torch.no_grad():
         try:
             run = _COMPILED.get(key)
             if run is not None:
                 return run(*given)
             with _LOCK:
-                run = _COMPILED.setdefault(key, _compile(function, settings, tensors))
-                return run(*given)
+                if key not in _COMPILED:
+                    _COMPILED[key] = torch.compile(graph().forward, dynamic=True, fullgraph=True)
+                return _COMPILED[key](*given)
         except Exception as error:
             if not _is_of_the_compiler(error):
                 raise
             raise BackendError(f"backend='inductor' cannot be used: {_advice(error)}") from error
 
 
-def _compile(
-    function: Callable[..., Any], settings: tuple[Any, ...], tensors: tuple[Tensor | None, ...]
-) -> Callable[..., Any]:
-    def positional(*given: Tensor) -> Any:
-        remaining = iter(given)
-        return function(settings, *(None if tensor is None else next(remaining) for tensor in tensors))
-
-    examples = [
-        tensor.new_zeros((*tensor.shape[:-1], _TRACED_WITH) if tensor.dim() else ())
-        for tensor in tensors
-        if tensor is not None
-    ]
+def traced(
+    function: Callable[..., Any], examples: Sequence[Tensor], tracing_mode: Literal["real", "fake"] = "real"
+) -> GraphModule:
+    """The graph of ``function``: no dispatch mode, autocast or gradient of this thread is in it."""
     from torch.fx.experimental.proxy_tensor import make_fx  # a second's import
 
-    trace = make_fx(torch.func.functionalize(positional, remove="mutations"))
-    with ThreadPoolExecutor(
-        1
-    ) as clean:  # no dispatch mode, autocast or gradient of this thread is in the graph
-        graph = clean.submit(trace, *examples).result()
-    return torch.compile(graph.forward, dynamic=True, fullgraph=True)
+    trace = make_fx(function, tracing_mode=tracing_mode)
+    with ThreadPoolExecutor(1) as clean:
+        graph: GraphModule = clean.submit(trace, *examples).result()
+    return graph
 
 
 @functools.cache

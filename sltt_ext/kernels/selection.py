@@ -13,6 +13,7 @@ import os
 import warnings
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from sltt_ext.errors import BackendError
@@ -21,7 +22,7 @@ from sltt_ext.kernels.cuda_backend import CudaBackend
 from sltt_ext.kernels.inductor_backend import InductorBackend
 from sltt_ext.kernels.torch_backend import TorchBackend
 
-__all__ = ["BACKENDS", "check_backend", "default_backend", "select_backend", "select_kernels"]
+__all__ = ["BACKENDS", "check_backend", "default_backend", "is_compiled", "select_backend", "select_kernels"]
 
 Kernels = TypeVar("Kernels")
 
@@ -94,6 +95,14 @@ def select_backend(backend: str, neuron: FusedNeuron[Any], x: Tensor, registered
     _check_runs(asked_for, neuron)
     asked_for.check_input(x)
     return asked_for if asked_for.runs_itself(x, registered) else _TORCH
+
+
+def is_compiled(backend: str, x: Tensor) -> bool:
+    """Whether a step that a user has written in Python runs compiled; ``"auto"`` alone never asks for it."""
+    asked_for = default_backend() if backend == "auto" else backend
+    if asked_for != InductorBackend.name or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    return not x.is_meta and _REGISTERED[asked_for].runs_itself(x, torch.compiler.is_compiling())
 
 
 def _check_runs(backend: Backend, neuron: FusedNeuron[Any]) -> None:

@@ -132,6 +132,11 @@ class TimeInside:
                 self._comparisons = 1  # which tells: an average of equal steps does not
             if not torch.allclose(joined, whole[head], rtol=0.0, atol=1e-6 * scale, equal_nan=True):
                 self._axes = None
+                if torch.allclose(time_steps * joined, whole[head], rtol=0.0, atol=1e-6 * scale):
+                    raise ConfigurationError(
+                        f"{type(net).__name__} adds its outputs up over time, where it has to return their mean or all of them: "
+                        "divide by the number of steps in its forward, and take the sum behind it"
+                    )
                 raise ConfigurationError(
                     f"{type(net).__name__} gives other outputs step by step than as it is: it computes something that is not "
                     "linear of the average over time (put over_time on the part before it), mixes time steps, or resets its "
@@ -184,7 +189,7 @@ def _numbers(net: nn.Module) -> Iterator[tuple[str, int]]:
                 isinstance(value, int)
                 and not isinstance(value, bool)
                 and value > 0
-                and not name.startswith("_")
+                and not name.startswith("_sltt_")
             ):
                 yield f"{path}.{name}".lstrip("."), value
 

@@ -548,16 +548,93 @@ def test_spikes_that_are_none():
         sltt_ext.convert(Graded())(torch.full((N, 3), 2.0))
 
 
-def test_a_state_that_was_not_named():
-    class Two(Attributes):
+class Trace(Attributes):
+    """A third attribute, which has no graph, and so no gradient to tell it by."""
+
+    def __init__(self):
+        super().__init__()
+        self.trace = 0.0
+
+    def forward(self, x):
+        self.trace = 0.9 * self.trace + x.detach()
+        return super().forward(x + self.trace)
+
+
+class Cell:
+    def __init__(self):
+        self.mem = 0.0
+
+
+class Nested(Attributes):
+    """The potential in an object of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = Cell()
+
+    def forward(self, x):
+        self.cell.mem = self.cell.mem * self.decay * (1 - self.spike) + x
+        self.spike = fire(self.cell.mem - 0.5)
+        return self.spike
+
+
+class Recurrent(Attributes):
+    """The potential in a list that is changed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = [0.0]
+
+    def forward(self, x):
+        self.states[0] = self.states[0] * self.decay + x
+        return fire(self.states[0] - 0.5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("cls", "state", "says"),
+    [
+        (Attributes, "mem", "carries more from step to step than mem: name all attributes"),
+        (Trace, ("mem", "spike"), "carries more from step to step than mem, spike"),
+        (Nested, "spike", "carries more from step to step than spike"),
+        (Nested, ("cell", "spike"), "give a step function where an object holds them"),
+        (Attributes, ("mem", "spike", "men"), "has no attribute men after a step"),
+        (Attributes, ("mem", "spike", "decay"), "names decay, which is a parameter"),
+    ],
+)
+def test_wrong_names(cls, state, says, grad):
+    class Mine(cls):
         pass
 
-    sltt_ext.declare_neuron(Two, state="mem")
-    converted = sltt_ext.convert(Two())
-    x = torch.randn(N, 3, requires_grad=True)
-    converted(x)
-    with pytest.raises(DeclarationError, match="Two carries more from step to step than mem"):
-        converted(x)
+    sltt_ext.declare_neuron(Mine, state=state)
+    converted = sltt_ext.convert(Mine())
+    for _ in range(2):  # it stays an error, and leaves the neuron at rest
+        with pytest.raises(DeclarationError, match=f"Mine.* {says}"), torch.set_grad_enabled(grad):
+            converted(torch.randn(N, 3))
+    assert converted.mem == 0.0
+    assert vars(getattr(converted, "cell", Cell())) == {"mem": 0.0}
+
+
+@pytest.mark.parametrize("cls", [Recurrent, Trace])
+def test_names_of_other_states(cls):
+    """A list, and an attribute beside the usual ones; a second sequence starts from rest."""
+    sltt_ext.declare_neuron(cls, state="states" if cls is Recurrent else ("mem", "spike", "trace"))
+    original, converted = cls(), sltt_ext.convert(cls())
+    x_seq, weight = 2 * torch.randn(T, N, 3), torch.rand(T, N, 3)
+
+    def detach(module, _):
+        module.states = [torch.as_tensor(each).detach() for each in module.states]
+
+    if cls is Recurrent:
+        original.register_forward_pre_hook(detach)
+    else:
+        oracle_of(original)
+    expected, wanted = gradients(original, x_seq, weight)
+    for _ in range(2):
+        outputs, got = gradients(converted, x_seq, weight)
+        assert torch.equal(outputs, expected)
+        assert all(map(torch.equal, got, wanted))
+        converted.reset_state()
 
 
 def test_convert_at_rest():

@@ -340,6 +340,19 @@ class SpikingQNetwork(nn.Module):
         return values
 
 
+class PublishedQNetwork(SpikingQNetwork):
+    """As it was published: T in a private attribute, and a reset by whoever calls it."""
+
+    def __init__(self, T=4):
+        super().__init__()
+        self._T = T
+        del self.T
+
+    def forward(self, x):
+        x_seq = self.conv(x).unsqueeze(dim=0).repeat(self._T, 1, 1, 1, 1)
+        return self.fc2(self.lif2(self.fc1(self.lif1(x_seq))).mean(dim=0))
+
+
 # a language model whose tokens are the steps
 
 

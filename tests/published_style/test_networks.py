@@ -94,6 +94,47 @@ def test_it_is_not_the_gradient_through_time(cls, x, loss):
     )
 
 
+OVER_TIME = [
+    (networks.Spikformer, networks.images, networks.cross_entropy),
+    (networks.SEWResNet, networks.images, networks.cross_entropy),
+    (networks.PLIFNet, networks.images, networks.cross_entropy),
+    (networks.PublishedQNetwork, networks.images, networks.cross_entropy),
+]
+
+
+@pytest.mark.parametrize(("cls", "x", "loss"), OVER_TIME)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_time_inside_step_by_step(cls, x, loss, chunk):
+    """Norms read a step, so that one step or all of them at a time are the same only where they are fixed."""
+    name = "_T" if cls is networks.PublishedQNetwork else "T"
+    original, net = held(made(cls)), made(cls)
+    for module in (*original.modules(), *net.modules()):
+        if chunk == 1 and isinstance(module, (nn.modules.batchnorm._BatchNorm, networks.layer.Dropout)):
+            module.eval()
+    sltt_ext.over_time(net, time_inside=name, chunk=chunk)
+    for _ in range(2):
+        expected, wanted = backward(original, x(), loss)
+        value, got = backward(net, x(), loss)
+        assert torch.allclose(value, expected, rtol=1e-6)
+        assert oracle.relative_error(got, wanted) <= 1e-6
+        for each in (original, net):
+            with torch.no_grad():
+                torch._foreach_add_(list(each.parameters()), wanted, alpha=-0.01)
+
+
+def test_a_sum_over_time_is_told():
+    class Counts(networks.PLIFNet):
+        def forward(self, x):
+            return super().forward(x) * self.T
+
+    net = made(Counts)
+    net.fc[2].weight.data.fill_(1.0)  # it fires
+    with pytest.raises(
+        ConfigurationError, match=r"adds its outputs up over time, .* divide by the number of steps"
+    ):
+        sltt_ext.over_time(net, time_inside="T")(networks.images())
+
+
 def test_time_outside():
     def run(net, detach):
         torch.manual_seed(3)
