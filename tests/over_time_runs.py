@@ -43,10 +43,10 @@ def ddp(rank, world_size, options, wrapper, step_mode="s", compiled=False):
 
 def drawn(rank, world_size, seeded):
     """The steps of five iterations, from a generator, or the default one, that is another in each process."""
-    torch.manual_seed(rank)
     generator = torch.Generator().manual_seed(5 + rank) if seeded else None
     drawn = []
     counted = Counted(over_time(schedule=draws_two(drawn), generator=generator))
+    torch.manual_seed(rank)  # making the network has seeded them all alike
     x, target = batch(rank, world_size)
     for _ in range(5):
         counted.net.zero_grad()
