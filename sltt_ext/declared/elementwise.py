@@ -13,7 +13,7 @@ from sltt_ext.neuron import state_dtype
 
 __all__ = ["CURE", "check_elementwise", "check_shapes", "divide_by_tensors"]
 
-CURE = "backend='auto' runs the step as it is"
+CURE = "backend='torch' runs the step as it is"
 _ELEMENTWISE = (
     {"detach", "alias", "clone", "_to_copy", "copy_", "fill_", "lift_fresh", "lift_fresh_copy"}
     | {f"{value}_like" for value in ("zeros", "ones", "full", "empty")}

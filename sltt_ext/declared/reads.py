@@ -102,7 +102,7 @@ def _places(step: Callable[..., Any], owners: tuple[type, ...]) -> tuple[Place, 
     """Globals, closures and class attributes read by a function, by what it calls, and by the methods of ``owners``."""
     places: list[Place] = []
     seen: set[int] = set()
-    waiting: list[Any] = [step, *(owner.__dict__.get("forward") for owner in owners)]
+    waiting: list[Any] = [step, *(getattr(owner, "forward", None) for owner in owners)]
     while waiting:
         function = _undecorated(waiting.pop())
         if isinstance(function, type):

@@ -46,5 +46,5 @@ class _Refused(torch.autograd.Function):
         raise ConfigurationError(
             "the gradient of a fused neuron cannot be differentiated again (create_graph=True): give the neuron a "
             "surrogate function of your own, e.g. a subclass of SpikingJelly's or a function around snnTorch's, which "
-            "runs by the generic rule; run a declared step with backend='auto'"
+            "runs by the generic rule; run a declared step with backend='torch'"
         )
