@@ -117,11 +117,13 @@ class TimeLoop:
             double = source([_double(tensor) for tensor in arguments.tensors])
             inside.compare(net, time_steps, lambda net, start, stop: call_of(net)(double.take(start, stop)))
         wanting = self._wanting(net, arguments)
-        steps = self._steps(time_steps) if wanting else ()
+        counts = self._steps(time_steps) if wanting else {}
+        steps = tuple(counts)
         returns = self._returns()
         heads = Heads(
             returns,
             time_steps,
+            counts,
             max(len(steps), 1),
             inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step),
             weights=_weights(lengths, time_steps, returns),
@@ -168,10 +170,10 @@ class TimeLoop:
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
         return list({id(tensor): tensor for tensor in (*inputs, *outer_tensors(net))}.values())
 
-    def _steps(self, time_steps: int) -> tuple[int, ...]:
-        """The steps to back-propagate."""
+    def _steps(self, time_steps: int) -> dict[int, float]:
+        """The steps to back-propagate, and how many times each counts."""
         if self.settings.schedule is None:
-            return tuple(range(time_steps))
+            return dict.fromkeys(range(time_steps), 1.0)
         if self.settings.k is not None:
             options.count("k", self.settings.k, at_most=time_steps)
         return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
