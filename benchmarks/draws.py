@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import snntorch
@@ -33,7 +33,7 @@ from sltt_ext.online.draws import DRAWS, Draws
 from sltt_ext.online.options import TimeDim
 from sltt_ext.online.schedule import selected_steps
 
-SEEDS, BATCHES, DRAWN, EPOCHS, BATCH, REPEATS = (0, 1, 2), 3, 20_000, 2, 64, 30
+SEEDS, BATCHES, BATCH, UPDATES, DRAWN, REPEATS = (0, 1, 2), 3, 32, 30, 10_000, 16
 
 
 @dataclass(frozen=True)
@@ -87,38 +87,38 @@ TASKS = (
 
 
 def train(task: Task, net: nn.Module, time_steps: int, seed: int) -> None:
-    """A few epochs of SLTT."""
+    """Some updates of SLTT."""
     x, target = task.data(time_steps)
     online = task.trainer(net, time_steps)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
-    order = torch.Generator().manual_seed(seed)
-    for _ in range(EPOCHS):
-        for batch in torch.randperm(len(target), generator=order).split(BATCH):
-            optimizer.zero_grad()
-            online.forward_backward(x[batch], target[batch])
-            optimizer.step()
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    for batch in order.split(BATCH)[:UPDATES]:
+        optimizer.zero_grad()
+        online.forward_backward(x[batch], target[batch])
+        optimizer.step()
 
 
 def products_of_gradients(task: Task, net: nn.Module, time_steps: int, seed: int) -> list[Tensor]:
     """Of each batch, the products ``[T, T]`` of the gradients of all pairs of steps."""
     x, target = task.data(time_steps)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed + 100))
-    products = []
+    products, gradients = [], []
+
+    def collect(t: int) -> None:
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        net.zero_grad()
+
+    online = task.trainer(net, time_steps, on_step=collect)
+    net.zero_grad()
     for batch in order.split(BATCH)[:BATCHES]:
-        gradients = []
-        for t in range(time_steps):
-            net.zero_grad()
-            task.trainer(net, time_steps, schedule=lambda *_, t=t: [t]).forward_backward(
-                x[batch], target[batch]
-            )
-            gradients.append(
-                torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]).double()
-            )
-        stacked = torch.stack(gradients)
+        online.forward_backward(x[batch], target[batch])
+        stacked = torch.stack(gradients).double()
         products.append(stacked @ stacked.T)
+        gradients.clear()
     return products
 
 
+@cache
 def weights_of_draws(name: Draws, k: int, time_steps: int) -> Tensor:
     """What each step counts in the mean of a draw, ``[draws, T]``; 0 where it is not drawn."""
     generator, schedule = torch.Generator().manual_seed(0), DRAWS[name](k)
