@@ -6,7 +6,7 @@ weighted sum of these, so that the error of thousands of draws, |g_K - g|^2 rela
 the steps' gradients. In training the forward pass is the same whatever is drawn, so this is exact.
 
 With `full_output=False` an iteration ends with the last step that is drawn: `forward_steps` is how many it runs on average,
-and `relative_seconds` its processor time relative to random draws, in iterations that take turns.
+and `relative_seconds` the processor time that so many take, relative to random draws.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sltt_ext
-from sltt_ext.analysis.timing import interleaved_seconds
+from sltt_ext.analysis.timing import interleaved_medians
 from sltt_ext.data import load_digits, load_event_digits
 from sltt_ext.models import PreActResNet
 from sltt_ext.online.draws import DRAWS, Draws
 from sltt_ext.online.options import TimeDim
 from sltt_ext.online.schedule import selected_steps
 
-SEEDS, BATCHES, BATCH, UPDATES, DRAWN, REPEATS = (0, 1, 2), 3, 32, 30, 10_000, 16
+SEEDS, BATCHES, BATCH, UPDATES, DRAWN, REPEATS = (0, 1), 3, 32, 20, 10_000, 5
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def cosines(products: list[Tensor]) -> tuple[float, float]:
     return statistics.mean(near), statistics.mean(far)
 
 
-def relative_seconds(task: Task, time_steps: int, k: int) -> dict[str, float]:
-    """The time of iterations that end with the last drawn step, relative to random draws."""
+def seconds_by_last_step(task: Task, time_steps: int, k: int) -> Callable[[Tensor], Tensor]:
+    """The processor time of an iteration as a line over its forward steps, through the medians of such that take turns."""
     torch.manual_seed(0)
     net = task.network()
     x, target = (part[:BATCH] for part in task.data(time_steps))
@@ -158,13 +158,20 @@ def relative_seconds(task: Task, time_steps: int, k: int) -> dict[str, float]:
         online.forward_backward(x, target)
 
     runs: dict[str, Callable[[], Any]] = {}
-    for name in DRAWS:
-        generator = torch.Generator().manual_seed(0)
-        online = task.trainer(net, time_steps, k=k, schedule=name, generator=generator, full_output=False)
-        runs[name] = partial(run, online)
-    seconds = interleaved_seconds(runs, REPEATS, time.process_time)
-    means = {name: statistics.mean(values) for name, values in seconds.items()}
-    return {name: mean / means["random"] for name, mean in means.items()}
+    ends = range(k, time_steps + 1)
+    for end in ends:
+        online = task.trainer(
+            net,
+            time_steps,
+            schedule=lambda *_, end=end: [*range(k - 1), end - 1],
+            full_output=False,
+        )
+        runs[str(end)] = partial(run, online)
+    medians = torch.tensor([*interleaved_medians(runs, REPEATS, time.process_time).values()]).double()
+    steps = torch.tensor([*ends]).double()
+    away = steps - steps.mean()
+    slope = (away * medians).sum() / away.square().sum()
+    return lambda forward_steps: medians.mean() + slope * (forward_steps - steps.mean())
 
 
 def measure() -> list[dict[str, Any]]:
@@ -186,15 +193,16 @@ def measure() -> list[dict[str, Any]]:
 
 def rows_of(task: Task, time_steps: int, k: int, products: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
     weights = {name: weights_of_draws(name, k, time_steps) for name in DRAWS}
-    seconds = relative_seconds(task, time_steps, k)
+    order = torch.arange(1, time_steps + 1)
+    steps = {name: (own > 0).double().mul(order).amax(1).mean() for name, own in weights.items()}
+    seconds = seconds_by_last_step(task, time_steps, k)
     rows = []
     for state, found in products.items():
         variances = {
             name: statistics.mean(variance(own, each) for each in found) for name, own in weights.items()
         }
         near, far = cosines(found)
-        for name, own in weights.items():
-            last = (own > 0).double().mul(torch.arange(1, time_steps + 1)).amax(1)
+        for name in weights:
             rows.append(
                 {
                     "network": task.name,
@@ -204,8 +212,8 @@ def rows_of(task: Task, time_steps: int, k: int, products: dict[str, list[Tensor
                     "schedule": name,
                     "variance": round(variances[name], 4),
                     "relative_variance": round(variances[name] / variances["random"], 3),
-                    "forward_steps": round(float(last.mean()), 2),
-                    "relative_seconds": round(seconds[name], 3),
+                    "forward_steps": round(float(steps[name]), 2),
+                    "relative_seconds": round(float(seconds(steps[name]) / seconds(steps["random"])), 3),
                     "cosine_of_neighbours": round(near, 3),
                     "cosine_of_others": round(far, 3),
                     "batches": len(found),
