@@ -14,6 +14,7 @@ from sltt_ext.conversion import convert
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import OnlineResult, OnlineTrainer
+from sltt_ext.online.draws import Draws
 from sltt_ext.online.objective import LossFn
 from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
@@ -58,6 +59,7 @@ class Method:
     Attributes:
         algorithm: ``"bptt"`` or ``"sltt"``.
         k: How many steps SLTT-K back-propagates; None: all.
+        schedule: How they are drawn, as in `OnlineTrainer`.
         scale: As in `OnlineTrainer`, and so are the following.
         chunk: How many steps go through the network in one call; ``"all"`` takes all T where the network is
             multi-step, as BPTT does, and one where it is not.
@@ -72,6 +74,7 @@ class Method:
 
     algorithm: Literal["bptt", "sltt"]
     k: int | None = None
+    schedule: Draws = "random"
     scale: Literal["mean", "paper"] = "mean"
     chunk: int | Literal["auto", "all"] = 1
     full_output: bool = True
@@ -123,7 +126,7 @@ class Method:
             target_time_dim: The axis of time in the target.
             output: What the loss reads of the network's return value.
             backward: How a loss is back-propagated.
-            schedule: Says which steps SLTT-K back-propagates, instead of K random ones.
+            schedule: Says which steps SLTT-K back-propagates, instead of drawing K.
 
         Raises:
             ConversionError: If ``net`` has no spiking neuron, or some that SLTT cannot train.
@@ -135,9 +138,10 @@ class Method:
                 time_dim=time_dim, output=output, backward=backward, target_time_dim=target_time_dim,
             )  # fmt: skip
         convert(net, backend=self.backend)
+        k, draws = (None, None) if schedule is not None or self.k is None else (self.k, self.schedule)
         return OnlineTrainer(
-            net, loss_fn, time_steps, k=self.k if schedule is None else None, chunk=self._chunk(net, time_steps),
-            scale=self.scale, schedule=schedule, time_dim=time_dim, output=output, full_output=self.full_output,
+            net, loss_fn, time_steps, k=k, chunk=self._chunk(net, time_steps),
+            scale=self.scale, schedule=schedule or draws, time_dim=time_dim, output=output, full_output=self.full_output,
             backward=backward, target_time_dim=target_time_dim, cache_invariant=self.cache_invariant,
             pack_spikes=self.pack_spikes,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from sltt_ext.errors import ConfigurationError, ConversionError
 from sltt_ext.neuron import Reclassed
 from sltt_ext.online import options
 from sltt_ext.online.compiled import compiling_calls
+from sltt_ext.online.draws import Draws
 from sltt_ext.online.heads import Returns
 from sltt_ext.online.inputs import TimeDims
 from sltt_ext.online.schedule import Schedule
@@ -38,7 +39,7 @@ def over_time(
     time_inside: str | Sequence[str] | None = None,
     returns: Returns | None = None,
     carry: bool = False,
-    schedule: Schedule | None = None,
+    schedule: Schedule | Draws | None = None,
     generator: torch.Generator | None = None,
     memory_budget: int | str | None = None,
     pack_spikes: bool = False,
@@ -62,7 +63,7 @@ def over_time(
     Args:
         net: A network, or a part of one.
         time_steps: T, how many steps an input is shown; None takes it from the input (``time_dim``).
-        k: None back-propagates every step (SLTT); a number K runs K random ones again (SLTT-K), with T / K of their gradient.
+        k: None back-propagates every step (SLTT); a number K runs K of them again (SLTT-K), with T / K times their gradient.
         chunk: How many steps a multi-step network is shown in one call.
         time_dim: None shows the first argument ``[N, ...]`` at every step; 0 or 1 is its axis of time, ``[T, N, ...]`` or
             ``[N, T, ...]``. A dict says so for arguments by name. All others are passed as they are. An argument may be a
@@ -72,7 +73,7 @@ def over_time(
         returns: ``"mean"`` gives the mean over time of each tensor that the network returns, ``"sequence"`` all steps
             ``[T, N, ...]``. None is the mean, or with ``time_inside`` what the network itself gives.
         carry: Start from the state that the last call has left, a constant for the gradient, and not from rest.
-        schedule: Instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate.
+        schedule: How the K steps are drawn, or instead of ``k`` which steps are back-propagated; see `OnlineTrainer`.
         generator: Source of the random steps; None is torch's default generator.
         memory_budget: Keep the graphs of as many steps as fit, which then do not run again: bytes, text as ``"6GiB"``,
             or a part of the device's memory, ``"0.8"``. None keeps that of the last selected step, unless an earlier

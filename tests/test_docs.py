@@ -142,6 +142,24 @@ def test_accuracies_of_both_scales_in_the_docs_are_the_measured_ones(name, metho
     assert " | ".join([f"| {ACCURACY_SETS[name]}", method, *figures]) in page
 
 
+def test_variances_of_draws_in_the_docs_are_the_measured_ones():
+    page = (ROOT / "docs" / "method.md").read_text()
+    draws = {}
+    for row in results("draws"):
+        if row["state"] == "trained":
+            draws.setdefault((row["network"], row["time_steps"], row["k"]), {})[row["schedule"]] = row
+    for case, rows in draws.items():
+        random, *others = (rows[name] for name in ("random", "stratified", "early"))
+        figures = [f"{float(random['variance']):.2f}", random["forward_steps"]]
+        for row in others:
+            figures += [
+                f"{float(row['relative_variance']):.2f}",
+                row["forward_steps"],
+                f"{float(row['relative_seconds']):.2f}",
+            ]
+        assert " | ".join([f"| {case[0]}", *case[1:], *figures]) in page
+
+
 def test_times_and_memory_of_the_papers_methods_in_the_docs_are_the_measured_ones():
     page = (ROOT / "docs" / "reproduce.md").read_text()
     columns = ("method", "seconds", "relative_seconds", "peak_mb", "relative_peak")

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sltt_ext.errors import CheckpointError, ConfigurationError, DataError
 from sltt_ext.experiment import Experiment, main, run
 from sltt_ext.experiment.settings import from_command_line
+from sltt_ext.methods import Method
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/*.yaml"))
@@ -177,6 +178,11 @@ def test_configurations_are_the_papers_rows(config):
     assert (e.mse_weight, e.dropout) == (mse_weight, dropout)
     assert k is None or e.k == k
     assert (e.mse_target == "one_hot") == (config.stem == "cifar10_dvs")
+
+
+def test_the_schedule_on_the_command_line_reaches_the_method():
+    arguments = ["--config", str(CONFIGS[0]), "--method", "sltt-k", "--k", "2", "--schedule", "stratified"]
+    assert from_command_line("", arguments).chosen_method == Method("sltt", k=2, schedule="stratified")
 
 
 def test_every_row_has_a_configuration():

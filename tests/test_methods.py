@@ -83,6 +83,8 @@ def test_the_gradient_is_that_of_the_trainer_by_hand(name):
     [
         ({}, {"chunk": 1, "scale": "mean", "full_output": True, "cache_invariant": True, "pack_spikes": False}),
         ({"k": 2, "scale": "paper", "full_output": False}, {"scale": "paper", "full_output": False}),
+        ({"k": 2, "schedule": "early"}, {"k": 2, "schedule": "early"}),
+        ({"schedule": "early"}, {"k": None, "schedule": None}),
         ({"chunk": 2, "pack_spikes": True}, {"chunk": 2, "pack_spikes": True}),
         ({"chunk": "all", "cache_invariant": False}, {"chunk": T, "cache_invariant": False}),
         ({"chunk": "auto"}, {"chunk": "auto"}),

@@ -31,6 +31,7 @@ class Experiment:
         weight_decay: Of SGD.
         method: bptt, sltt, or sltt-k.
         k: How many of the T steps sltt-k back-propagates.
+        schedule: How sltt-k draws them: random, stratified (one of each k-th of the T), or early (late ones less often).
         scale: What divides the sum of the losses of sltt-k: their number (mean), or T (paper).
         mse_weight: Weight lambda of the squared error; the cross-entropy's is 1 - lambda.
         mse_target: What the squared error pulls the output to: a number, or one_hot.
@@ -59,6 +60,7 @@ class Experiment:
     weight_decay: float
     method: Literal["bptt", "sltt", "sltt-k"] = "sltt"
     k: int = 2
+    schedule: Literal["random", "stratified", "early"] = "random"
     scale: Literal["mean", "paper"] = "mean"
     mse_weight: float = 0.05
     mse_target: float | Literal["one_hot"] = 1.0
@@ -81,7 +83,7 @@ class Experiment:
     def chosen_method(self) -> Method:
         """The method with its options."""
         name = f"sltt-{self.k}" if self.method == "sltt-k" else self.method
-        return replace(method_named(name), scale=self.scale)
+        return replace(method_named(name), schedule=self.schedule, scale=self.scale)
 
     @property
     def folder(self) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,8 @@ class Heads:
     Args:
         returns: Their mean over time, or all steps.
         time_steps: T.
-        divisor: How many steps the gradient is the mean of.
+        counts: How many times each step counts in the gradient, which is the mean of these steps.
+        divisor: How many steps it is divided by.
         read: What is an output.
         keeps_dtype: Whether a mean has the outputs' own dtype; that of half precision is computed in float32.
         weights: What each step of each sample counts in the mean, ``[T, N]``; None where all count the same.
@@ -40,6 +41,7 @@ class Heads:
         self,
         returns: Returns,
         time_steps: int,
+        counts: Mapping[int, float],
         divisor: int,
         read: Read,
         keeps_dtype: bool = True,
@@ -49,6 +51,7 @@ class Heads:
             MeanOutput(weights) if returns == "mean" else OutputSequence()
         )
         self._weights = weights
+        self._counts = counts
         self._returns = returns
         self._time_steps = time_steps
         self._divisor = divisor
@@ -101,9 +104,18 @@ class Heads:
         return self._rebuild(values)
 
     def share(self, gradient: Tensor, call: Call) -> Tensor:
-        """What a call has in the gradient of an output: with K of T steps, its own part times T / K."""
+        """What a call of C steps has in the gradient of an output ``[C, N, ...]``: its own part, each step as often as it counts."""
+        part = self._part(gradient, call)
+        counts = [self._counts[t] for t in range(call.start, call.stop)]
+        if all(count == 1 for count in counts):
+            return part
+        # one by one: a tensor of them would have to be copied to the device
+        return torch.stack([of_step * count for of_step, count in zip(part, counts, strict=True)])
+
+    def _part(self, gradient: Tensor, call: Call) -> Tensor:
+        """The part of the steps of a call; with K of T steps, times T / K."""
         if self._returns == "mean" and self._weights is None:
-            return gradient / self._divisor
+            return (gradient / self._divisor).expand(call.steps, *gradient.shape)
         if self._weights is not None:
             part = gradient * weights_like(gradient.unsqueeze(0), self._weights[call.start : call.stop])
         else:

@@ -46,17 +46,27 @@ def targets_of_steps(target: Any, time_steps: int, target_time_dim: int | None) 
     return target.unbind(dim)
 
 
-def total_loss(loss_fn: LossFn, output_seq: Any, targets: Sequence[Any]) -> Tensor:
+def total_loss(
+    loss_fn: LossFn, output_seq: Any, targets: Sequence[Any], counts: Iterable[float] | None = None
+) -> Tensor:
     """The sum of the losses of outputs ``[C, N, ...]``, one or several in a dict or tuple, one step after the other.
+
+    Args:
+        loss_fn: The loss of one step.
+        output_seq: The outputs.
+        targets: Of each step.
+        counts: How many times the loss of each step counts; None is once.
 
     Raises:
         LossError: If a loss is no scalar tensor, or needs no gradient.
     """
-    return sum_of_losses(loss_fn, zip(_steps(output_seq), targets, strict=True))
+    return sum_of_losses(loss_fn, zip(_steps(output_seq), targets, strict=True), counts)
 
 
-def sum_of_losses(loss_fn: LossFn, outputs_and_targets: Iterable[tuple[Any, Any]]) -> Tensor:
-    """The sum of the losses of these outputs.
+def sum_of_losses(
+    loss_fn: LossFn, outputs_and_targets: Iterable[tuple[Any, Any]], counts: Iterable[float] | None = None
+) -> Tensor:
+    """The sum of the losses of these outputs, each as many times as it counts.
 
     Raises:
         LossError: If a loss is no scalar tensor, or needs no gradient.
@@ -69,6 +79,8 @@ def sum_of_losses(loss_fn: LossFn, outputs_and_targets: Iterable[tuple[Any, Any]
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise LossError(f"loss_fn must return a scalar tensor, got {got}: reduce it, e.g. with .mean()")
+    if counts is not None:
+        losses = [loss if count == 1 else loss * count for loss, count in zip(losses, counts, strict=True)]
     total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     if not total.requires_grad:
         raise LossError(

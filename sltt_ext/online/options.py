@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.online.schedule import Schedule, random_steps
+from sltt_ext.online.draws import DRAWS, Draws
+from sltt_ext.online.schedule import Schedule
 
 __all__ = [
     "SIZE",
@@ -87,11 +88,23 @@ def room(value: Any) -> int | str | None:
     )
 
 
-def selection(k: Any, schedule: Schedule | None, time_steps: int | None) -> Schedule | None:
-    """``k`` or ``schedule``: which steps are back-propagated; None is all of them."""
-    if k is not None and schedule is not None:
-        raise ConfigurationError("give k or schedule, not both")
-    return schedule if k is None else random_steps(count("k", k, at_most=time_steps))
+def selection(k: Any, schedule: Schedule | Draws | None, time_steps: int | None) -> Schedule | None:
+    """``k``, ``schedule``, or ``k`` with the name of a schedule: which steps are back-propagated; None is all of them."""
+    if callable(schedule):
+        if k is not None:
+            raise ConfigurationError(
+                "give k or a schedule= of your own, not both: k goes with 'random', 'stratified' or 'early'"
+            )
+        return schedule
+    name = "random" if schedule is None else schedule
+    drawn_by = DRAWS[
+        one_of("schedule", name, tuple(DRAWS), "'random', 'stratified', 'early' or a function of your own")
+    ]
+    if k is None:
+        if schedule is not None:
+            raise ConfigurationError(f"schedule={schedule!r} draws k of the time steps: say how many with k=")
+        return None
+    return drawn_by(count("k", k, at_most=time_steps))
 
 
 def axis(name: str, value: Any) -> TimeDim | None:

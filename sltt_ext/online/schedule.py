@@ -2,54 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import inf, nan
+from numbers import Real
+from typing import Any
 
 import torch
 
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.online.capture import capturing
-from sltt_ext.online.snapshot import without_modes
 
-__all__ = ["Schedule", "longest_runs", "random_steps", "runs", "selected_steps"]
+__all__ = ["Schedule", "longest_runs", "runs", "selected_steps"]
 
-Schedule = Callable[[int, torch.Generator | None], Iterable[int]]
-
-
-def random_steps(k: int) -> Schedule:
-    """SLTT-K's schedule: ``k`` of the time steps, drawn without replacement (Meng et al. 2023, Sec. 4.3).
-
-    Raises:
-        ConfigurationError: When a draw would be captured in a CUDA graph, which freezes it.
-    """
-    return partial(_drawn, k)
+Schedule = Callable[[int, torch.Generator | None], Iterable[int] | Mapping[int, float]]
+"""``(time_steps, generator) -> `` the steps to back-propagate, or ``{step: how many times its loss counts}``."""
 
 
-def _drawn(k: int, time_steps: int, generator: torch.Generator | None) -> list[int]:
-    if capturing():
-        raise ConfigurationError(
-            "a CUDA graph replays the steps that were drawn while it was captured, the same ones in every iteration: "
-            "capture without k, or give a schedule= whose steps may be frozen"
-        )
-    device = "cpu" if generator is None else generator.device
-    with without_modes():  # real numbers also where the network runs on fake tensors
-        drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
-    return drawn
-
-
-def selected_steps(schedule: Schedule, time_steps: int, generator: torch.Generator | None) -> tuple[int, ...]:
-    """The steps ``schedule`` selects, in order.
+def selected_steps(
+    schedule: Schedule, time_steps: int, generator: torch.Generator | None
+) -> dict[int, float]:
+    """The steps that ``schedule`` selects, in order, and how many times each counts.
 
     Raises:
-        ConfigurationError: If it selects no step, one step twice, or one outside ``0..time_steps - 1``.
+        ConfigurationError: If it selects no step, one step twice, one outside ``0..time_steps - 1``, or one that
+            counts some other than a positive number of times.
     """
-    drawn = [int(t) for t in schedule(time_steps, generator)]
-    steps = tuple(sorted(set(drawn)))
+    selection = schedule(time_steps, generator)
+    drawn = [int(t) for t in selection]
+    steps = sorted(set(drawn))
     if not steps or len(steps) != len(drawn) or steps[0] < 0 or steps[-1] >= time_steps:
         raise ConfigurationError(
             f"schedule must select one or more different steps from 0 to {time_steps - 1}, got {drawn}"
         )
-    return steps
+    if not isinstance(selection, Mapping):
+        return dict.fromkeys(steps, 1.0)
+    counts = dict(zip(drawn, map(_count, selection.values())))
+    return {t: counts[t] for t in steps}
+
+
+def _count(value: Any) -> float:
+    number = float(value) if isinstance(value, Real) else nan
+    if not 0 < number < inf:
+        raise ConfigurationError(
+            f"schedule must say how many times a step counts by a positive number, got {value!r}"
+        )
+    return number
 
 
 def runs(time_steps: int, selected: Iterable[int], chunk: int, group: int) -> Iterator[tuple[int, int, bool]]:

@@ -130,11 +130,13 @@ class TimeLoop:
             double = source([_double(tensor) for tensor in arguments.tensors])
             inside.compare(net, time_steps, lambda net, start, stop: call_of(net)(double.take(start, stop)))
         wanting = self._wanting(net, arguments)
-        steps = self._steps(net, time_steps) if wanting else ()
+        counts = self._steps(net, time_steps) if wanting else {}
+        steps = tuple(counts)
         returns = self._returns()
         heads = Heads(
             returns,
             time_steps,
+            counts,
             max(len(steps), 1),
             inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step),
             weights=_weights(lengths, time_steps, returns),
@@ -187,10 +189,10 @@ class TimeLoop:
         own = by_autograd(net, outer_tensors(net))
         return list({id(tensor): tensor for tensor in (*inputs, *own)}.values())
 
-    def _steps(self, net: nn.Module, time_steps: int) -> tuple[int, ...]:
-        """The steps to back-propagate, the same in all processes that train the network together."""
+    def _steps(self, net: nn.Module, time_steps: int) -> dict[int, float]:
+        """The steps to back-propagate, the same in all processes that train the network together; how many times each counts."""
         if self.settings.schedule is None:
-            return tuple(range(time_steps))
+            return dict.fromkeys(range(time_steps), 1.0)
         if self.settings.k is not None:
             options.count("k", self.settings.k, at_most=time_steps)
         if self._common is None and (is_distributed(net) or replica(net) is not None):

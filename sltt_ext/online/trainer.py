@@ -28,6 +28,7 @@ from sltt_ext.online.distributed import (
     synchronised_once,
     unwrapped,
 )
+from sltt_ext.online.draws import Draws
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.frames import Frames, frames
 from sltt_ext.online.grouping import Grouping
@@ -96,7 +97,7 @@ class OnlineTrainer:
         net: A converted network, also inside DistributedDataParallel, ``fully_shard`` or ``torch.compile``.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T, how many steps one input is shown.
-        k: None back-propagates every step (SLTT); a number K back-propagates K random ones (SLTT-K),
+        k: None back-propagates every step (SLTT); a number K back-propagates K of them (SLTT-K),
             the others run without gradients.
         chunk: How many consecutive back-propagated steps go through the network in one call; more than 1
             needs a multi-step network. Time is traded for the memory of ``chunk`` steps. ``"auto"`` takes as
@@ -104,7 +105,10 @@ class OnlineTrainer:
             that are not back-propagated share a call as far as that needs no more memory than the others do.
         scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is
             an unbiased estimate of SLTT's; ``"paper"`` divides by T whatever K is.
-        schedule: Instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate.
+        schedule: How the K steps are drawn: None or ``"random"``; ``"stratified"``, one of each K-th of the T steps; or
+            ``"early"``, such that late steps are drawn less often and count more. The gradient is unbiased with each. Or,
+            instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate, or
+            ``{index: how many times its loss counts}``.
         generator: Source of the random steps; None is torch's default generator.
         time_dim: None shows the same ``x`` ``[N, ...]`` at every step; 0 or 1 is the axis of time in
             ``x`` ``[T, N, ...]`` or ``[N, T, ...]``. A dict of tensors is one input, of several parts. Any other
@@ -150,7 +154,7 @@ class OnlineTrainer:
         chunk: int | Literal["auto"] = 1,
         *,
         scale: options.Scale = "mean",
-        schedule: Schedule | None = None,
+        schedule: Schedule | Draws | None = None,
         generator: torch.Generator | None = None,
         time_dim: options.TimeDim | None = None,
         output: Output = None,
@@ -219,20 +223,22 @@ class OnlineTrainer:
         self._say_what_is_unknown()
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
-        steps = self._steps()
+        counts = self._steps()
+        steps = tuple(counts)
         divisor = len(steps) if self.scale == "mean" else self.time_steps
         stop = self.time_steps if self.full_output or self.loss_on != "step" else steps[-1] + 1
         targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
 
         def loss_of_call(output_seq: Any, call: Call) -> Tensor:
-            return total_loss(self.loss_fn, output_seq, targets[call.start : call.stop]) / divisor
+            own = [counts[t] for t in range(call.start, call.stop)]
+            return total_loss(self.loss_fn, output_seq, targets[call.start : call.stop], own) / divisor
 
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
         loss: Tensor | None
         whole = all_or_nothing(self._leaves(x), partial(reset, neurons))
         with whole, whole, synchronised as step:  # twice, for interrupts
             if self.loss_on != "step":
-                loss, output = self._whole(x, target, steps, divisor, step)
+                loss, output = self._whole(x, target, counts, divisor, step)
             else:
                 loss, output = self._run(x, stop, steps, loss_of_call, step, self._guards(x, target))
         assert loss is not None  # the schedule selects at least one step
@@ -322,9 +328,10 @@ class OnlineTrainer:
         )  # fmt: skip
 
     def _whole(
-        self, x: Any, target: Any, steps: tuple[int, ...], divisor: int, step: Step
+        self, x: Any, target: Any, counts: Mapping[int, float], divisor: int, step: Step
     ) -> tuple[Tensor, Any]:
         """One loss of the outputs of all steps, and their mean; backward runs the steps again."""
+        steps = tuple(counts)
         if isinstance(x, Iterator):
             raise InputError(
                 f"loss_on={self.loss_on!r} goes through the frames twice: give a tensor or a list, not an iterator"
@@ -335,6 +342,7 @@ class OnlineTrainer:
         heads = Heads(
             "sequence" if self.loss_on == "sequence" else "mean",
             self.time_steps,
+            counts,
             divisor,
             lambda returned, calls: flatten(read(returned, calls)),
             keeps_dtype=False,
@@ -397,10 +405,10 @@ class OnlineTrainer:
             self.on_step(call.stop - 1)
             torch.clear_autocast_cache()  # it has the weights as they were
 
-    def _steps(self) -> tuple[int, ...]:
-        """The steps to back-propagate, the same in all processes."""
+    def _steps(self) -> dict[int, float]:
+        """The steps to back-propagate, the same in all processes, and how many times each counts."""
         if self.schedule is None:
-            return tuple(range(self.time_steps))
+            return dict.fromkeys(range(self.time_steps), 1.0)
         net = self.wrapper or self.net
         if self._common is None and is_distributed(net):
             self._common = common_generator(net, self.generator)

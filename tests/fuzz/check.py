@@ -247,6 +247,9 @@ def _trainer(
     options = case.options
     select = options.select
 
+    def schedule(time_steps: int, generator: Any) -> Any:
+        return {t: case.count(t) for t in select} if options.counts else list(select)
+
     def on_step(t: int) -> None:
         update.step()
         update.zero_grad()
@@ -256,7 +259,7 @@ def _trainer(
         loss,
         options.time_steps,
         k=select if isinstance(select, int) else None,
-        schedule=(lambda time_steps, generator: list(select)) if isinstance(select, tuple) else None,
+        schedule=schedule if isinstance(select, tuple) else None,
         generator=generator,
         chunk=options.chunk,
         memory_budget=options.memory_budget,

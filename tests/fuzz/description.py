@@ -56,6 +56,7 @@ class Options(_Short):
         parts: What an input, or a frame of a list or iterator, is: ``""`` for a tensor, else a ``"dict"`` or
             ``"tuple"`` of two.
         select: None for every step, K for SLTT-K, or the steps themselves.
+        counts: How many times each of the T steps counts, where ``select`` names steps; none is once.
         loss: See `fuzz.training.loss_fn`.
         loss_on: Of the trainer; ``"alternate"`` is another trainer in each iteration, of steps, of the mean, and so on.
         soft: Whether the target holds probabilities of the classes instead of their numbers.
@@ -67,6 +68,7 @@ class Options(_Short):
     frames: str = "static"
     parts: str = ""
     select: int | tuple[int, ...] | None = None
+    counts: tuple[float, ...] = ()
     chunk: int | str = 1
     memory_budget: int | str | None = None
     scale: str = "mean"
@@ -115,6 +117,11 @@ class Case(_Short):
                 self.options, chunk=1, memory_budget=None, cache_invariant=False, pack_spikes=False
             ),
         )
+
+    def count(self, t: int) -> float:
+        """How many times a step counts."""
+        counts = self.options.counts
+        return counts[t] if counts and isinstance(self.options.select, tuple) else 1.0
 
     @property
     def reference_chunk(self) -> int:

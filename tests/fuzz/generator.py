@@ -59,7 +59,15 @@ def random_case(framework: str, seed: int) -> Case:
         case = replace(case, blocks=draw.choice(ODDITIES)(draw, case))
     if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
         case = replace(case, blocks=_time(draw, case))
-    return _allowed(draw, case)
+    return _counted(draw, _allowed(draw, case))
+
+
+def _counted(draw: random.Random, case: Case) -> Case:
+    """The case, with steps that may count some other number of times than once."""
+    if not isinstance(case.options.select, tuple) or draw.random() < 0.5:
+        return case
+    counts = tuple(draw.choice([0.5, 1.0, 1.0, 3.0]) for _ in range(case.options.time_steps))
+    return replace(case, options=replace(case.options, counts=counts))
 
 
 def _blocks(draw: random.Random, framework: str, image: bool) -> tuple[Block, ...]:

@@ -143,7 +143,10 @@ class Pass:
         last = all_steps if self.case.options.full_output else self.selected[-1] + 1
 
         def loss_of_call(outputs: list[Any], start: int) -> Tensor:
-            losses = [self.loss_fn(output, self._target(start + t)) for t, output in enumerate(outputs)]
+            losses = [
+                self.case.count(t) * self.loss_fn(output, self._target(t))
+                for t, output in enumerate(outputs, start)
+            ]
             return torch.stack(losses).sum() / self.divisor
 
         loss, outputs = self._through_time(last, loss_of_call)
@@ -166,8 +169,12 @@ class Pass:
             self.data.x.data.copy_(x)
 
         def part(outputs: list[Any], start: int) -> Tensor:
-            leaves = [zip(tree_leaves(output), gradients) for output in outputs]
-            return sum((leaf * gradient).sum() for step in leaves for leaf, gradient in step) / self.divisor
+            parts = [
+                self.case.count(t) * (leaf * gradient).sum()
+                for t, output in enumerate(outputs, start)
+                for leaf, gradient in zip(tree_leaves(output), gradients)
+            ]
+            return sum(parts) / self.divisor
 
         self._through_time(self.case.options.time_steps, part)
         return loss.detach(), tree_map(Tensor.detach, output)
@@ -181,8 +188,12 @@ class Pass:
                 outputs += self.network.outputs(self._frames(start, stop))
             self.network.detach()
         self.network.reset()
+        counts = [times * self.case.count(t) for t in range(len(outputs))]
         mean = _mean(
-            [tree_map(lambda leaf: leaf.detach() + times * (leaf - leaf.detach()), o) for o in outputs]
+            [
+                tree_map(lambda leaf, c=count: leaf.detach() + c * (leaf - leaf.detach()), output)
+                for output, count in zip(outputs, counts)
+            ]
         )
         loss = self.loss_fn(mean, self.data.target)
         self.backward(loss)

@@ -45,6 +45,7 @@ def features(case: Case) -> set[str]:
     parts = {
         f"{name}={getattr(options, name)}" for name in ("loss", "backward", "loss_on", "on_step", "scale")
     }
+    parts |= {"counts"} if options.counts else set()
     parts |= {"selects"} if options.select is not None else set()
     parts |= {f"chunk={'auto' if options.chunk == 'auto' else 'several'}"} if options.chunk != 1 else set()
     parts |= {name for name in ("cache_invariant", "pack_spikes", "input_gradient") if getattr(options, name)}

@@ -58,6 +58,7 @@ OTHERS = {
         for name, options in GROUPED.items()
     },
     **{f"buffers, {name}": (runs.buffers, (options,)) for name, options in BUFFERS.items()},
+    "early": (runs.ddp, ({"k": 2, "schedule": "early"},)),
     "default generator": (runs.default_generator, ()),
     "accumulation, no_sync": (runs.accumulation, (True,)),
     "accumulation, sync=False": (runs.accumulation, (False,)),
@@ -130,6 +131,18 @@ def test_all_processes_draw_the_steps_of_the_first_ones_generator(kind):
     for result in results(2)[kind]:
         assert result["steps"] == [alone.forward_backward(*runs.batch(0, 1)).time_steps for _ in range(3)]
         alone.generator.manual_seed(5)
+
+
+def test_all_processes_count_a_step_as_often():
+    generator = torch.Generator().manual_seed(5)
+    alone = runs.trainer(runs.network(), k=2, schedule="early", generator=generator)
+    steps = []
+    for _ in range(3):
+        alone.net.zero_grad()
+        steps.append(alone.forward_backward(*runs.batch(0, 1)).time_steps)
+    for result in results(2)["early"]:
+        assert result["steps"] == steps
+        assert oracle.relative_error(result["gradients"], runs.gradients(alone.net)) < 1e-6
 
 
 def test_all_processes_draw_the_same_steps_from_the_default_generator():
