@@ -329,7 +329,7 @@ class _Moments(SpeedUp):
         """Take a snapshot where one is needed."""
         if call.differentiable and not call.keeps_graph:
             if call.start != self._next:
-                self._before[call.start] = Snapshot(self._net)
+                self._before[call.start] = Snapshot(self._net, but_given=True)
             self._next = call.stop
         yield
 

@@ -33,9 +33,11 @@ class Snapshot:
 
     Args:
         net: The network.
+        but_given: Whether to leave alone what has a gradient, for which something else may stand in when it is restored.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, but_given: bool = False) -> None:
+        self._but_given = but_given
         self._undo: list[Callable[[], Any]] = []
         for module in net.modules():
             buffers: Any = module._buffers
@@ -55,7 +57,12 @@ class Snapshot:
 
     def _keep(self, store: dict[Any, Any], now: dict[Any, Any], depth: int = _DEPTH) -> None:
         """Take what is ``now`` in a dict."""
-        self._undo.append(partial(_put_back, store, dict(now)))
+        before = {
+            name: value
+            for name, value in now.items()
+            if not (self._but_given and isinstance(value, Tensor) and value.requires_grad)
+        }
+        self._undo.append(partial(_put_back, store, before, {*now}))
         for value in now.values():
             self._keep_content(value, depth)
 
@@ -97,15 +104,12 @@ def random_numbers(net: nn.Module) -> Callable[[], None]:
     return draw_again
 
 
-def _put_back(store: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """Give a dict the entries that it had; what is of every module stays as it is."""
-    for name in [name for name in store if name not in before and name not in _NOT_TAKEN]:
+def _put_back(store: dict[Any, Any], before: dict[Any, Any], names: set[Any]) -> None:
+    """Give a dict the entries that it had, and take others off; what is of every module stays as it is."""
+    for name in [name for name in store if name not in names and name not in _NOT_TAKEN]:
         del store[name]
     for name, value in before.items():
-        given = (
-            isinstance(value, Tensor) and value.requires_grad
-        )  # not left by a step; something may stand in for it
-        if not given and store.get(name, _ABSENT) is not value:
+        if store.get(name, _ABSENT) is not value:
             store[name] = value
 
 

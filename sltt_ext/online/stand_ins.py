@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,8 +46,12 @@ class StandIns(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Have the network read the leaves."""
         for store, name, tensor in _places(self._net):
-            if id(tensor) in self._leaves:
-                one.replaced.entry(store, name, self._leaves[id(tensor)])
+            leaf = self._leaves.get(id(tensor))
+            if leaf is not None and one.again:
+                one.replaced.entry(store, name, leaf)
+            elif leaf is not None:
+                one.replaced.at_end(partial(_give_back, store, name, leaf, tensor))
+                store[name] = leaf
         yield
 
     def forget_gradients(self) -> None:
@@ -57,6 +62,12 @@ class StandIns(SpeedUp):
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of these tensors."""
         return [self._leaves[id(tensor)].grad for tensor in tensors]
+
+
+def _give_back(store: dict[str, Any], name: str, leaf: Tensor, tensor: Tensor) -> None:
+    """Put the tensor back, unless the network has computed another one."""
+    if store.get(name) is leaf:
+        store[name] = tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:

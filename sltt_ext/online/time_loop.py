@@ -114,8 +114,7 @@ class TimeLoop:
             return forward if arguments.single else lambda frame: forward(*frame[0], **frame[1])
 
         if inside is not None:
-            double = source([_double(tensor) for tensor in arguments.tensors])
-            inside.compare(net, time_steps, lambda net, start, stop: call_of(net)(double.take(start, stop)))
+            self._compare(net, inside, arguments, time_steps, part, call_of)
         wanting = self._wanting(net, arguments)
         steps = self._steps(time_steps) if wanting else ()
         returns = self._returns()
@@ -142,6 +141,27 @@ class TimeLoop:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
         return heads.rebuild(outputs)
 
+    def _compare(
+        self,
+        net: nn.Module,
+        inside: TimeInside,
+        arguments: Arguments,
+        time_steps: int,
+        part: int,
+        call_of: Callable[[nn.Module], Callable[[Any], Any]],
+    ) -> None:
+        """See that a network with its time inside can run step by step; one step alone does not tell where its time is."""
+        told = self.settings.returns is None or time_steps > 1
+        tensors = arguments.tensors if told else arguments.twice()
+
+        def shown(convert: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, int, int], Any]:
+            frames = arguments.frames([convert(tensor) for tensor in tensors], keeps_axis=True, repeats=False)
+            return lambda net, start, stop: call_of(net)(frames.take(start, stop))
+
+        inside.compare(net, time_steps if told else 2, shown)
+        if self.settings.returns == "sequence":
+            inside.check_sequence(part)
+
     def _returns(self) -> Returns:
         """What the caller gets: where time is inside, as the network gives it unless something else was said."""
         inside = self.settings.time_inside
@@ -166,7 +186,8 @@ class TimeLoop:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return []
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
-        return list({id(tensor): tensor for tensor in (*inputs, *outer_tensors(net))}.values())
+        held = [tensor for tensor in outer_tensors(net) if tensor.is_leaf or not self._kept.has_left(tensor)]
+        return list({id(tensor): tensor for tensor in (*inputs, *held)}.values())
 
     def _steps(self, time_steps: int) -> tuple[int, ...]:
         """The steps to back-propagate."""
@@ -236,10 +257,6 @@ def _weights(lengths: Tensor | None, time_steps: int, returns: Returns) -> Tenso
         )
     counted = torch.arange(time_steps, device=lengths.device).unsqueeze(1) < lengths
     return counted / lengths
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
 def _kind(net: nn.Module, tensors: Sequence[Tensor]) -> Any:

@@ -152,11 +152,14 @@ def _over_time(draw: random.Random, options: Options, form: str) -> Options:
     """The options of ``over_time`` instead of the trainer."""
     inside = draw.choice([""] * 6 + ["mean", "head of the mean", "steps", "steps of a sample"])
     loss_on = draw.choice(["mean"] * 3 + [*SEQUENCE_LOSSES])
+    chunk = draw.choice([1, 2, 3]) if form == "multi" else 1
+    if inside in ("mean", "head of the mean") and chunk > 1:  # of which all steps cannot be told
+        loss_on = "mean"
     return replace(
         options,
         way="over_time",
         frames="time 0" if options.frames in ("list", "iterator") else options.frames,
-        chunk=draw.choice([1, 2, 3]) if form == "multi" else 1,
+        chunk=chunk,
         memory_budget=draw.choice([None, None, None, 1, 5_000, 20_000, 60_000, 2**30]),
         scale="mean",
         full_output=True,
@@ -172,9 +175,8 @@ def _over_time(draw: random.Random, options: Options, form: str) -> Options:
 
 def _of_all_steps(options: Options) -> Options:
     """The options with a loss that may be taken of the outputs of all steps."""
-    takes = [loss for loss in LOSSES if not loss.startswith("saliency")]
-    selected = options.loss == "rates" and options.select is not None  # of which steps is left open
-    return options if options.loss in takes and not selected else replace(options, loss="cross entropy")
+    takes = [loss for loss in LOSSES if not loss.startswith("saliency") and loss != "rates"]
+    return options if options.loss in takes else replace(options, loss="cross entropy")
 
 
 Oddity = Callable[[random.Random, Case], tuple[Block, ...]]
