@@ -187,7 +187,14 @@ class _Recording:
         )
         with self._conditions.restored():
             around = (stand_ins, _Again(self._moments), *self._speed_ups(one))
+            before = stand_ins.sums() if self._graphs.compares else []
             through_time(one, objective, around, self._graphs.comparison())
+            if before and any(map(torch.ne, before, stand_ins.sums())):
+                raise LossError(
+                    "the network writes to its own weights while it runs (weight.data, or in place under no_grad), and backward "
+                    "runs its time steps again, with other weights: write to them outside of forward, or have a "
+                    "parametrization compute them (torch.nn.utils.parametrize)"
+                )
 
 
 class _Graphs(SpeedUp, Outputs):
@@ -240,6 +247,11 @@ class _Graphs(SpeedUp, Outputs):
         elif call.differentiable and self._found.compares:
             self._first_run.append([head_seq.detach() for head_seq in output_seq])
         self._outputs.add(output_seq)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the second run is still compared with the first."""
+        return self._found.compares
 
     def comparison(self) -> Outputs:
         """Where the outputs of the second run go."""

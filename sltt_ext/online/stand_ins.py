@@ -54,6 +54,11 @@ class StandIns(SpeedUp):
                 store[name] = leaf
         yield
 
+    def sums(self) -> list[Tensor]:
+        """By which to see whether the leaves are written to."""
+        plain = [leaf for leaf in self._leaves.values() if type(leaf) in (Tensor, nn.Parameter)]
+        return [leaf.detach().sum().nan_to_num() for leaf in plain]
+
     def forget_gradients(self) -> None:
         """Begin anew."""
         for leaf in self._leaves.values():

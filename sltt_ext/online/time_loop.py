@@ -128,7 +128,7 @@ class TimeLoop:
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
         one = Pass(
             net, call_of(net), neurons, multi_step, source(arguments.tensors), time_steps, steps, False,
-            CallSizes(part, part, part), self._first.reading(heads.of_call), from_rest=not settings.carry, differentiable=bool(wanting),
+            CallSizes(part, part, part), self._first.reading(heads.of_call, looks=inside is None), from_rest=not settings.carry, differentiable=bool(wanting),
             keeps_from=self._keeps_from(net, steps, time_steps, part, found),
         )  # fmt: skip
         with explaining_steps(
