@@ -32,7 +32,7 @@ from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.packing import leave_saving_contexts
 from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.snapshot import Snapshot
-from sltt_ext.online.stand_ins import StandIns, outer_tensors
+from sltt_ext.online.stand_ins import StandIns, is_leaf, outer_tensors
 
 __all__ = ["Found", "recorded"]
 
@@ -433,10 +433,10 @@ def _unchanged(ctx: Any) -> Sequence[Tensor]:
 def _still_there(net: nn.Module, inputs: Sequence[Tensor], wanting: Sequence[Tensor]) -> Sequence[Tensor]:
     """Without what the network held, and has computed anew itself, such as a weight of which a hook makes another."""
     given = set(map(id, inputs))
-    if all(tensor.is_leaf or id(tensor) in given for tensor in wanting):
+    if all(is_leaf(tensor) or id(tensor) in given for tensor in wanting):
         return wanting
     held = {*given, *map(id, outer_tensors(net))}
-    return [tensor for tensor in wanting if tensor.is_leaf or id(tensor) in held]
+    return [tensor for tensor in wanting if is_leaf(tensor) or id(tensor) in held]
 
 
 def _storage(tensor: Tensor) -> int:

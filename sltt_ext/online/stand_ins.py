@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.passes import Pass, SpeedUp
 
-__all__ = ["StandIns", "outer_tensors"]
+__all__ = ["StandIns", "is_leaf", "outer_tensors"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -21,6 +21,14 @@ def outer_tensors(net: nn.Module) -> list[Tensor]:
     """Everything that ``net`` holds and that wants a gradient: parameters, and tensors computed before it is called."""
     found = {id(tensor): tensor for _, _, tensor in _places(net)}
     return list(found.values())
+
+
+def is_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor was not computed; torch refuses to tell of a view without gradients whose base has changed."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return False
 
 
 class StandIns(SpeedUp):

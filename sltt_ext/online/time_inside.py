@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -23,6 +23,7 @@ from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, SpeedUp
 from sltt_ext.online.snapshot import random_numbers
+from sltt_ext.online.stand_ins import is_leaf
 from sltt_ext.online.states import one_call, reset
 from sltt_ext.online.structures import Rebuild, flatten
 
@@ -172,7 +173,7 @@ class TimeInside:
 
         reset(neurons)
         net.train()
-        with _measuring_statistics(net):
+        with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
             ran(0, time_steps)
         net.eval()
         reset(neurons)
@@ -236,7 +237,7 @@ def _copied(net: nn.Module) -> nn.Module:
         leaf
         for module in net.modules()
         for leaf in tree_leaves(vars(module))
-        if isinstance(leaf, Tensor) and not leaf.is_leaf
+        if isinstance(leaf, Tensor) and not is_leaf(leaf)
     ]
     alone = copy.deepcopy(net, {id(tensor): tensor.detach().clone() for tensor in computed})
     for parameter in alone.parameters():

@@ -30,7 +30,7 @@ from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import Found, recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
-from sltt_ext.online.stand_ins import outer_tensors
+from sltt_ext.online.stand_ins import is_leaf, outer_tensors
 from sltt_ext.online.time_inside import StepsInside, TimeInside
 
 __all__ = ["Forward", "Settings", "TimeLoop"]
@@ -186,7 +186,7 @@ class TimeLoop:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return []
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
-        held = [tensor for tensor in outer_tensors(net) if tensor.is_leaf or not self._kept.has_left(tensor)]
+        held = [tensor for tensor in outer_tensors(net) if is_leaf(tensor) or not self._kept.has_left(tensor)]
         return list({id(tensor): tensor for tensor in (*inputs, *held)}.values())
 
     def _steps(self, time_steps: int) -> tuple[int, ...]:

@@ -130,6 +130,13 @@ def test_each_step_of_what_is_averaged_in_a_call():
     assert torch.allclose(net(X), torch.stack([by_steps(X) for _ in range(T)]), atol=1e-6)
 
 
+def test_one_sample_in_evaluation():
+    net = sltt_ext.over_time(Loop(spikingjelly_net(nn.BatchNorm1d(6), step_mode="s")).eval(), time_inside="T")
+    by_steps = spikingjelly_net(nn.BatchNorm1d(6), step_mode="s").eval()
+    wanted = torch.stack([by_steps(X[:1]) for _ in range(T)]).mean(0)
+    assert torch.allclose(net(X[:1]), wanted, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:batch norms take their statistics")
 def test_batch_norms_without_running_statistics():
     """They see other statistics in each call, as all batch norms in training do; that is no other network."""

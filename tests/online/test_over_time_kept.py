@@ -4,7 +4,7 @@ import networks
 import oracle
 import pytest
 import torch
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.nn import functional as F
 
@@ -85,6 +85,44 @@ def test_what_modules_keep_as_attributes(make, memory_budget, carry):
         net.zero_grad()
         F.cross_entropy(net(X), TARGET).backward()
         assert oracle.relative_error(oracle.gradients(net), oracle_gradients(reference, carry)) < 1e-6
+
+
+class AnotherEachStep(nn.Module):
+    """Sets its layer's weight to another part of a parameter at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.t = nn.Linear(8, 8, bias=False), 0
+        self.weights = nn.Parameter(torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        del self.linear.weight
+
+    def forward(self, x):
+        self.t += 1
+        self.linear.weight = self.weights[self.t % 3]
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("memory_budget", BUDGETS)
+def test_a_view_left_by_a_step_without_gradients(memory_budget):
+    """Its base is updated before the next call."""
+    nets = [net_with(AnotherEachStep()) for _ in range(2)]
+    sltt_ext.over_time(nets[1], T, schedule=lambda *_: [0, 1, 2], memory_budget=memory_budget)
+    optimizers = [torch.optim.SGD(net.parameters(), 0.01) for net in nets]
+    for _ in range(3):
+        outputs = []
+        for t in range(T):
+            with torch.set_grad_enabled(t < T - 1):
+                outputs.append(nets[0](X))
+            oracle.detach_memories(nets[0])
+        functional.reset_net(nets[0])
+        selected = [output.detach() + T / 3 * (output - output.detach()) for output in outputs]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        F.cross_entropy(torch.stack(selected).mean(0), TARGET).backward()
+        F.cross_entropy(nets[1](X), TARGET).backward()
+        assert oracle.relative_error(*map(oracle.gradients, nets)) < 1e-6
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 class Writes(nn.Linear):
