@@ -87,6 +87,21 @@ def test_what_modules_keep_as_attributes(make, memory_budget, carry):
         assert oracle.relative_error(oracle.gradients(net), oracle_gradients(reference, carry)) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:tensors are kept from step to step")
+def test_a_step_starts_from_what_the_one_before_has_kept_though_that_does_not_run_again():
+    reference, net = net_with(Trace()), net_with(Trace())
+    outputs = []
+    for t in range(T):
+        with torch.set_grad_enabled(t != 2):
+            outputs.append(reference(X))
+        reference[0].detach()
+        oracle.detach_memories(reference)
+    (outputs[0] + outputs[1] + outputs[3]).square().sum().backward()
+    steps = sltt_ext.over_time(net, T, schedule=lambda *_: [0, 1, 3], returns="sequence")(X)
+    (0.75 * (steps[0] + steps[1] + steps[3]).square().sum()).backward()
+    assert oracle.relative_error(oracle.gradients(net), oracle.gradients(reference)) < 1e-6
+
+
 class AnotherEachStep(nn.Module):
     """Sets its layer's weight to another part of a parameter at each step."""
 
