@@ -80,13 +80,14 @@ class FirstCalls:
         batches = {leaf.shape[self._axis] for leaf in leaves if leaf.dim() > self._axis}
         self._batch = batches.pop() if len(batches) == 1 else None
 
-    def reading(self, output: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-        """``output`` of a pass, which looks at the batch."""
+    def reading(self, output: Callable[[Any, int], Any], looks: bool = True) -> Callable[[Any, int], Any]:
+        """``output`` of a pass, which looks at the batch, if it is known where that is."""
 
         def read(returned: Any, steps: int) -> Any:
             self.runs = False
             output_seq = output(returned, steps)
-            self._look(output_seq)
+            if looks:
+                self._look(output_seq)
             return output_seq
 
         return read

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sltt_ext.errors import ConfigurationError, InputError
@@ -105,6 +106,13 @@ class Arguments:
             }
 
         return Frames(take)
+
+    def twice(self) -> list[Tensor]:
+        """The tensors, with two steps where there is one."""
+        return [
+            torch.cat([tensor, tensor], axis) if isinstance(axis, int) else tensor
+            for tensor, axis in zip(self.tensors, self._axes)
+        ]
 
     @property
     def single(self) -> bool:

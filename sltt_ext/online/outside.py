@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
@@ -80,16 +80,24 @@ class KeptTensors(SpeedUp):
         self._watches = True
         self._has_seen = False  # a call that is back-propagated, after another
         self._calls = 0  # of this pass
+        self._carries = False  # on from the last pass
         self._rest: dict[Key, Any] = {}  # what carried attributes are at rest
         self._left: dict[Key, Any] = {}  # and what the last pass has left in their place
         self._before: dict[Key, Any] = {}  # the passes that are watched, and what they have left
         self._set: dict[Key, Any] = {}  # by an earlier call of this pass, while it is watched
         self._stale: dict[Key, Any] = {}  # with the graph of the last pass, while nothing tells what it is
 
+    def has_left(self, tensor: Tensor) -> bool:
+        """Whether the last pass has left a tensor, which is nobody's input then."""
+        left = (*self._stale.values(), *self._left.values())
+        return any(leaf is tensor for value in left for leaf in leaves_of(value))
+
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Start from rest, and see what is carried."""
-        self._net, self._calls, self._set, known = one.net, 0, {}, len(self._rest)
+        self._net, self._calls, known = one.net, 0, len(self._rest)
+        self._carries = not (one.from_rest or one.again)
+        self._set = self._still_left() if self._carries else {}
         for key in self._rest if one.from_rest else ():
             self._put_back(key)
         if self._stale and one.from_rest:
@@ -139,14 +147,21 @@ class KeptTensors(SpeedUp):
     def around_call(self, call: Call) -> Iterator[None]:
         """Make constant what earlier calls have set."""
         self._calls += 1
-        if self._rest and self._calls > 1:
+        if self._rest and (self._calls > 1 or self._carries):
             for key, value in _attributes({module for module, _ in self._rest}):
                 if key in self._rest:
                     put(key, as_constant(value))
         if not self._watches:
             yield
             return
-        cut = {key: as_constant(value) for key, value in self._set.items()}
+        now = (
+            self._now() if self._set else {}
+        )  # a call that runs again may start from what another one has set
+        cut = {
+            key: as_constant(value)
+            for key, value in self._set.items()
+            if is_same(now.get(key, ABSENT), value)
+        }
         for key, value in cut.items():
             put(key, value)
         start = self._now()
@@ -162,6 +177,11 @@ class KeptTensors(SpeedUp):
                 self._set[key] = value
         self._has_seen |= call.selected and self._calls > 1
         self._refuse_lost(cut, found)
+
+    def _still_left(self) -> dict[Key, Any]:
+        """What the last pass has set and nobody since, where a pass goes on from there."""
+        now = self._now() if self._stale else {}
+        return {key: value for key, value in self._stale.items() if is_same(now.get(key, ABSENT), value)}
 
     def _now(self) -> dict[Key, Any]:
         """Plain attributes of modules that carry no state known to the time loop."""

@@ -36,7 +36,7 @@ from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.packing import leave_saving_contexts
 from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.snapshot import Snapshot
-from sltt_ext.online.stand_ins import StandIns, outer_tensors
+from sltt_ext.online.stand_ins import StandIns, is_leaf, outer_tensors
 from sltt_ext.online.states import keep_charged
 
 __all__ = ["Found", "recorded"]
@@ -212,7 +212,14 @@ class _Recording:
         with self._conditions.restored():
             speed_ups, _ = self._speed_ups(one, self._once)
             around = (stand_ins, _Again(self._moments), *speed_ups)
+            before = stand_ins.sums() if self._graphs.compares else []
             through_time(one, objective, around, self._graphs.comparison())
+            if before and any(map(torch.ne, before, stand_ins.sums())):
+                raise LossError(
+                    "the network writes to its own weights while it runs (weight.data, or in place under no_grad), and backward "
+                    "runs its time steps again, with other weights: write to them outside of forward, or have a "
+                    "parametrization compute them (torch.nn.utils.parametrize)"
+                )
 
 
 class _Graphs(SpeedUp, Outputs):
@@ -270,6 +277,11 @@ class _Graphs(SpeedUp, Outputs):
         elif call.differentiable and self._found.compares:
             self._first_run.append([head_seq.detach() for head_seq in output_seq])
         self._outputs.add(output_seq)
+
+    @property
+    def compares(self) -> bool:
+        """Whether the second run is still compared with the first."""
+        return self._found.compares
 
     def comparison(self) -> Outputs:
         """Where the outputs of the second run go."""
@@ -382,7 +394,7 @@ class _Moments(SpeedUp):
         """Take a snapshot where one is needed."""
         if call.differentiable and not call.keeps_graph:
             if call.start != self._next:
-                self._before[call.start] = Snapshot(self._net)
+                self._before[call.start] = Snapshot(self._net, but_given=True)
             self._next = call.stop
         yield
 
@@ -482,10 +494,10 @@ def _unchanged(ctx: Any) -> Sequence[Tensor]:
 def _still_there(net: nn.Module, inputs: Sequence[Tensor], wanting: Sequence[Tensor]) -> Sequence[Tensor]:
     """Without what the network held, and has computed anew itself, such as a weight of which a hook makes another."""
     given = set(map(id, inputs))
-    if all(tensor.is_leaf or id(tensor) in given for tensor in wanting):
+    if all(is_leaf(tensor) or id(tensor) in given for tensor in wanting):
         return wanting
     held = {*given, *map(id, outer_tensors(net))}
-    return [tensor for tensor in wanting if tensor.is_leaf or id(tensor) in held]
+    return [tensor for tensor in wanting if is_leaf(tensor) or id(tensor) in held]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -33,6 +33,7 @@ class Snapshot:
 
     Args:
         net: The network.
+        but_given: Whether to leave alone what has a gradient, for which something else may stand in when it is restored.
         written: Where others are about to take the place of the states that neurons carry: which tensors are written to
             meanwhile (by ``id``). The states are not copied then, but for these.
 
@@ -40,7 +41,10 @@ class Snapshot:
         tensors: Those (by ``id``) that `restore` writes to.
     """
 
-    def __init__(self, net: nn.Module, written: Collection[int] | None = None) -> None:
+    def __init__(
+        self, net: nn.Module, but_given: bool = False, written: Collection[int] | None = None
+    ) -> None:
+        self._but_given = but_given
         self.tensors: set[int] = set()
         self._undo: list[Callable[[], Any]] = []
         for module in net.modules():
@@ -67,7 +71,12 @@ class Snapshot:
         written: Collection[int] | None = None,
     ) -> None:
         """Take what is ``now`` in a dict."""
-        self._undo.append(partial(_put_back, store, dict(now)))
+        before = {
+            name: value
+            for name, value in now.items()
+            if not (self._but_given and isinstance(value, Tensor) and value.requires_grad)
+        }
+        self._undo.append(partial(_put_back, store, before, {*now}))
         for value in now.values():
             if written is None or not isinstance(value, Tensor) or id(value) in written:
                 self._keep_content(value, depth)
@@ -111,15 +120,12 @@ def random_numbers(net: nn.Module) -> Callable[[], None]:
     return draw_again
 
 
-def _put_back(store: dict[Any, Any], before: dict[Any, Any]) -> None:
-    """Give a dict the entries that it had; what is of every module stays as it is."""
-    for name in [name for name in store if name not in before and name not in _NOT_TAKEN]:
+def _put_back(store: dict[Any, Any], before: dict[Any, Any], names: set[Any]) -> None:
+    """Give a dict the entries that it had, and take others off; what is of every module stays as it is."""
+    for name in [name for name in store if name not in names and name not in _NOT_TAKEN]:
         del store[name]
     for name, value in before.items():
-        given = (
-            isinstance(value, Tensor) and value.requires_grad
-        )  # not left by a step; something may stand in for it
-        if not given and store.get(name, _ABSENT) is not value:
+        if store.get(name, _ABSENT) is not value:
             store[name] = value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.gradient_hooks import own
 from sltt_ext.online.passes import Pass, SpeedUp
 
-__all__ = ["StandIns", "outer_tensors"]
+__all__ = ["StandIns", "is_leaf", "outer_tensors"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -21,6 +22,14 @@ def outer_tensors(net: nn.Module) -> list[Tensor]:
     """Everything that ``net`` holds and that wants a gradient: parameters, and tensors computed before it is called."""
     found = {id(tensor): tensor for _, _, tensor in _places(net)}
     return list(found.values())
+
+
+def is_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor was not computed; torch refuses to tell of a view without gradients whose base has changed."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return False
 
 
 class StandIns(SpeedUp):
@@ -52,9 +61,18 @@ class StandIns(SpeedUp):
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Have the network read the leaves."""
         for store, name, tensor in _places(self._net):
-            if id(tensor) in self._leaves:
-                one.replaced.entry(store, name, self._leaves[id(tensor)])
+            leaf = self._leaves.get(id(tensor))
+            if leaf is not None and one.again:
+                one.replaced.entry(store, name, leaf)
+            elif leaf is not None:
+                one.replaced.at_end(partial(_give_back, store, name, leaf, tensor))
+                store[name] = leaf
         yield
+
+    def sums(self) -> list[Tensor]:
+        """By which to see whether the leaves are written to."""
+        plain = [leaf for leaf in self._leaves.values() if type(leaf) in (Tensor, nn.Parameter)]
+        return [leaf.detach().sum().nan_to_num() for leaf in plain]
 
     def forget_gradients(self) -> None:
         """Begin anew."""
@@ -64,6 +82,12 @@ class StandIns(SpeedUp):
     def gradients(self, tensors: Sequence[Tensor]) -> list[Tensor | None]:
         """The gradients of these tensors."""
         return [self._leaves[id(tensor)].grad for tensor in tensors]
+
+
+def _give_back(store: dict[str, Any], name: str, leaf: Tensor, tensor: Tensor) -> None:
+    """Put the tensor back, unless the network has computed another one."""
+    if store.get(name) is leaf:
+        store[name] = tensor
 
 
 def _leaf(tensor: Tensor) -> Tensor:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, LossError
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, SpeedUp
 from sltt_ext.online.snapshot import random_numbers
+from sltt_ext.online.stand_ins import is_leaf
 from sltt_ext.online.states import one_call, reset
 from sltt_ext.online.structures import Rebuild, flatten
 
@@ -29,6 +31,7 @@ __all__ = ["StepsInside", "TimeInside"]
 
 Run = Callable[[nn.Module, int, int], Any]
 """``(net, start, stop) -> `` what the network returns for these steps."""
+Convert = Callable[[Tensor], Tensor]
 _AVERAGED = -1
 _COMPARISONS = 10  # at most, as long as all steps give the same
 
@@ -104,13 +107,29 @@ class TimeInside:
         assert self._axes is not None
         return all(axis == _AVERAGED for axis in self._axes)
 
-    def compare(self, net: nn.Module, time_steps: int, run: Run) -> None:
+    def check_sequence(self, part: int) -> None:
+        """See that all steps of its outputs can be told.
+
+        Args:
+            part: How many steps a call has.
+
+        Raises:
+            ConfigurationError: If a call gives their average.
+        """
+        assert self._axes is not None
+        if part > 1 and _AVERAGED in self._axes:
+            raise ConfigurationError(
+                f"returns='sequence' asks for each step, and a call of {part} steps gives their average, which the network "
+                "takes itself: use chunk=1"
+            )
+
+    def compare(self, net: nn.Module, time_steps: int, shown: Callable[[Convert], Run]) -> None:
         """See once that the network, step by step, gives what it gives as it is.
 
         Args:
             net: The network.
             time_steps: T.
-            run: Runs it, in float64.
+            shown: Runs it on its input, with the tensors of that converted.
 
         Raises:
             ConfigurationError: If its outputs have another shape, or other numbers.
@@ -120,7 +139,12 @@ class TimeInside:
         draw_again = random_numbers(net)
         try:
             with torch.no_grad(), torch.autocast(next(net.parameters()).device.type, enabled=False):
-                whole, parts = self._both(_copied(net), time_steps, run)
+                try:  # in float64, where a spike does not depend on rounding
+                    whole, parts = self._both(_copied(net).double(), time_steps, shown(_double))
+                    tolerance = 1e-6
+                except RuntimeError:  # float32 is written down in the network, as it is in snnTorch
+                    whole, parts = self._both(_copied(net), time_steps, shown(Tensor.detach))
+                    tolerance = 1e-3
         finally:
             draw_again()
         self._axes = [_axis(a, b, time_steps) for a, b in zip(whole, parts[0], strict=True)]
@@ -130,7 +154,7 @@ class TimeInside:
             scale = float(whole[head].abs().max()) if whole[head].numel() else 0.0
             if axis == _AVERAGED and any(not torch.equal(step, steps[0]) for step in steps):
                 self._comparisons = 1  # which tells: an average of equal steps does not
-            if not torch.allclose(joined, whole[head], rtol=0.0, atol=1e-6 * scale, equal_nan=True):
+            if not torch.allclose(joined, whole[head], rtol=0.0, atol=tolerance * scale, equal_nan=True):
                 self._axes = None
                 if torch.allclose(time_steps * joined, whole[head], rtol=0.0, atol=1e-6 * scale):
                     raise ConfigurationError(
@@ -138,7 +162,7 @@ class TimeInside:
                         "divide by the number of steps in its forward, and take the sum behind it"
                     )
                 raise ConfigurationError(
-                    f"{type(net).__name__} gives other outputs step by step than as it is: it computes something that is not "
+                    "the network gives other outputs step by step than as it is: it computes something that is not "
                     "linear of the average over time (put over_time on the part before it), mixes time steps, or resets its "
                     "neurons in forward (convert alone, and a loop of your own, is right for it)"
                 )
@@ -153,7 +177,8 @@ class TimeInside:
                 return flatten(run(net, start, stop))[0]
 
         reset(neurons)
-        with _measuring_statistics(net):
+        net.train()
+        with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
             ran(0, time_steps)
         net.eval()
         reset(neurons)
@@ -212,18 +237,36 @@ def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int:
 
 
 def _copied(net: nn.Module) -> nn.Module:
-    """The network in float64, where a spike does not depend on rounding."""
-    alone = copy.deepcopy(net)
+    """The network once more, with what it has computed from its parameters as constants."""
+    computed = [
+        leaf
+        for module in net.modules()
+        for leaf in tree_leaves(vars(module))
+        if isinstance(leaf, Tensor) and not is_leaf(leaf)
+    ]
+    alone = copy.deepcopy(net, {id(tensor): tensor.detach().clone() for tensor in computed})
     for parameter in alone.parameters():
         parameter.grad = None
-    return alone.double().train()
+    return alone
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
 @contextmanager
 def _measuring_statistics(net: nn.Module) -> Iterator[None]:
-    """Have batch norms take over the statistics of what they see: a network as it is made may be silent without."""
+    """Have batch norms take over the statistics of what they see: a network as it is made may be silent without.
+
+    From then on they use these, so that it does not matter how many steps they see.
+    """
     with Replacements() as replaced:
         for module in net.modules():
-            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            if isinstance(module, _BatchNorm):
+                if module.running_mean is None:
+                    weight = next(net.parameters())
+                    module.running_mean = weight.new_zeros(module.num_features)
+                    module.running_var = weight.new_ones(module.num_features)
+                    module.track_running_stats = True
                 replaced.entry(vars(module), "momentum", 1.0)
         yield

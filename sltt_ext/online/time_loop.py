@@ -40,7 +40,7 @@ from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import Found, recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
-from sltt_ext.online.stand_ins import outer_tensors
+from sltt_ext.online.stand_ins import is_leaf, outer_tensors
 from sltt_ext.online.time_inside import StepsInside, TimeInside
 
 __all__ = ["Forward", "Settings", "TimeLoop"]
@@ -127,8 +127,7 @@ class TimeLoop:
             return forward if arguments.single else lambda frame: forward(*frame[0], **frame[1])
 
         if inside is not None:
-            double = source([_double(tensor) for tensor in arguments.tensors])
-            inside.compare(net, time_steps, lambda net, start, stop: call_of(net)(double.take(start, stop)))
+            self._compare(net, inside, arguments, time_steps, part, call_of)
         wanting = self._wanting(net, arguments)
         counts = self._steps(net, time_steps) if wanting else {}
         steps = tuple(counts)
@@ -144,7 +143,7 @@ class TimeLoop:
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
         one = Pass(
             net, call_of(net), neurons, multi_step, source(arguments.tensors), time_steps, steps, False,
-            CallSizes(part, part, part), self._first.reading(heads.of_call), from_rest=not settings.carry, differentiable=bool(wanting),
+            CallSizes(part, part, part), self._first.reading(heads.of_call, looks=inside is None), from_rest=not settings.carry, differentiable=bool(wanting),
             keeps_from=self._keeps_from(net, steps, time_steps, part, found),
         )  # fmt: skip
         with explaining_steps(
@@ -156,6 +155,27 @@ class TimeLoop:
         if inside and settings.returns is None:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
         return heads.rebuild(outputs)
+
+    def _compare(
+        self,
+        net: nn.Module,
+        inside: TimeInside,
+        arguments: Arguments,
+        time_steps: int,
+        part: int,
+        call_of: Callable[[nn.Module], Callable[[Any], Any]],
+    ) -> None:
+        """See that a network with its time inside can run step by step; one step alone does not tell where its time is."""
+        told = self.settings.returns is None or time_steps > 1
+        tensors = arguments.tensors if told else arguments.twice()
+
+        def shown(convert: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, int, int], Any]:
+            frames = arguments.frames([convert(tensor) for tensor in tensors], keeps_axis=True, repeats=False)
+            return lambda net, start, stop: call_of(net)(frames.take(start, stop))
+
+        inside.compare(net, time_steps if told else 2, shown)
+        if self.settings.returns == "sequence":
+            inside.check_sequence(part)
 
     def _returns(self) -> Returns:
         """What the caller gets: where time is inside, as the network gives it unless something else was said."""
@@ -186,8 +206,8 @@ class TimeLoop:
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return []
         inputs = [tensor for tensor in arguments.tensors if tensor.requires_grad]
-        own = by_autograd(net, outer_tensors(net))
-        return list({id(tensor): tensor for tensor in (*inputs, *own)}.values())
+        held = [tensor for tensor in outer_tensors(net) if is_leaf(tensor) or not self._kept.has_left(tensor)]
+        return list({id(tensor): tensor for tensor in (*inputs, *by_autograd(net, held))}.values())
 
     def _steps(self, net: nn.Module, time_steps: int) -> dict[int, float]:
         """The steps to back-propagate, the same in all processes that train the network together; how many times each counts."""
@@ -264,10 +284,6 @@ def _weights(lengths: Tensor | None, time_steps: int, returns: Returns) -> Tenso
         )
     counted = torch.arange(time_steps, device=lengths.device).unsqueeze(1) < lengths
     return counted / lengths
-
-
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
 
 
 def _kind(net: nn.Module, tensors: Sequence[Tensor]) -> Any:

@@ -1,4 +1,4 @@
-"""What a case is: a network of blocks and the options of a trainer, as plain data that prints as Python.
+"""What a case is: a network of blocks and the options of how it is trained, as plain data that prints as Python.
 
 Seeded generators of our own make the cases, not hypothesis: a case has to shrink by what it means (a block dropped, a
 hook taken off, an option back at its default), whatever the draws were that led to it, and a seed has to give the same
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
 
 STATELESS_TIMES = ("layer", "container", "multi", "loop", "fold")
+WAYS = ("trainer", "over_time")
+SEQUENCE_LOSSES = ("max over time", "each step", "count")
+"""Losses of all steps: of the maximum over time, of each step and averaged (TET), of the sum over time."""
 
 
 class _Short:
@@ -49,21 +52,31 @@ class Block(_Short):
 
 @dataclass(frozen=True, repr=False)
 class Options(_Short):
-    """Options of the trainer, its input and its loss.
+    """Options of the trainer or of ``over_time``, the input and the loss.
 
     Attributes:
+        way: One of `WAYS`.
         frames: ``"static"``, ``"time 0"``, ``"time 1"``, ``"list"`` or ``"iterator"``.
         parts: What an input, or a frame of a list or iterator, is: ``""`` for a tensor, else a ``"dict"`` or
             ``"tuple"`` of two.
         select: None for every step, K for SLTT-K, or the steps themselves.
         counts: How many times each of the T steps counts, where ``select`` names steps; none is once.
         loss: See `fuzz.training.loss_fn`.
-        loss_on: Of the trainer; ``"alternate"`` is another trainer in each iteration, of steps, of the mean, and so on.
+        loss_on: ``"step"``, ``"mean"``, or one of `SEQUENCE_LOSSES`; ``"alternate"`` is another trainer in each
+            iteration, of steps, of the mean, and so on. There is no loss of a step over time, and the mean instead.
         soft: Whether the target holds probabilities of the classes instead of their numbers.
         backward: ``""``, ``"scaled"``, or ``"inputs"`` for a backward pass that names its inputs.
         input_gradient: Whether the input requires a gradient.
+        inside: How the network runs over time in its own forward, if it does: it returns the ``"mean"``, something
+            linear of it (``"head of the mean"``), or all steps, ``[T, N, ...]`` (``"steps"``) or ``[N, T, ...]``
+            (``"steps of a sample"``).
+        carry: Whether a call starts from the state that the last one has left.
+        calls: How many calls there are before one backward, each of another view of the input.
+        lengths: Whether each sample has a number of steps of its own.
+        front: Whether there is an ordinary layer in front of the network.
     """
 
+    way: str = "trainer"
     time_steps: int = 2
     frames: str = "static"
     parts: str = ""
@@ -82,11 +95,16 @@ class Options(_Short):
     soft: bool = False
     backward: str = ""
     input_gradient: bool = False
+    inside: str = ""
+    carry: bool = False
+    calls: int = 1
+    lengths: bool = False
+    front: bool = False
 
 
 @dataclass(frozen=True, repr=False)
 class Case(_Short):
-    """A network, a trainer, and a few iterations with an optimizer's step after each.
+    """A network, how it is trained, and a few iterations with an optimizer's step after each.
 
     Attributes:
         framework: ``"spikingjelly"`` or ``"snntorch"``.
@@ -130,8 +148,10 @@ class Case(_Short):
 
     def loss_on(self, iteration: int) -> str:
         """What the loss of an iteration is taken of: each step's output, or their mean."""
-        alternating = ("step", "mean")[iteration % 2]
-        return alternating if self.options.loss_on == "alternate" else self.options.loss_on
+        loss_on = self.options.loss_on
+        if self.options.way == "over_time" and loss_on in ("step", "alternate"):
+            return "mean"
+        return ("step", "mean")[iteration % 2] if loss_on == "alternate" else loss_on
 
 
 def simpler(case: Case) -> Iterator[Case]:
@@ -149,7 +169,8 @@ def simpler(case: Case) -> Iterator[Case]:
 
 def _simpler_options(options: Options) -> Iterator[Options]:
     for entry in fields(options):
-        yield from _defaults(options, (entry.name,))
+        if entry.name != "way":  # the other way cannot do all of it
+            yield from _defaults(options, (entry.name,))
     if isinstance(options.select, int):
         yield replace(options, select=(options.time_steps - 1,))
     if isinstance(options.chunk, int) and options.chunk > 2:

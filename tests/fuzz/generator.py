@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fuzz import networks_snntorch, networks_spikingjelly
-from fuzz.description import STATELESS_TIMES, Block, Case, Options
+from fuzz.description import SEQUENCE_LOSSES, STATELESS_TIMES, Block, Case, Options
 from fuzz.hooks import HOOKS
 from fuzz.own_modules import ACTIVATIONS, FUNCTIONS, WEIGHTS
 
@@ -52,7 +52,7 @@ def random_case(framework: str, seed: int) -> Case:
         batch=draw.choice([1, 2, 2, 3, 4, 4, 6]),
         training=draw.random() < 0.9,
         everywhere=draw.choice([""] * 24 + ["observe", "scale"]),
-        iterations=3 if form == "multi" and (options.chunk == "auto" or options.select is not None) else 2,
+        iterations=3 if _finds_out(form, options) else 2,
         options=options,
     )
     for _ in range(draw.choice([0, 1, 1, 2, 2, 3, 3])):
@@ -68,6 +68,13 @@ def _counted(draw: random.Random, case: Case) -> Case:
         return case
     counts = tuple(draw.choice([0.5, 1.0, 1.0, 3.0]) for _ in range(case.options.time_steps))
     return replace(case, options=replace(case.options, counts=counts))
+
+
+def _finds_out(form: str, options: Options) -> bool:
+    """Whether what an iteration has found out tells how the next ones run."""
+    if options.way == "over_time":
+        return options.memory_budget is not None
+    return form == "multi" and (options.chunk == "auto" or options.select is not None)
 
 
 def _blocks(draw: random.Random, framework: str, image: bool) -> tuple[Block, ...]:
@@ -138,20 +145,46 @@ def _options(draw: random.Random, form: str) -> Options:
     )
     if input_gradient and draw.random() < 0.2:
         options = replace(options, loss="saliency of the input")
+    if draw.random() < 0.5:
+        return _over_time(draw, options, form)
     if draw.random() < 0.15:
         frames = "list" if options.frames == "iterator" else options.frames
-        loss_on = draw.choice(["mean", "mean", "alternate"])
-        return _of_the_mean(replace(options, loss_on=loss_on, frames=frames))
+        loss_on = draw.choice(["mean", "mean", "alternate", *SEQUENCE_LOSSES])
+        return _of_all_steps(replace(options, loss_on=loss_on, frames=frames))
     return replace(
         options, target_time_dim=draw.choice([None] * 4 + [0, 1]), on_step=draw.random() < 0.12
     )  # fmt: skip
 
 
-def _of_the_mean(options: Options) -> Options:
-    """The options with a loss that may be taken of the mean output."""
-    takes = [loss for loss in LOSSES if not loss.startswith("saliency")]
-    selected = options.loss == "rates" and options.select is not None  # of which steps is left open
-    return options if options.loss in takes and not selected else replace(options, loss="cross entropy")
+def _over_time(draw: random.Random, options: Options, form: str) -> Options:
+    """The options of ``over_time`` instead of the trainer."""
+    inside = draw.choice([""] * 6 + ["mean", "head of the mean", "steps", "steps of a sample"])
+    loss_on = draw.choice(["mean"] * 3 + [*SEQUENCE_LOSSES])
+    chunk = draw.choice([1, 2, 3]) if form == "multi" else 1
+    if inside in ("mean", "head of the mean") and chunk > 1:  # of which all steps cannot be told
+        loss_on = "mean"
+    return replace(
+        options,
+        way="over_time",
+        frames="time 0" if options.frames in ("list", "iterator") else options.frames,
+        chunk=chunk,
+        memory_budget=draw.choice([None, None, None, 1, 5_000, 20_000, 60_000, 2**30]),
+        scale="mean",
+        full_output=True,
+        loss_on=loss_on,
+        loss=draw.choice(["cross entropy", "squared", "head"]) if options.loss == "rates" else options.loss,
+        inside=inside,
+        carry=draw.random() < 0.15,
+        calls=draw.choice([1, 1, 1, 1, 2]),
+        lengths=loss_on == "mean" and not inside and draw.random() < 0.2,
+        front=draw.random() < 0.2,
+    )
+
+
+def _of_all_steps(options: Options) -> Options:
+    """The options with a loss that may be taken of the outputs of all steps."""
+    takes = [loss for loss in LOSSES if not loss.startswith("saliency") and loss != "rates"]
+    return options if options.loss in takes else replace(options, loss="cross entropy")
 
 
 Oddity = Callable[[random.Random, Case], tuple[Block, ...]]
@@ -257,13 +290,8 @@ def _allowed(draw: random.Random, case: Case) -> Case:
     """The case without what has no meaning."""
     if case.batch == 1 and case.training and not case.image and draw.random() < 0.9:
         case = replace(case, batch=2)  # batch norm of features refuses it
-    counts_calls = _has(case, "step") or _has(case, "norm", "through time") or _has(case, "kept")
-    if counts_calls and case.options.loss_on != "step":  # two passes
-        case = replace(case, options=replace(case.options, loss_on="step"))
-    if case.options.loss_on != "step" and case.options.loss not in ("cross entropy", "squared"):
-        case = replace(
-            case, blocks=_without_hooks(case.blocks, "weight", "after weight")
-        )  # once, or once a step
+    if case.options.inside:  # what is another network at each step is so in the comparison, too
+        case = replace(case, blocks=_without(case.blocks, lambda block: block.kind in ("step", "kept")))
     if _has(case, "group", "marked"):  # who marks a module asks for fewer calls of what is in it
         case = replace(case, everywhere="")
     if case.form != "multi":
@@ -323,15 +351,4 @@ def _any(blocks: tuple[Block, ...], condition: Callable[[Block], bool]) -> bool:
 def _without(blocks: tuple[Block, ...], meaningless: Callable[[Block], bool]) -> tuple[Block, ...]:
     return tuple(
         replace(block, inner=_without(block.inner, meaningless)) for block in blocks if not meaningless(block)
-    )
-
-
-def _without_hooks(blocks: tuple[Block, ...], *hooks: str) -> tuple[Block, ...]:
-    return tuple(
-        replace(
-            block,
-            inner=_without_hooks(block.inner, *hooks),
-            hook="" if block.hook in hooks else block.hook,
-        )
-        for block in blocks
     )

@@ -26,6 +26,7 @@ from fuzz.own_modules import (
     Several,
 )
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 CHANNELS, SIZE, CLASSES = 3, 4, 3
 
@@ -100,6 +101,38 @@ class WithState(nn.Module):
         for carrier in self.carriers:
             carrier.state = ()
         return output, left
+
+
+class TimeInside(nn.Module):
+    """The same network as one that runs over time in its own forward.
+
+    Args:
+        case: Whose network.
+        inner: What runs a step, or a sequence.
+        head: What is computed of the output.
+    """
+
+    def __init__(self, case: Case, inner: nn.Module, head: nn.Module):
+        super().__init__()
+        self.T, self.inner = case.options.time_steps, inner
+        self.takes_sequences, self.frames = case.form == "multi", case.options.frames
+        self.head = head if case.options.inside == "head of the mean" else nn.Identity()
+        self.axis = {"steps": 0, "steps of a sample": 1}.get(case.options.inside)
+
+    def forward(self, x: Any) -> Any:
+        if self.takes_sequences:
+            steps = self.inner(tree_map(self._sequence, x))
+        else:
+            frames = [tree_map(lambda part, t=t: self._sequence(part)[t], x) for t in range(self.T)]
+            steps = tree_map(lambda *outputs: torch.stack(outputs), *map(self.inner, frames))
+        if self.axis is None:
+            return tree_map(lambda output_seq: self.head(output_seq.mean(0)), steps)
+        return tree_map(lambda output_seq: output_seq.movedim(0, self.axis), steps)
+
+    def _sequence(self, x: Tensor) -> Tensor:
+        if self.frames == "static":
+            return x.unsqueeze(0).repeat(self.T, *[1] * x.dim())
+        return x.transpose(0, 1) if self.frames == "time 1" else x
 
 
 class Carried(nn.Module):

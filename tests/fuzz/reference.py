@@ -5,32 +5,33 @@ call's steps are back-propagated at its end, and everything that a step leaves t
 network a call of C steps is the user's own network on C frames, so that its layers see what they would see.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from fuzz import networks_snntorch, networks_spikingjelly
-from fuzz.description import Case
+from fuzz.description import SEQUENCE_LOSSES, Case
 from fuzz.hooks import everywhere
 from fuzz.networks import Net, WithState
 from fuzz.own_modules import Kept
 from fuzz.training import (
+    Around,
     Batch,
-    Head,
     Iteration,
     backward,
     batch,
+    chosen,
     held,
     loss_fn,
+    loss_of_calls,
     observed,
     optimizer,
-    output_of,
 )
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-FRAMEWORKS = {"spikingjelly": networks_spikingjelly, "snntorch": networks_snntorch}
+FRAMEWORKS: dict[str, Any] = {"spikingjelly": networks_spikingjelly, "snntorch": networks_snntorch}
 
 
 def run(case: Case, steps: Sequence[tuple[int, ...]], noise: float = 0.0) -> Iterator[Iteration]:
@@ -38,7 +39,7 @@ def run(case: Case, steps: Sequence[tuple[int, ...]], noise: float = 0.0) -> Ite
 
     Args:
         case: Whose network and options.
-        steps: Those that each iteration back-propagates.
+        steps: Those that each iteration back-propagates; of several calls, counted on from call to call.
         noise: Relative disturbance of all weights, to see whether rounding decides what comes out.
     """
     net = FRAMEWORKS[case.framework].build(case)
@@ -48,15 +49,15 @@ def run(case: Case, steps: Sequence[tuple[int, ...]], noise: float = 0.0) -> Ite
             for parameter in net.parameters():
                 parameter.mul_(1 + noise * torch.randn(parameter.shape, generator=generator))
     network = Network(case, net)
-    head = Head()
-    update = optimizer(net, head)
+    around = Around()
+    update = optimizer(net, around)
     for iteration, selected in enumerate(steps):
         torch.default_generator.manual_seed(case.seed + iteration)
         data = batch(case, iteration)
         update.zero_grad()
         with everywhere(case.everywhere, net, net.record):
-            loss, output = Pass(case, network, head, data, selected, update, iteration).run()
-        yield observed(case, net, head, data, loss, output, case.loss_on(iteration))
+            loss, output = Pass(case, network, around, data, selected, update, iteration).run()
+        yield observed(case, net, around, data, loss, output, case.loss_on(iteration))
         update.step()
 
 
@@ -89,7 +90,7 @@ class Network:
     def outputs(self, frames: Any) -> list[Any]:
         """What the loss reads of each frame's output."""
         if self.whole:
-            returned = self._chosen(self.net(frames))
+            returned = chosen(self.case, self.net(frames))
             steps = len(tree_leaves(returned)[0])
             return [tree_map(lambda output_seq, t=t: output_seq[t], returned) for t in range(steps)]
         outputs = []
@@ -101,17 +102,9 @@ class Network:
 
     def _step(self, frame: Any) -> Any:
         if self.case.form != "stateful":
-            return self._chosen(self.net(frame))
+            return chosen(self.case, self.net(frame))
         returned, self.state = self.stepwise(frame, self.state)
-        return self._chosen(returned)
-
-    def _chosen(self, returned: Any) -> Any:
-        output = output_of(self.case)
-        if callable(output):
-            return output(returned)
-        if isinstance(returned, tuple):
-            return returned[-1 if self.case.returns == "membrane" else 0]
-        return returned
+        return chosen(self.case, returned)
 
 
 class Pass:
@@ -121,24 +114,24 @@ class Pass:
         self,
         case: Case,
         network: Network,
-        head: Head,
+        around: Around,
         data: Batch,
         selected: tuple[int, ...],
         update: torch.optim.Optimizer,
         iteration: int,
     ):
-        self.case, self.network, self.data, self.selected, self.update = case, network, data, selected, update
+        self.case, self.network, self.around, self.data = case, network, around, data
+        self.call, self.selected, self.update = data, selected, update
         self.loss_on = case.loss_on(iteration)
         options = case.options
-        self.divisor = len(selected) if options.scale == "mean" else options.time_steps
-        self.loss_fn = loss_fn(case, network.net, head, data.x)
+        self.divisor = len(selected) / options.calls if options.scale == "mean" else options.time_steps
+        self.loss_fn = loss_fn(case, network.net, around, data.x)
         self.backward = backward(case, network.net) or (lambda loss: loss.backward())
 
     def run(self) -> tuple[Tensor, Any]:
-        """The loss and the mean output."""
-        if self.loss_on == "mean":
-            of_output_alone = self.case.options.loss in ("cross entropy", "squared")
-            return self._of_the_mean() if of_output_alone else self._of_one_graph()
+        """The loss, and the mean output or what each call has returned."""
+        if self.loss_on != "step":
+            return self._of_all_steps()
         all_steps = self.case.options.time_steps
         last = all_steps if self.case.options.full_output else self.selected[-1] + 1
 
@@ -152,60 +145,60 @@ class Pass:
         loss, outputs = self._through_time(last, loss_of_call)
         return loss, _mean(outputs)
 
-    def _of_the_mean(self) -> tuple[Tensor, Any]:
-        """The loss of the mean output; its gradient enters a second pass, which starts from the same surroundings."""
-        random = torch.get_rng_state()
-        buffers = {name: buffer.clone() for name, buffer in self.network.net.named_buffers()}
-        x = self.data.x.detach().clone()
-        _, outputs = self._through_time(self.case.options.time_steps, None)
-        output = tree_map(Tensor.requires_grad_, _mean(outputs))
-        loss = self.loss_fn(output, self.data.target)
-        gradients = torch.autograd.grad(loss, tree_leaves(output))
-        torch.set_rng_state(random)
-        with torch.no_grad():
-            for name, buffer in self.network.net.named_buffers():
-                if name in buffers and buffers[name].shape == buffer.shape:
-                    buffer.data.copy_(buffers[name])
-            self.data.x.data.copy_(x)
+    def _of_all_steps(self) -> tuple[Tensor, Any]:
+        """One loss of the outputs of all steps: one graph, cut between steps, and one backward."""
+        options, outputs = self.case.options, []
+        for call in range(options.calls):
+            if not options.carry:
+                self.network.reset()
+            offset = call * options.time_steps
+            self.call = self.data.view(self.case, call, self.around)
+            outputs.append(self._sequence({t - offset for t in self.selected}))
+        if not options.carry:
+            self.network.reset()
+        of_steps = self.loss_on in SEQUENCE_LOSSES
+        returned = outputs if of_steps else [tree_map(self._mean, output) for output in outputs]
+        loss = loss_of_calls(self.loss_on, self.loss_fn, returned, self.data.target)
+        self.backward(loss)
+        if options.way == "trainer":
+            returned = tree_map(self._mean, outputs[0])
+        return loss.detach(), tree_map(Tensor.detach, returned)
 
-        def part(outputs: list[Any], start: int) -> Tensor:
-            parts = [
-                self.case.count(t) * (leaf * gradient).sum()
-                for t, output in enumerate(outputs, start)
-                for leaf, gradient in zip(tree_leaves(output), gradients)
-            ]
-            return sum(parts) / self.divisor
-
-        self._through_time(self.case.options.time_steps, part)
-        return loss.detach(), tree_map(Tensor.detach, output)
-
-    def _of_one_graph(self) -> tuple[Tensor, Any]:
-        """The loss of the mean output where it reads weights and hooks' findings, too: one graph of all steps, cut between them."""
-        times, outputs = self.case.options.time_steps / self.divisor, []
-        self.network.reset()
-        for start, stop in self._calls(self.case.options.time_steps):
-            with torch.set_grad_enabled(start in self.selected):
+    def _sequence(self, selected: Collection[int]) -> Any:
+        """The outputs of one call ``[T, N, ...]``, with T / K of the gradient of K steps."""
+        options, outputs = self.case.options, []
+        for start, stop in self._calls(options.time_steps, selected):
+            with torch.set_grad_enabled(start in selected):
                 outputs += self.network.outputs(self._frames(start, stop))
             self.network.detach()
-        self.network.reset()
-        counts = [times * self.case.count(t) for t in range(len(outputs))]
-        mean = _mean(
-            [
-                tree_map(lambda leaf, c=count: leaf.detach() + c * (leaf - leaf.detach()), output)
-                for output, count in zip(outputs, counts)
-            ]
-        )
-        loss = self.loss_fn(mean, self.data.target)
-        self.backward(loss)
-        return loss.detach(), tree_map(Tensor.detach, mean)
+        if options.inside == "head of the mean":
+            outputs = [tree_map(self.around.behind, output) for output in outputs]
+        times = options.time_steps / self.divisor
+        constants = [tree_map(Tensor.detach, output) for output in outputs]
+        steps = [
+            tree_map(lambda c, o, part=times * self.case.count(t): c + part * (o - c), constant, output)
+            if t in selected
+            else constant
+            for t, (constant, output) in enumerate(zip(constants, outputs))
+        ]
+        return tree_map(lambda *steps: torch.stack(steps), *steps)
+
+    def _mean(self, output_seq: Tensor) -> Tensor:
+        """Over the steps of a call, or over those of each sample."""
+        if not self.case.options.lengths:
+            return output_seq.mean(0)
+        lengths = self.data.lengths
+        counted = torch.arange(len(output_seq)).unsqueeze(1) < lengths
+        weights = (counted / lengths).to(output_seq.dtype)
+        return (output_seq * weights.view(*weights.shape, *[1] * (output_seq.dim() - 2))).sum(0)
 
     def _through_time(
-        self, last: int, loss_of_call: Callable[[list[Any], int], Tensor] | None
+        self, last: int, loss_of_call: Callable[[list[Any], int], Tensor]
     ) -> tuple[Tensor, list[Any]]:
         total, all_outputs = torch.zeros(()), []
         self.network.reset()
-        for start, stop in self._calls(last):
-            selected = start in self.selected and loss_of_call is not None
+        for start, stop in self._calls(last, self.selected):
+            selected = start in self.selected
             with torch.set_grad_enabled(selected):
                 outputs = self.network.outputs(self._frames(start, stop))
             if selected:
@@ -221,18 +214,18 @@ class Pass:
         self.network.reset()
         return total, all_outputs
 
-    def _calls(self, last: int) -> Iterator[tuple[int, int]]:
+    def _calls(self, last: int, selected: Collection[int]) -> Iterator[tuple[int, int]]:
         """Consecutive steps, all selected or none, at most `Case.reference_chunk` of them."""
         start = 0
         for t in range(1, last + 1):
-            changes = t < last and (t in self.selected) != (start in self.selected)
+            changes = t < last and (t in selected) != (start in selected)
             if t == last or changes or t - start == self.case.reference_chunk:
                 yield start, t
                 start = t
 
     def _frames(self, start: int, stop: int) -> Any:
         """The frames of a call: a list, or all in one where the network takes sequences."""
-        x, extra = (self._frames_of(part, start, stop) for part in (self.data.x, self.data.extra))
+        x, extra = (self._frames_of(part, start, stop) for part in (self.call.x, self.call.extra))
         if self.network.whole:
             return held(self.case, x, extra)
         return [held(self.case, *parts) for parts in zip(x, extra)]

@@ -19,7 +19,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fuzz.check import VERDICTS, Verdict, shrunk, verdict
-from fuzz.description import Block, Case
+from fuzz.description import WAYS, Block, Case
 from fuzz.generator import random_case
 
 
@@ -43,12 +43,14 @@ def features(case: Case) -> set[str]:
     """What a case has that may make a difference."""
     options = case.options
     parts = {
-        f"{name}={getattr(options, name)}" for name in ("loss", "backward", "loss_on", "on_step", "scale")
+        f"{name}={getattr(options, name)}"
+        for name in ("way", "loss", "backward", "loss_on", "on_step", "scale", "inside", "calls")
     }
     parts |= {"counts"} if options.counts else set()
     parts |= {"selects"} if options.select is not None else set()
     parts |= {f"chunk={'auto' if options.chunk == 'auto' else 'several'}"} if options.chunk != 1 else set()
-    parts |= {name for name in ("cache_invariant", "pack_spikes", "input_gradient") if getattr(options, name)}
+    named = ("cache_invariant", "pack_spikes", "input_gradient", "carry", "lengths", "front", "memory_budget")
+    parts |= {name for name in named if getattr(options, name)}
     parts |= {"several steps in a call"} if case.form == "multi" else set()
     plainest = Case(case.framework, 0, ())
     return (parts | _of_blocks(case.blocks)) - (set() if case == plainest else features(plainest))
@@ -79,13 +81,13 @@ class Findings:
 
     def __init__(self, shrinks: int):
         self.shrinks = shrinks
-        self.counts: Counter[str] = Counter()
+        self.counts: Counter[tuple[str, str]] = Counter()
         self.reasons: Counter[str] = Counter()
         self.faults: list[Fault] = []
 
     def add(self, seed: int, case: Case) -> None:
         found = verdict(case)
-        self.counts[found.kind] += 1
+        self.counts[case.options.way, found.kind] += 1
         if not found.is_fault:
             self.reasons[f"{found.kind}: {found.reason}"] += bool(found.reason)
             return
@@ -104,7 +106,9 @@ class Findings:
         return known is not None
 
     def report(self, console: Console) -> None:
-        lines = [f"{self.counts[kind]:6d} {kind}" for kind in VERDICTS]
+        lines = [
+            f"{way:>9} " + ", ".join(f"{self.counts[way, kind]} {kind}" for kind in VERDICTS) for way in WAYS
+        ]
         lines += [f"{number:6d} {reason}" for reason, number in self.reasons.most_common() if number]
         for fault in sorted(self.faults, key=lambda fault: (fault.found.kind, -len(fault.seeds))):
             seeds = ", ".join(map(str, fault.seeds[:5]))
@@ -131,7 +135,7 @@ def main() -> int:
         for seed in track(seeds, chosen.framework, console=console, transient=True):
             found.add(seed, random_case(chosen.framework, seed))
     found.report(console)
-    return 1 if found.counts["speed-up fault"] else 0
+    return 1 if any(found.counts[way, "speed-up fault"] for way in WAYS) else 0
 
 
 if __name__ == "__main__":

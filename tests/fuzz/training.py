@@ -1,16 +1,16 @@
 """What a user writes around a network: the data, the loss, how it is back-propagated, the optimizer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fuzz.description import Case
+from fuzz.description import SEQUENCE_LOSSES, Case
 from fuzz.networks import CHANNELS, CLASSES, SIZE, Net
 from fuzz.own_modules import FEATURES
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import keystr, tree_leaves_with_path
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map
 
 LEARNING_RATE = 0.02
 KEPT_ALIVE = "unread outputs kept alive"
@@ -24,19 +24,26 @@ class Batch:
         x: As the user gives it: ``[N, ...]``, ``[T, N, ...]`` or ``[N, T, ...]``.
         extra: Another input like it, for networks that take two.
         target: ``[N]``, or ``[N, classes]`` where it is soft, or one for each step.
+        lengths: How many steps each sample has, ``[N]``.
     """
 
     x: Tensor
     extra: Tensor
     target: Tensor
+    lengths: Tensor
 
     def given(self, case: Case) -> Any:
-        """What the trainer gets."""
+        """What the network, or its trainer, gets."""
         frames = case.options.frames
         if frames not in ("iterator", "list"):
             return held(case, self.x, self.extra)
         given = [held(case, *parts) for parts in zip(self.x, self.extra)]
         return iter(given) if frames == "iterator" else given
+
+    def view(self, case: Case, call: int, around: "Around") -> "Batch":
+        """What a call of several gets, behind the layer in front."""
+        x = self.x if call == 0 else 1.2 * self.x.flip(-1)
+        return replace(self, x=around.front(x) if case.options.front else x)
 
 
 def held(case: Case, x: Tensor, extra: Tensor) -> Any:
@@ -63,14 +70,27 @@ def batch(case: Case, iteration: int) -> Batch:
     target = torch.randint(CLASSES, targets, generator=generator)
     if options.soft:
         target = 0.7 * F.one_hot(target, CLASSES).to(x.dtype) + 0.3 / CLASSES
-    return Batch(x.requires_grad_(options.input_gradient), 1 - x.detach().flip(-1), target)
+    lengths = torch.randint(1, options.time_steps + 1, (case.batch,), generator=generator)
+    return Batch(x.requires_grad_(options.input_gradient), 1 - x.detach().flip(-1), target, lengths)
 
 
-class Head(nn.Module):
-    """A loss with parameters of its own."""
+class Affine(nn.Module):
+    """Of each number by itself, so that it fits anywhere."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.gain, self.offset = nn.Parameter(torch.tensor(1.1)), nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x + self.offset
+
+
+class Around(nn.Module):
+    """Ordinary layers around the network: in front, behind the mean of one with time inside, and in the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.front, self.behind = Affine(), Affine()
         self.linear = nn.Linear(CLASSES, CLASSES)
         with torch.no_grad():
             self.linear.weight.copy_(1.5 * torch.eye(CLASSES) + 0.2)
@@ -95,9 +115,28 @@ def holds_weight(net: nn.Module) -> nn.Module:
 LossFn = Callable[[Any, Tensor], Tensor]
 
 
-def loss_fn(case: Case, net: Net, head: Head, x: Tensor) -> LossFn:
+def loss_of_calls(loss_on: str, loss: LossFn, outputs: list[Any], target: Tensor) -> Tensor:
+    """The loss of several calls, each of the mean output ``[N, ...]`` or of all steps ``[T, N, ...]``."""
+    total = sum(_loss_of_call(loss_on, loss, output, target) for output in outputs)
+    if len(outputs) > 1:  # as two views of an image are to be alike
+        alike = [(a - b).square().mean() for a, b in zip(*map(tree_leaves, outputs))]
+        total = total + 0.5 * sum(alike)
+    return total
+
+
+def _loss_of_call(loss_on: str, loss: LossFn, output: Any, target: Tensor) -> Tensor:
+    if loss_on not in SEQUENCE_LOSSES:
+        return loss(output, target)
+    if loss_on == "each step":
+        steps = len(tree_leaves(output)[0])
+        return sum(loss(tree_map(lambda seq, t=t: seq[t], output), target) for t in range(steps)) / steps
+    reduced = {"count": lambda seq: seq.sum(0), "max over time": lambda seq: seq.max(0).values}[loss_on]
+    return loss(tree_map(reduced, output), target)
+
+
+def loss_fn(case: Case, net: Net, around: Around, x: Tensor) -> LossFn:
     """The loss of what the network returns in one step, as `Options.loss` names it."""
-    of_classes = _loss_of_classes(case, net, head, x)
+    of_classes = _loss_of_classes(case, net, around, x)
     if case.returns not in ("heads", "pair"):
         return of_classes
 
@@ -108,7 +147,7 @@ def loss_fn(case: Case, net: Net, head: Head, x: Tensor) -> LossFn:
     return of_heads
 
 
-def _loss_of_classes(case: Case, net: Net, head: Head, x: Tensor) -> LossFn:
+def _loss_of_classes(case: Case, net: Net, around: Around, x: Tensor) -> LossFn:
     def saliency(of: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         def loss(output: Tensor, target: Tensor) -> Tensor:
             entropy = F.cross_entropy(output, target)
@@ -143,8 +182,8 @@ def _loss_of_classes(case: Case, net: Net, head: Head, x: Tensor) -> LossFn:
         "penalty": lambda: penalty,
         "penalty of all": lambda: penalty_of_all,
         "penalty of a computed weight": lambda: penalty_of_computed,
-        "head": lambda: head,
-        "head in a closure": lambda: head,
+        "head": lambda: around,
+        "head in a closure": lambda: around,
         "rates": lambda: rates,
         "saliency of a weight": lambda: saliency(a_weight(net)),
         "saliency of the input": lambda: saliency(x),
@@ -160,19 +199,29 @@ def backward(case: Case, net: nn.Module) -> Callable[[Tensor], Any] | None:
     return None
 
 
-def optimizer(net: nn.Module, head: Head) -> torch.optim.Optimizer:
-    parameters = [*net.parameters(), *head.parameters()]
+def optimizer(net: nn.Module, around: Around) -> torch.optim.Optimizer:
+    parameters = [*net.parameters(), *around.parameters()]
     return torch.optim.SGD([p for p in parameters if p.requires_grad], lr=LEARNING_RATE)
 
 
 def output_of(case: Case) -> Any:
-    """The trainer's option for what the loss reads of what the network returns."""
+    """The trainer's option for what the loss reads of what the network returns, see `chosen`."""
     return {
         "dict": lambda returned: returned["classes"],
         "membrane": "membrane",
         "heads": lambda returned: returned,
         "pair": lambda returned: returned,
     }.get(case.returns)
+
+
+def chosen(case: Case, returned: Any) -> Any:
+    """What the loss reads of what the network returns."""
+    output = output_of(case)
+    if callable(output):
+        return output(returned)
+    if isinstance(returned, tuple):
+        return returned[-1 if case.returns == "membrane" else 0]
+    return returned
 
 
 @dataclass(frozen=True)
@@ -187,12 +236,12 @@ class Iteration:
 
 
 def observed(
-    case: Case, net: Net, head: Head, data: Batch, loss: Tensor, output: Any, loss_on: str
+    case: Case, net: Net, around: Around, data: Batch, loss: Tensor, output: Any, loss_on: str
 ) -> Iteration:
     """All that a user can see after an iteration, before the optimizer's step."""
     values: dict[str, Tensor | None] = {"loss": loss, "random": torch.get_rng_state()}
     values |= {f"output{keystr(path)}": leaf for path, leaf in tree_leaves_with_path(output)}
-    for name, parameter in (*net.named_parameters(), *head.named_parameters("loss")):
+    for name, parameter in (*net.named_parameters(), *around.named_parameters("around")):
         values[f"gradient of {name}"] = None if parameter.grad is None else parameter.grad.clone()
     values |= {f"state {name}": value.detach().clone() for name, value in _parts_of_state(net)}
     if case.options.input_gradient:

@@ -1,0 +1,148 @@
+"""`over_time(time_inside=)`: what the comparison with the network as it is must be able to tell."""
+
+import copy
+
+import oracle
+import pytest
+import snntorch
+import torch
+from fuzz import networks_snntorch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import spectral_norm
+
+import sltt_ext
+from sltt_ext.errors import ConfigurationError
+from sltt_ext.snntorch import MultiStep
+
+T = 4
+X = 2 * torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+TARGET = torch.tensor([0, 2, 1])
+
+
+class Inside(nn.Module):
+    """Repeats its input, and averages or not."""
+
+    def __init__(self, body, averages=True, time_steps=T):
+        super().__init__()
+        self.T, self.body, self.averages = time_steps, body, averages
+
+    def forward(self, x):
+        s = self.body(x.unsqueeze(0).repeat(self.T, 1, 1))
+        return s.mean(0) if self.averages else s
+
+
+class Loop(Inside):
+    """Loops over single steps."""
+
+    def forward(self, x):
+        s = torch.stack([self.body(x) for _ in range(self.T)])
+        return s.mean(0) if self.averages else s
+
+
+class Computing(nn.Module):
+    """Computes its neuron's threshold from a parameter before each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.raw, self.neuron = nn.Parameter(torch.tensor(0.3)), neuron.IFNode()
+
+    def forward(self, x):
+        self.neuron.v_threshold = F.softplus(self.raw)
+        return self.neuron(x)
+
+
+def spikingjelly_net(*between, step_mode="m"):
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Linear(6, 6), neuron.LIFNode(v_threshold=0.3), *between, layer.Linear(6, 5))
+    functional.set_step_mode(net, step_mode)
+    return net
+
+
+def snntorch_net(*between):
+    torch.manual_seed(0)
+    leaky = snntorch.Leaky(beta=0.9, threshold=1.0, init_hidden=True)
+    return nn.Sequential(nn.Linear(6, 6), leaky, *between, nn.Linear(6, 5))
+
+
+def oracle_gradients(net):
+    """Single steps, the state detached between them."""
+    functional.set_step_mode(net, "s")
+    outputs = []
+    for _ in range(T):
+        outputs.append(net(X))
+        oracle.detach_memories(net)
+        networks_snntorch.detach(net)
+    F.cross_entropy(torch.stack(outputs).mean(0), TARGET).backward()
+    return oracle.gradients(net)
+
+
+def recurrent():
+    return snntorch.RLeaky(beta=0.8, linear_features=6, init_hidden=True)
+
+
+@pytest.mark.parametrize("between", [(), (recurrent,)], ids=["Leaky", "RLeaky"])
+@pytest.mark.parametrize("multi_step", [False, True])
+def test_snntorch_which_computes_in_float32_whatever_it_is_given(multi_step, between):
+    net = snntorch_net(*(make() for make in between))
+    wanted = oracle_gradients(copy.deepcopy(net))
+    body = MultiStep(sltt_ext.convert(net)) if multi_step else net
+    whole = sltt_ext.over_time((Inside if multi_step else Loop)(body), time_inside="T")
+    F.cross_entropy(whole(X), TARGET).backward()
+    assert oracle.relative_error(oracle.gradients(net), wanted) < 1e-6
+    whole = sltt_ext.over_time(nn.Sequential(Loop(snntorch_net()), nn.Softmax(-1)), time_inside="*.T")
+    with pytest.raises(ConfigurationError, match="not linear of the average"):
+        whole(X)
+
+
+@pytest.mark.parametrize(
+    "between", [Computing, lambda: spectral_norm(nn.Linear(6, 6))], ids=["threshold", "weight"]
+)
+def test_what_was_computed_from_parameters_is_copied(between):
+    layers = between()
+    wanted = oracle_gradients(spikingjelly_net(copy.deepcopy(layers), step_mode="s"))
+    net = sltt_ext.over_time(Loop(spikingjelly_net(layers, step_mode="s")), time_inside="T")
+    for iteration in range(3):
+        net.zero_grad()
+        F.cross_entropy(net(X), TARGET).backward()
+        if iteration == 0:  # whose power iteration goes on
+            assert oracle.relative_error(oracle.gradients(net.body), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_one_step_does_not_tell_where_time_is(averages):
+    net = sltt_ext.over_time(Inside(spikingjelly_net(), averages, 1), time_inside="T", returns="mean")
+    assert net(X[:1]).shape == (1, 5)  # of one sample, too
+    assert net(X).shape == (3, 5)
+    sltt_ext.over_time(net, time_inside="T", returns="sequence")
+    assert net(X).shape == (1, 3, 5)
+    sltt_ext.over_time(net, time_inside="T")
+    assert net(X).shape == ((3, 5) if averages else (1, 3, 5))
+
+
+def test_each_step_of_what_is_averaged_in_a_call():
+    net = sltt_ext.over_time(Inside(spikingjelly_net()), time_inside="T", returns="sequence", chunk=2)
+    with pytest.raises(ConfigurationError, match=r"asks for each step.*use chunk=1"):
+        net(X)
+    sltt_ext.over_time(net, time_inside="T", returns="sequence")
+    by_steps = spikingjelly_net(step_mode="s")
+    assert torch.allclose(net(X), torch.stack([by_steps(X) for _ in range(T)]), atol=1e-6)
+
+
+def test_one_sample_in_evaluation():
+    net = sltt_ext.over_time(Loop(spikingjelly_net(nn.BatchNorm1d(6), step_mode="s")).eval(), time_inside="T")
+    by_steps = spikingjelly_net(nn.BatchNorm1d(6), step_mode="s").eval()
+    wanted = torch.stack([by_steps(X[:1]) for _ in range(T)]).mean(0)
+    assert torch.allclose(net(X[:1]), wanted, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:batch norms take their statistics")
+def test_batch_norms_without_running_statistics():
+    """They see other statistics in each call, as all batch norms in training do; that is no other network."""
+    norm = layer.SeqToANNContainer(nn.BatchNorm1d(6, track_running_stats=False))
+    net = sltt_ext.over_time(Inside(spikingjelly_net(norm)), time_inside="T")
+    F.cross_entropy(net(X), TARGET).backward()
+    wanted = oracle_gradients(spikingjelly_net(nn.BatchNorm1d(6, track_running_stats=False), step_mode="s"))
+    assert oracle.relative_error(oracle.gradients(net.body), wanted) < 1e-6
+    assert norm[0].running_mean is None
