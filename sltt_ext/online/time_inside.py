@@ -107,11 +107,12 @@ class TimeInside:
         assert self._axes is not None
         return all(axis == _AVERAGED for axis in self._axes)
 
-    def check_sequence(self, part: int) -> None:
-        """See that all steps of its outputs can be told.
+    def check_each_step(self, part: int, asked_by: str) -> None:
+        """See that the steps of its outputs can be told from one another.
 
         Args:
             part: How many steps a call has.
+            asked_by: Who asks for that.
 
         Raises:
             ConfigurationError: If a call gives their average.
@@ -119,7 +120,7 @@ class TimeInside:
         assert self._axes is not None
         if part > 1 and _AVERAGED in self._axes:
             raise ConfigurationError(
-                f"returns='sequence' asks for each step, and a call of {part} steps gives their average, which the network "
+                f"{asked_by} asks for each step, and a call of {part} steps gives their average, which the network "
                 "takes itself: use chunk=1"
             )
 

@@ -131,6 +131,10 @@ class TimeLoop:
         wanting = self._wanting(net, arguments)
         counts = self._steps(net, time_steps) if wanting else {}
         steps = tuple(counts)
+        if inside is not None and len(set(counts.values())) > 1:
+            inside.check_each_step(part, "a schedule in which steps count differently")
+        if inside is not None and lengths is not None:
+            inside.check_each_step(part, "lengths=")
         returns = self._returns()
         heads = Heads(
             returns,
@@ -175,7 +179,7 @@ class TimeLoop:
 
         inside.compare(net, time_steps if told else 2, shown)
         if self.settings.returns == "sequence":
-            inside.check_sequence(part)
+            inside.check_each_step(part, "returns='sequence'")
 
     def _returns(self) -> Returns:
         """What the caller gets: where time is inside, as the network gives it unless something else was said."""

@@ -175,11 +175,10 @@ class Pass:
             outputs = [tree_map(self.around.behind, output) for output in outputs]
         times = options.time_steps / self.divisor
         constants = [tree_map(Tensor.detach, output) for output in outputs]
+        parts = [times * self.case.count(t) if t in selected else 0.0 for t in range(len(outputs))]
         steps = [
-            tree_map(lambda c, o, part=times * self.case.count(t): c + part * (o - c), constant, output)
-            if t in selected
-            else constant
-            for t, (constant, output) in enumerate(zip(constants, outputs))
+            tree_map(lambda c, o, part=part: c + part * (o - c) if part else c, constant, output)
+            for part, constant, output in zip(parts, constants, outputs)
         ]
         return tree_map(lambda *steps: torch.stack(steps), *steps)
 

@@ -121,6 +121,15 @@ def test_one_step_does_not_tell_where_time_is(averages):
     assert net(X).shape == ((3, 5) if averages else (1, 3, 5))
 
 
+@pytest.mark.parametrize(
+    ("options", "named"), [({"schedule": lambda *_: {0: 1.0, 1: 2.0}}, {}), ({}, {"lengths": [1, 4, 2]})]
+)
+def test_steps_that_count_differently_in_a_call_that_averages(options, named):
+    net = sltt_ext.over_time(Inside(spikingjelly_net()), time_inside="T", chunk=2, **options)
+    with pytest.raises(ConfigurationError, match=r"asks for each step.*use chunk=1"):
+        net(X, **named)
+
+
 def test_each_step_of_what_is_averaged_in_a_call():
     net = sltt_ext.over_time(Inside(spikingjelly_net()), time_inside="T", returns="sequence", chunk=2)
     with pytest.raises(ConfigurationError, match=r"asks for each step.*use chunk=1"):
