@@ -183,17 +183,18 @@ class DeclaredStep(DeclaredState):
                     f"a {self.original.__name__} runs more than once in a step, each time from rest, which the time loop cannot "
                     "tell from going on: a module for each place, or convert alone and a loop of your own"
                 )
-        state = own.get("_sltt_carried") if goes_on else None
+        state = own.get("_sltt_carried") if goes_on else None  # a constant, since the last call has ended
+        hold = (lambda state: state) if self.through_time else constant
         self._begin_step(*tensors_in(state))
         if declaration.as_lif is not None:
-            entering = None if state is None else constant(state)[0]
+            entering = None if state is None else hold(state)[0]
             x_seq = x.movedim(declaration.time_dim, 0)  # type: ignore[arg-type]
             output, v = declaration.run_as_lif(self, x_seq, entering, self.sltt_backend, single_step=False)
             output, state = output.movedim(0, declaration.time_dim), (v,)  # type: ignore[arg-type]
         else:
             outputs = []
             for step in x.unbind(declaration.time_dim):  # type: ignore[arg-type]
-                entering = (None,) * declaration.states if state is None else constant(state)
+                entering = (None,) * declaration.states if state is None else hold(state)
                 one, state = declaration.run(self, step, entering)
                 outputs.append(one)
             output = _stacked(outputs, declaration.time_dim)

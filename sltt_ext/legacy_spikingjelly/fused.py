@@ -57,7 +57,7 @@ class FusedNode(LegacyNode):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         vars(self).pop("_sltt_without_v_seq", None)
-        settings = None if args or kwargs else fused_settings(self)
+        settings = None if args or kwargs or self.through_time else fused_settings(self)
         sequence = self.multi_step
         if settings is None or not self._covers(x, sequence):
             return super().forward(x, *args, **kwargs)

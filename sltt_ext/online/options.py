@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.online.schedule import Schedule, random_steps
 
 __all__ = [
@@ -30,7 +31,9 @@ __all__ = [
     "one_of",
     "reads",
     "room",
+    "selected",
     "selection",
+    "window",
 ]
 
 Scale = Literal["mean", "paper"]
@@ -87,11 +90,49 @@ def room(value: Any) -> int | str | None:
     )
 
 
-def selection(k: Any, schedule: Schedule | None, time_steps: int | None) -> Schedule | None:
-    """``k`` or ``schedule``: which steps are back-propagated; None is all of them."""
+def window(chunk: int | Literal["auto"], time_steps: int | None) -> int:
+    """``chunk`` where the gradient goes back through the steps of a call."""
+    if chunk == "auto":
+        raise ConfigurationError(
+            "chunk='auto' asks memory, and with temporal='call' the chunk decides over the gradient, which goes back through so "
+            "many steps: give a number"
+        )
+    if time_steps is None:
+        return chunk
+    if chunk > time_steps:
+        raise ConfigurationError(
+            f"chunk={chunk} is longer than time_steps={time_steps}, and the gradient goes back through the steps of a call: "
+            f"chunk={time_steps} is all of them"
+        )
+    if time_steps % chunk:
+        warnings.warn(
+            f"chunk={chunk} does not divide time_steps={time_steps}: the gradient goes back through {chunk} steps, and in the "
+            f"last window through {time_steps % chunk}",
+            SLTTWarning,
+            stacklevel=3,
+        )
+    return chunk
+
+
+def selection(k: Any, schedule: Schedule | None, time_steps: int | None, window: int) -> Schedule | None:
+    """``k`` or ``schedule``: which steps are back-propagated, or with ``k`` which windows; None is all of them."""
     if k is not None and schedule is not None:
         raise ConfigurationError("give k or schedule, not both")
-    return schedule if k is None else random_steps(count("k", k, at_most=time_steps))
+    return schedule if k is None else random_steps(selected(k, time_steps, window), window)
+
+
+def selected(k: Any, time_steps: int | None, window: int) -> int:
+    """``k``: how many steps are back-propagated, or windows."""
+    if time_steps is None or window == 1:
+        return count("k", k, at_most=time_steps)
+    windows = -(-time_steps // window)
+    number = count("k", k)
+    if number > windows:
+        raise ConfigurationError(
+            f"k={number} is more than the {windows} windows of chunk={window} that there are in time_steps={time_steps}: with "
+            "temporal='call', k counts windows"
+        )
+    return number
 
 
 def axis(name: str, value: Any) -> TimeDim | None:

@@ -16,16 +16,18 @@ __all__ = ["Schedule", "longest_runs", "random_steps", "runs", "selected_steps"]
 Schedule = Callable[[int, torch.Generator | None], Iterable[int]]
 
 
-def random_steps(k: int) -> Schedule:
+def random_steps(k: int, window: int = 1) -> Schedule:
     """SLTT-K's schedule: ``k`` of the time steps, drawn without replacement (Meng et al. 2023, Sec. 4.3).
+
+    With a ``window`` of more steps, ``k`` of the windows that the time steps are cut into.
 
     Raises:
         ConfigurationError: When a draw would be captured in a CUDA graph, which freezes it.
     """
-    return partial(_drawn, k)
+    return partial(_drawn, k, window)
 
 
-def _drawn(k: int, time_steps: int, generator: torch.Generator | None) -> list[int]:
+def _drawn(k: int, window: int, time_steps: int, generator: torch.Generator | None) -> list[int]:
     if capturing():
         raise ConfigurationError(
             "a CUDA graph replays the steps that were drawn while it was captured, the same ones in every iteration: "
@@ -33,8 +35,9 @@ def _drawn(k: int, time_steps: int, generator: torch.Generator | None) -> list[i
         )
     device = "cpu" if generator is None else generator.device
     with without_modes():  # real numbers also where the network runs on fake tensors
-        drawn: list[int] = torch.randperm(time_steps, generator=generator, device=device)[:k].tolist()
-    return drawn
+        windows = -(-time_steps // window)
+        drawn: list[int] = torch.randperm(windows, generator=generator, device=device)[:k].tolist()
+    return [t for one in drawn for t in range(one * window, min((one + 1) * window, time_steps))]
 
 
 def selected_steps(schedule: Schedule, time_steps: int, generator: torch.Generator | None) -> tuple[int, ...]:

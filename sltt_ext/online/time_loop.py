@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.errors import InputError, SLTTWarning, listed
+from sltt_ext.errors import ConfigurationError, InputError, SLTTWarning, listed
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import no_synchronisation
 from sltt_ext.online.explanations import explaining_steps
+from sltt_ext.online.frames import Frames
 from sltt_ext.online.grouping import Grouping, in_bytes
 from sltt_ext.online.guards import Alone
-from sltt_ext.online.heads import Heads, Returns, tensors_over_time
+from sltt_ext.online.heads import Heads, Read, Returns, tensors_over_time
 from sltt_ext.online.inputs import Arguments, TimeDims
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.mixing import PartsTried
-from sltt_ext.online.network import neurons_of, whole_sequences
+from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
@@ -32,6 +33,7 @@ from sltt_ext.online.schedule import Schedule, runs, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
 from sltt_ext.online.time_inside import StepsInside, TimeInside
+from sltt_ext.online.windows import each_frame, each_step, read_each
 
 __all__ = ["Forward", "Settings", "TimeLoop"]
 
@@ -40,12 +42,17 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network runs over time; see `sltt_ext.over_time`."""
+    """How a network runs over time; see `sltt_ext.over_time`.
+
+    Attributes:
+        window: Through how many steps the gradient goes back; None where each step begins with a constant state.
+    """
 
     time_steps: int | None
     k: int | None
     schedule: Schedule | None
     chunk: int
+    window: int | None
     time_dim: TimeDims
     time_inside: TimeInside | None
     returns: Returns | None
@@ -101,17 +108,24 @@ class TimeLoop:
         time_steps = arguments.time_steps(settings.time_steps)
         whole = whole_sequences(neurons, time_steps, settings.chunk, settings.schedule is not None)
         part = time_steps if whole else min(settings.chunk, time_steps)
+        windows = part > 1 and not (multi_step or inside)
+        if goes_through_time(neurons) != (settings.window is not None):
+            raise ConfigurationError(
+                "the network was converted with another temporal= since it runs over time: call over_time again"
+            )
         if multi_step and part < time_steps:
             self._say_what_norms_see(net, part)
-        source = partial(
-            arguments.frames,
-            keeps_axis=multi_step or inside is not None,
-            repeats=multi_step and inside is None,
-        )
+
+        def source(tensors: Sequence[Tensor]) -> Frames:
+            given = arguments.frames(
+                tensors, keeps_axis=multi_step or inside is not None, repeats=multi_step and inside is None
+            )
+            return each_frame(given) if windows else given
 
         def call_of(net: nn.Module) -> Callable[[Any], Any]:
             forward = forward_of(net)
-            return forward if arguments.single else lambda frame: forward(*frame[0], **frame[1])
+            run = forward if arguments.single else lambda frame: forward(*frame[0], **frame[1])
+            return each_step(neurons, run) if windows else run
 
         if inside is not None:
             double = source([_double(tensor) for tensor in arguments.tensors])
@@ -119,11 +133,12 @@ class TimeLoop:
         wanting = self._wanting(net, arguments)
         steps = self._steps(time_steps) if wanting else ()
         returns = self._returns()
+        read: Read = inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step)
         heads = Heads(
             returns,
             time_steps,
             max(len(steps), 1),
-            inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step),
+            read_each(read) if windows else read,
             weights=_weights(lengths, time_steps, returns),
         )
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
@@ -136,7 +151,7 @@ class TimeLoop:
             net, _first(arguments.tensors), time_steps, _axis(settings.time_dim), multi_step
         ):
             outputs = recorded(
-                one, heads, arguments.tensors, source, partial(self._speed_ups, net), wanting, found
+                one, heads, arguments.tensors, source, partial(self._speed_ups, net, windows), wanting, found
             )
         if inside and settings.returns is None:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
@@ -173,16 +188,16 @@ class TimeLoop:
         if self.settings.schedule is None:
             return tuple(range(time_steps))
         if self.settings.k is not None:
-            options.count("k", self.settings.k, at_most=time_steps)
+            options.selected(self.settings.k, time_steps, self.settings.window or 1)
         return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
 
-    def _speed_ups(self, net: nn.Module, one: Pass) -> Sequence[SpeedUp]:
+    def _speed_ups(self, net: nn.Module, windows: bool, one: Pass) -> Sequence[SpeedUp]:
         settings = self.settings
         inside = [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
         speed_ups, _ = speed_ups_of(
             one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
-            modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
-            keeps_graphs=True, packs=settings.pack_spikes, charges=one.again or one.keeps_from is None,
+            modules=self._modules, caches=settings.cache_invariant and not (windows or torch.is_inference_mode_enabled()),
+            keeps_graphs=True, packs=settings.pack_spikes, charges=not windows and (one.again or one.keeps_from is None),
         )  # fmt: skip
         return Alone(), *inside, *speed_ups
 

@@ -196,7 +196,8 @@ class FusedLeaky(StepwiseNeuron):
 
     def _fused_settings(self, x: Tensor) -> LeakySettings | None:
         """What to run the fused operator with; None where it does not cover the settings."""
-        settings = _settings(self) if self._covers_input(x) and not is_taken_apart() else None
+        fused = self._covers_input(x) and not (self.through_time or is_taken_apart())
+        settings = _settings(self) if fused else None
         self.__dict__["_sltt_fused"] = settings is not None
         return settings
 

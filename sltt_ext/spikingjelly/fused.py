@@ -68,7 +68,7 @@ class FusedNode(StepwiseNode):
         return super()._apply(*args, **kwargs)
 
     def carry_charged(self, on: bool) -> None:
-        if on:
+        if on and not self.through_time:
             self._carries_charged = True
             return
         self.__dict__.pop("_carries_charged", None)
@@ -178,7 +178,7 @@ class FusedNode(StepwiseNode):
 
     def _fused_surrogate(self, x: Tensor) -> Surrogate | None:
         """The surrogate to run the fused operator with; None where the operator does not cover the settings."""
-        if not (self.training or self._surrogate_in_eval):
+        if self.through_time or not (self.training or self._surrogate_in_eval):
             return None
         if not x.is_floating_point() or x.numel() == 0 or not self._covers_parameters() or is_taken_apart():
             return None
