@@ -156,7 +156,9 @@ class DeclaredStep(DeclaredState):
         declaration = self.declaration
         states = tuple(getattr(self, name, None) for name in declaration.state)
         if declaration.as_lif is not None:
-            output, *left = declaration.run_as_lif(self, x, states[0], self.sltt_backend, single_step=True)
+            output, *left = declaration.run_as_lif(
+                self, x, states[0], self.sltt_backend, single_step=True, through_time=self.through_time
+            )
         else:
             output, left = declaration.run(self, x, states)  # type: ignore[assignment]
         for name, value in zip(declaration.state, left):
@@ -189,7 +191,9 @@ class DeclaredStep(DeclaredState):
         if declaration.as_lif is not None:
             entering = None if state is None else hold(state)[0]
             x_seq = x.movedim(declaration.time_dim, 0)  # type: ignore[arg-type]
-            output, v = declaration.run_as_lif(self, x_seq, entering, self.sltt_backend, single_step=False)
+            output, v = declaration.run_as_lif(
+                self, x_seq, entering, self.sltt_backend, single_step=False, through_time=self.through_time
+            )
             output, state = output.movedim(0, declaration.time_dim), (v,)  # type: ignore[arg-type]
         else:
             outputs = []

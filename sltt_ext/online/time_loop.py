@@ -102,6 +102,10 @@ class TimeLoop:
         """
         settings, inside = self.settings, self.settings.time_inside
         self._say_what_is_unknown(net)
+        if goes_through_time(net.modules()) != (settings.window is not None):
+            raise ConfigurationError(
+                "the network was converted with another temporal= since it runs over time: call over_time again"
+            )
         neurons, multi_step = neurons_of(net, 1 if inside else settings.chunk)
         kwargs, lengths = _without_lengths(net, kwargs)
         arguments = Arguments(net, args, kwargs, settings.time_dim)
@@ -109,10 +113,6 @@ class TimeLoop:
         whole = whole_sequences(neurons, time_steps, settings.chunk, settings.schedule is not None)
         part = time_steps if whole else min(settings.chunk, time_steps)
         windows = part > 1 and not (multi_step or inside)
-        if goes_through_time(neurons) != (settings.window is not None):
-            raise ConfigurationError(
-                "the network was converted with another temporal= since it runs over time: call over_time again"
-            )
         if multi_step and part < time_steps:
             self._say_what_norms_see(net, part)
 

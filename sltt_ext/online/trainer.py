@@ -457,12 +457,12 @@ class OnlineTrainer:
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""
+        if goes_through_time(self.net.modules()) != self._through_time:
+            raise ConfigurationError(
+                "the network was converted with another temporal= than when the trainer was made: make a new trainer"
+            )
         chosen = None if self.chunk == "auto" else self.chunk
         neurons, multi_step = neurons_of(self.net, chosen or 1)
         chunk = chosen or self.time_steps
         whole_sequences(neurons, self.time_steps, chunk, self.schedule is not None)
-        if goes_through_time(neurons) != self._through_time:
-            raise ConfigurationError(
-                "the network was converted with another temporal= than when the trainer was made: make a new trainer"
-            )
         return neurons, multi_step
