@@ -55,7 +55,8 @@ class Options(_Short):
         frames: ``"static"``, ``"time 0"``, ``"time 1"``, ``"list"`` or ``"iterator"``.
         parts: What an input, or a frame of a list or iterator, is: ``""`` for a tensor, else a ``"dict"`` or
             ``"tuple"`` of two.
-        select: None for every step, K for SLTT-K, or the steps themselves.
+        select: None for every step, K for SLTT-K, or the steps themselves; through time, K windows.
+        temporal: Whether the gradient goes back through the steps of a ``"call"``, or through one ``"step"``.
         loss: See `fuzz.training.loss_fn`.
         loss_on: Of the trainer; ``"alternate"`` is another trainer in each iteration, of steps, of the mean, and so on.
         soft: Whether the target holds probabilities of the classes instead of their numbers.
@@ -80,6 +81,12 @@ class Options(_Short):
     soft: bool = False
     backward: str = ""
     input_gradient: bool = False
+    temporal: str = "step"
+
+    @property
+    def window(self) -> int:
+        """Through how many steps the gradient goes back."""
+        return self.chunk if self.temporal == "call" and isinstance(self.chunk, int) else 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,14 +119,20 @@ class Case(_Short):
         return replace(
             self,
             options=replace(
-                self.options, chunk=1, memory_budget=None, cache_invariant=False, pack_spikes=False
+                self.options,
+                chunk=self.options.window,
+                memory_budget=None,
+                cache_invariant=False,
+                pack_spikes=False,
             ),
         )
 
     @property
     def reference_chunk(self) -> int:
         """How many steps a call of the network has, as far as that shows; ``"auto"`` must not show."""
-        return 1 if self.form != "multi" or self.options.chunk == "auto" else self.options.chunk
+        if self.options.chunk == "auto":
+            return 1
+        return self.options.chunk if self.form == "multi" else self.options.window
 
     def loss_on(self, iteration: int) -> str:
         """What the loss of an iteration is taken of: each step's output, or their mean."""

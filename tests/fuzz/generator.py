@@ -59,7 +59,20 @@ def random_case(framework: str, seed: int) -> Case:
         case = replace(case, blocks=draw.choice(ODDITIES)(draw, case))
     if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
         case = replace(case, blocks=_time(draw, case))
-    return _allowed(draw, case)
+    return _through_time(random.Random(f"through time {framework} {seed}"), _allowed(draw, case))
+
+
+def _through_time(draw: random.Random, case: Case) -> Case:
+    """Some cases with windows of several steps, with draws of their own: the others stay what they are."""
+    options = case.options
+    if options.chunk == "auto" or draw.random() < 0.8:
+        return case
+    steps = options.time_steps
+    chunk = min(options.chunk, steps) if case.form == "multi" else draw.choice([1, 2, 3, steps, steps])
+    options = replace(options, temporal="call", chunk=min(chunk, steps))
+    if isinstance(options.select, int):
+        options = replace(options, select=min(options.select, -(-steps // options.window)))
+    return replace(case, options=options)
 
 
 def _blocks(draw: random.Random, framework: str, image: bool) -> tuple[Block, ...]:
