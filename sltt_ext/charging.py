@@ -79,6 +79,7 @@ class ChargeHeld(EntryHeld):
 
     def _held_forward(self, *args: Any, **kwargs: Any) -> Any:
         own, told = vars(self), self.told_steps
+        own["_sltt_call"] = self.steps_of(*args), told
         own["_sltt_charges"], own["_sltt_before"] = 0, {}
         own["_sltt_drives"], own["_sltt_charged"] = set(), set()
         own["_sltt_inputs"] = {tensor.grad_fn for tensor in tensors_in((args, kwargs))}
@@ -92,9 +93,9 @@ class ChargeHeld(EntryHeld):
             if device_backend == "cupy":
                 self.backend = device_backend
             self._tell_again(told)
-            for name in ("charges", "before", "drives", "charged", "inputs"):
+            for name in ("call", "charges", "before", "drives", "charged", "inputs"):
                 del own[f"_sltt_{name}"]
-        if not charges and any(tensor.requires_grad for tensor in tensors_in(output)):
+        if not (charges or self.through_time) and any(tensor.requires_grad for tensor in tensors_in(output)):
             raise ConfigurationError(
                 f"the forward of {self.original.__name__} ran without neuronal_charge, where its state would have been held "
                 "constant: declare its step with sltt_ext.declare_neuron"
@@ -105,7 +106,7 @@ class ChargeHeld(EntryHeld):
         own = vars(self)
         if "_sltt_charges" in own:
             if own["_sltt_charges"]:
-                self._hold_between_steps(args)
+                self._begin_next_step(args)
             own["_sltt_charges"] += 1
             own["_sltt_before"] = {name: id(value) for name, value in self._held_tensors()}
             own["_sltt_drives"] |= set(map(place, tensors_in(args)))
@@ -113,6 +114,13 @@ class ChargeHeld(EntryHeld):
         if "_sltt_charges" in own:
             own["_sltt_charged"] |= {place(state) for state in self._held_states()}
         return result
+
+    def _begin_next_step(self, drive: Any) -> None:
+        """Within one call, another step begins: through time, or with what the one before has left as a constant."""
+        own = vars(self)
+        if not self.through_time:
+            self._hold_between_steps(drive)
+        self._tell_own_step(own["_sltt_charges"], *own["_sltt_call"])
 
     def _hold_between_steps(self, drive: Any) -> None:
         """Within one call, what the step before has left is a constant, whoever else has told what.
@@ -131,7 +139,6 @@ class ChargeHeld(EntryHeld):
                 f"{self.original.__name__} reads what the step before has left ahead of neuronal_charge, where it is held "
                 "constant: read it in there, or declare its step with sltt_ext.declare_neuron"
             )
-        self._tell_again(None)
         memories.update({name: constant(memories[name]) for name in carried})
         own.update({name: constant(own[name]) for name in left})
 

@@ -16,10 +16,17 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sltt_ext.errors import BackendError, ConversionError, SLTTWarning, UnsupportedModuleError, listed
+from sltt_ext.errors import (
+    BackendError,
+    ConfigurationError,
+    ConversionError,
+    SLTTWarning,
+    UnsupportedModuleError,
+    listed,
+)
 from sltt_ext.forwards import Replacements
 from sltt_ext.kernels import check_backend
-from sltt_ext.neuron import Reclassed, SLTTNeuron
+from sltt_ext.neuron import Reclassed, SLTTNeuron, Temporal
 
 __all__ = ["convert", "is_converted", "register_adapter", "revert"]
 
@@ -29,7 +36,7 @@ RuleT = TypeVar("RuleT", bound=Rule)
 
 _RULES: dict[type[nn.Module] | str, Rule] = {}
 
-_OWN = ("sltt_backend", "_sltt_")
+_OWN = ("sltt_backend", "sltt_temporal", "_sltt_")
 """How the attributes begin that a conversion gives to a module."""
 
 _LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
@@ -65,7 +72,9 @@ def register_adapter(*classes: type[nn.Module] | str) -> Callable[[RuleT], RuleT
     return register
 
 
-def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Module:
+def convert(
+    net: Module, *, backend: str = "auto", strict: bool = True, temporal: Temporal | None = None
+) -> Module:
     """Give every neuron of ``net`` SLTT's gradient, in place.
 
     The forward pass stays what it is. Parameters, buffers, hooks, ``state_dict`` and the identity of
@@ -79,11 +88,17 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
             declared neurons).
         strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in
             one warning. The gradient through the modules left is then their own.
+        temporal: Where the carried state becomes a constant: on entry of each time step, ``"step"``, which is SLTT; or of
+            each call of the network, ``"call"``, so that the framework's own gradient goes back through the C steps of
+            a call (truncated BPTT). The C is the ``chunk`` of `OnlineTrainer` and `over_time`; with `convert` alone, a
+            call of a neuron is one. None keeps what converted neurons have, and is ``"step"`` for others: a part of a
+            network is converted before the whole, ``convert(net.stage4, temporal="call")``, ``convert(net)``.
 
     Returns:
         ``net`` itself.
 
     Raises:
+        ConfigurationError: If ``temporal`` is something else.
         ConversionError: If ``net`` has no spiking neuron, or (``strict``) has modules that SLTT cannot
             train; the error lists each with the reason. ``net`` is then as it was.
         BackendError: If ``backend`` cannot be used here, or does not run a neuron of ``net``; the error lists each.
@@ -92,14 +107,9 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     Warns:
         SLTTWarning: Once, with every module that was left as it is, or that SLTT's gradient does not pass.
     """
-    if not isinstance(net, nn.Module):
-        got = (
-            f"the class {net.__name__}: make one first"
-            if isinstance(net, type)
-            else f"a {type(net).__name__}"
-        )
-        cure = ": give it as nn.Sequential(*layers)" if isinstance(net, (list, tuple)) else ""
-        raise ConversionError(f"convert takes a torch.nn.Module, got {got}{cure}")
+    _check_is_module(net)
+    if temporal not in (None, "step", "call"):
+        raise ConfigurationError(f"temporal must be None, 'step' or 'call', got {temporal!r}")
     check_backend(backend)
     _load_adapters(net)
     adapters: list[tuple[nn.Module, type[SLTTNeuron]]] = []
@@ -116,7 +126,7 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
                 continue
             if adapter is not None:
                 adapters.append((module, adapter))
-                if adapter.caveat:
+                if adapter.caveat and temporal != "call":
                     caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
     if refused and (strict or not adapters):
         raise ConversionError(
@@ -133,11 +143,25 @@ def convert(net: Module, *, backend: str = "auto", strict: bool = True) -> Modul
     with whole, whole:  # twice, for interrupts
         for module, adapter in adapters:
             _give_class(module, adapter)
-            cast(SLTTNeuron, module).sltt_backend = backend
+            neuron = cast(SLTTNeuron, module)
+            neuron.sltt_backend = backend
+            if temporal is not None:
+                neuron.sltt_temporal = temporal
     messages = [listed(_LEFT, refused)] * bool(refused) + [listed(_CONVERTED_BUT, caveats)] * bool(caveats)
     if messages:
         warnings.warn("\n".join(messages), SLTTWarning, stacklevel=2)
     return net
+
+
+def _check_is_module(net: Any) -> None:
+    if not isinstance(net, nn.Module):
+        got = (
+            f"the class {net.__name__}: make one first"
+            if isinstance(net, type)
+            else f"a {type(net).__name__}"
+        )
+        cure = ": give it as nn.Sequential(*layers)" if isinstance(net, (list, tuple)) else ""
+        raise ConversionError(f"convert takes a torch.nn.Module, got {got}{cure}")
 
 
 def revert(net: Module) -> Module:

@@ -14,12 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sltt_ext.conversion import convert, is_converted
 from sltt_ext.errors import ConfigurationError, ConversionError
-from sltt_ext.neuron import Reclassed
+from sltt_ext.neuron import Reclassed, Temporal
 from sltt_ext.online import options
 from sltt_ext.online.compiled import compiling_calls
 from sltt_ext.online.draws import Draws
 from sltt_ext.online.heads import Returns
 from sltt_ext.online.inputs import TimeDims
+from sltt_ext.online.network import goes_through_time
 from sltt_ext.online.schedule import Schedule
 from sltt_ext.online.time_inside import TimeInside
 from sltt_ext.online.time_loop import Forward, Settings, TimeLoop
@@ -45,6 +46,7 @@ def over_time(
     pack_spikes: bool = False,
     cache_invariant: bool = True,
     backend: str = "auto",
+    temporal: Temporal | None = None,
 ) -> Module:
     """Have a network run over time when it is called, in place, with SLTT's gradient and the memory of one step.
 
@@ -64,7 +66,8 @@ def over_time(
         net: A network, or a part of one.
         time_steps: T, how many steps an input is shown; None takes it from the input (``time_dim``).
         k: None back-propagates every step (SLTT); a number K runs K of them again (SLTT-K), with T / K times their gradient.
-        chunk: How many steps a multi-step network is shown in one call.
+            With ``temporal="call"``, K windows of ``chunk`` steps.
+        chunk: How many steps a multi-step network is shown in one call; with ``temporal="call"``, any network.
         time_dim: None shows the first argument ``[N, ...]`` at every step; 0 or 1 is its axis of time, ``[T, N, ...]`` or
             ``[N, T, ...]``. A dict says so for arguments by name. All others are passed as they are. An argument may be a
             tensor, or any structure of tensors.
@@ -81,6 +84,8 @@ def over_time(
         pack_spikes: Store spikes that are saved for backward as bits.
         cache_invariant: Evaluate what does not depend on time once; see `OnlineTrainer`.
         backend: See `convert`.
+        temporal: See `convert`; ``"call"`` has the gradient go back through the steps of a call, which are ``chunk``
+            (truncated BPTT; with T it is BPTT).
 
     A call also takes ``lengths=``, one number of steps for each sample of a padded batch ``[N]``: the mean is then that over
     the sample's own steps. (The padding is at the end, where the steps before it do not see it; a mask with holes could not
@@ -108,11 +113,15 @@ def over_time(
         inside = TimeInside(net, names)
         time_steps = inside.time_steps if time_steps is None else time_steps
     steps = None if time_steps is None else options.count("time_steps", time_steps)
+    chunk = options.count("chunk", chunk)
+    through_time = temporal == "call" or (temporal is None and goes_through_time(net.modules()))
+    window = options.window(chunk, steps) if through_time else None
     settings = Settings(
         time_steps=steps,
         k=k,
-        schedule=options.selection(k, schedule, steps),
-        chunk=options.count("chunk", chunk),
+        schedule=options.selection(k, schedule, steps, window or 1),
+        chunk=chunk,
+        window=window,
         time_dim=options.axes("time_dim", time_dim),
         time_inside=inside,
         returns=returns and options.one_of("returns", returns, ("mean", "sequence"), "'mean' or 'sequence'"),
@@ -122,8 +131,8 @@ def over_time(
         pack_spikes=pack_spikes,
         cache_invariant=cache_invariant,
     )
-    if not is_converted(net):
-        convert(net, backend=backend)
+    if temporal is not None or not is_converted(net):
+        convert(net, backend=backend, temporal=temporal)
     if isinstance(net, OverTime):
         net._sltt_time_loop = TimeLoop(settings)
         return net

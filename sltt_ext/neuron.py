@@ -1,21 +1,24 @@
 """The interface every converted neuron satisfies, whatever framework it comes from.
 
 SLTT keeps a neuron's forward pass and drops the temporal part of its gradient: the state that an earlier step has
-left is a constant in time step t (Meng et al. 2023, Sec. 4.1). Any other state that enters, such as a learned initial
-state, keeps its gradient. All that `sltt_ext.online` relies on is in `StatefulModule`; all that two adapters share is in
+left is a constant in time step t (Meng et al. 2023, Sec. 4.1). A neuron that goes *through time* keeps the whole gradient
+within a call of the network, and what an earlier call has left is a constant. Any other state that enters, such as a
+learned initial state, keeps its gradient. All that `sltt_ext.online` relies on is in `StatefulModule`; all that two adapters share is in
 this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sltt_ext.errors import ConfigurationError
+
+Temporal = Literal["step", "call"]
 
 
 class StatefulModule:
@@ -65,20 +68,28 @@ class SLTTNeuron(StatefulModule):
         original: The class the adapter stands in for.
         caveat: What a user has to know of SLTT's gradient through it; `convert` says it in a warning.
         sltt_backend: What its fused operator runs on.
+        sltt_temporal: Where its carried state becomes a constant, on entry of each ``"step"`` or of each ``"call"``.
     """
 
     original: ClassVar[type[nn.Module]]
     caveat: ClassVar[str] = ""
     sltt_backend: str = "auto"
+    sltt_temporal: Temporal = "step"
     _made_from: ClassVar[tuple[type[SLTTNeuron], type[nn.Module]] | None] = None
     _sltt_left: tuple[int, ...] = ()
     _sltt_steps: int | None = None
+    _sltt_begun: int = 0
     _sltt_task: int = -1
 
     @property
     def fires(self) -> bool:
         """Whether it is a neuron: dropout, synapse filters and containers carry state, or take sequences, and are none."""
         return True
+
+    @property
+    def through_time(self) -> bool:
+        """Whether the gradient goes back through time, within a call of the network."""
+        return self.sltt_temporal == "call"
 
     @classmethod
     def check_backend(cls, module: nn.Module, backend: str) -> None:
@@ -116,11 +127,15 @@ class SLTTNeuron(StatefulModule):
         Who says so makes the state constant after the call, by `detach_state`. What the neuron leaves within the call
         keeps its gradient until then: a neuron that runs twice in a step passes it on from one time to the other, as
         between two layers. Where nobody says so, or a call of the neuron has another number of steps than that of the
-        network, it begins with another step.
+        network, it begins with another step. A neuron that goes through time needs no more than that somebody says so.
         """
         self.__dict__["_sltt_steps"] = steps
         if not torch.compiler.is_compiling():
             self.__dict__["_sltt_task"] = torch._C._current_graph_task_id()
+
+    def begin_step(self) -> None:
+        """Say that another step begins, within a call of the network that has several: earlier ones are over."""
+        self.__dict__["_sltt_begun"] = self._sltt_begun + 1
 
     @property
     def told_steps(self) -> int | None:
@@ -135,32 +150,48 @@ class SLTTNeuron(StatefulModule):
         """Whether the gradient goes on into the ``state`` that enters a call of the module of so many steps."""
         if not isinstance(state, Tensor) or not state.requires_grad or not torch.is_grad_enabled():
             return False
-        return self._sltt_steps == steps or not self._has_left(state)
+        told = self._sltt_steps
+        if self.through_time and told is not None:
+            return True
+        if told == steps:  # what it has left in this very step, if the call of the network has several
+            return not (self._sltt_begun and self._has_left(state, before=self._sltt_begun))
+        return not self._has_left(state)
 
     def _tell_own_step(self, t: int, steps: int, told: int | None) -> None:
         """Say that step ``t`` of the module's own ``steps`` begins, which are all that it was ``told`` of, or others.
 
-        Only the first may go on from what the module has left in the same call of the network.
+        Only the first may go on from what the module has left in the same call of the network. Through time, only the first
+        may begin anew: where nobody has told of a call, this is one.
         """
-        self._tell_again(1 if t == 0 and told == steps else None)
+        for neuron in self._neurons():
+            if neuron.through_time:
+                neuron.tell_steps(steps if t else told)
+            else:
+                neuron.tell_steps(1 if t == 0 and told == steps else None)
 
     def _tell_again(self, steps: int | None) -> None:
-        for module in cast(nn.Module, self).modules():
-            if isinstance(module, SLTTNeuron):
-                module.tell_steps(steps)
+        for neuron in self._neurons():
+            neuron.tell_steps(steps)
 
-    def _has_left(self, state: Tensor) -> bool:
-        """Whether the module itself has computed ``state``, or what it follows from, in an earlier call."""
+    def _neurons(self) -> list[SLTTNeuron]:
+        """The module itself, and all converted modules in it."""
+        return [module for module in cast(nn.Module, self).modules() if isinstance(module, SLTTNeuron)]
+
+    def _has_left(self, state: Tensor, before: int | None = None) -> bool:
+        """Whether the module itself has computed ``state``, or what it follows from, in an earlier call, or before a step."""
         if torch.compiler.is_compiling():
-            return True  # a graph that is still traced cannot be asked
+            return before is None  # a graph that is still traced cannot be asked
         seen, waiting = set(), [state.grad_fn]
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:
                 continue
-            if self._mark in _notes(node):
+            left = _notes(node).get(self._mark)
+            if left is not None and (before is None or left < before):
                 return True
             seen.add(node)
+            if left is not None:
+                continue
             waiting += [before for before, _ in node.next_functions]
         return False
 
@@ -175,7 +206,7 @@ class SLTTNeuron(StatefulModule):
             return
         for tensor in tensors_in(state):
             if tensor.grad_fn is not None:
-                _notes(tensor.grad_fn)[self._mark] = True
+                _notes(tensor.grad_fn)[self._mark] = self._sltt_begun
 
     def _begin_step(self, *state: Any) -> None:
         """Before a step from ``state``, the tensors that the module carries.

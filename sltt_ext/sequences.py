@@ -47,6 +47,18 @@ class Sequence(SLTTNeuron, nn.Module):
     def detach_state(self) -> None:
         """It carries nothing."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """All steps; through time, where nobody has told of a call of the network, this is one for what is in it."""
+        if not self.through_time or self.told_steps is not None:
+            return super().forward(*args, **kwargs)
+        for neuron in self._neurons():
+            neuron.detach_state()
+        self._tell_again(self.steps_of(*args))
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._tell_again(None)
+
 
 class Container(Sequence):
     """A container that calls what is in it step by step, or, without state in it, once for all steps."""

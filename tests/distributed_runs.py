@@ -42,6 +42,11 @@ def network_with_buffers():
     return sltt_ext.convert(net.insert(1, layer.BatchNorm2d(6)))
 
 
+def network_through_time():
+    """With batch norm, whose statistics are of one step, and none of the process's own."""
+    return sltt_ext.convert(networks.freeze_batch_norm(network_with_buffers()), temporal="call")
+
+
 class Counted:
     """A DistributedDataParallel network, and how often it averaged a bucket or broadcast its buffers."""
 
@@ -72,6 +77,16 @@ def ddp(rank, world_size, options, step_mode="s", compiled=False):
         before = counted.reduced
         steps.append(online.forward_backward(*batch(rank, world_size)).time_steps)
     return {"gradients": gradients(counted.net), "steps": steps, "reduced": counted.reduced - before}
+
+
+def windows(rank, world_size, wrap, options):
+    """Two steps in one graph of a network that takes one at a time."""
+    net = WRAPPERS[wrap](network_through_time())
+    online = trainer(net, chunk=2, generator=torch.Generator().manual_seed(5 + rank), **options)
+    for _ in range(2):
+        net.zero_grad()
+        steps = online.forward_backward(*batch(rank, world_size)).time_steps
+    return {"gradients": full(gradients(net)), "steps": steps}
 
 
 def default_generator(rank, world_size):

@@ -34,6 +34,9 @@ class Case:
             return self.make_with()
         return getattr(self.room, self.name)(**self.settings)
 
+    def __str__(self) -> str:
+        return self.id
+
     @property
     def id(self) -> str:
         settings = [

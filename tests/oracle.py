@@ -174,12 +174,13 @@ def lif_by_autograd(
     v_reset: float | None,
     detach_reset: bool,
     heaviside: Callable[[Tensor], Tensor],
+    through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The equations of `sltt_ext.functional`, step by step under autograd, carried state detached."""
+    """The equations of `sltt_ext.functional`, step by step under autograd, carried state detached or not."""
     spikes = []
     rest = v_reset or 0.0
     for x in x_seq:
-        v = v.detach()
+        v = v if through_time else v.detach()
         if decay is None:
             h = v + x
         elif decay_input:
@@ -201,11 +202,12 @@ def leaky_by_autograd(
     reset_mechanism: str,
     reset_delay: bool,
     heaviside: Callable[[Tensor], Tensor],
+    through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The equations of snnTorch's Leaky, step by step under autograd, carried state detached."""
+    """The equations of snnTorch's Leaky, step by step under autograd, carried state detached or not."""
     spikes, potentials = [], []
     for x in x_seq:
-        mem = mem.detach()
+        mem = mem if through_time else mem.detach()
         r = (mem > threshold).to(mem.dtype)
         if reset_mechanism == "zero":
             h = beta * (1 - r) * mem + x

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sltt_ext.declared.comparison import ABSENT, compare, compare_states, put_to_rest
 from sltt_ext.declared.compiled import run_compiled_steps
 from sltt_ext.declared.record import Declaration
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.errors import BackendError, ConfigurationError
 from sltt_ext.functional.inputs import plain
 from sltt_ext.kernels import check_backend, is_compiled
 from sltt_ext.kernels.lif import LIF
@@ -156,7 +156,9 @@ class DeclaredStep(DeclaredState):
         declaration = self.declaration
         states = tuple(getattr(self, name, None) for name in declaration.state)
         if declaration.as_lif is not None:
-            output, *left = declaration.run_as_lif(self, x, states[0], self.sltt_backend, single_step=True)
+            output, *left = declaration.run_as_lif(
+                self, x, states[0], self.sltt_backend, single_step=True, through_time=self.through_time
+            )
         else:
             output, left = self._sltt_steps_of(x, states, None)  # type: ignore[assignment]
         for name, value in zip(declaration.state, left):
@@ -183,15 +185,18 @@ class DeclaredStep(DeclaredState):
                     f"a {self.original.__name__} runs more than once in a step, each time from rest, which the time loop cannot "
                     "tell from going on: a module for each place, or convert alone and a loop of your own"
                 )
-        state = own.get("_sltt_carried") if goes_on else None
+        state = own.get("_sltt_carried") if goes_on else None  # a constant, since the last call has ended
+        hold = (lambda state: state) if self.through_time else constant
         self._begin_step(*tensors_in(state))
         if declaration.as_lif is not None:
-            entering = None if state is None else constant(state)[0]
+            entering = None if state is None else hold(state)[0]
             x_seq = x.movedim(declaration.time_dim, 0)  # type: ignore[arg-type]
-            output, v = declaration.run_as_lif(self, x_seq, entering, self.sltt_backend, single_step=False)
+            output, v = declaration.run_as_lif(
+                self, x_seq, entering, self.sltt_backend, single_step=False, through_time=self.through_time
+            )
             output, state = output.movedim(0, declaration.time_dim), (v,)  # type: ignore[arg-type]
         else:
-            entering = (None,) * declaration.states if state is None else constant(state)
+            entering = (None,) * declaration.states if state is None else hold(state)
             output, state = self._sltt_steps_of(x, entering, declaration.time_dim)
         self._end_step(state)
         if goes_on:
@@ -204,12 +209,17 @@ class DeclaredStep(DeclaredState):
         """Output and states of one step, or of all along ``time_dim``, by the declared step: compiled, or as it is."""
         declaration = self.declaration
         if is_compiled(self.sltt_backend, x) and not is_taken_apart():
+            if self.through_time:
+                raise BackendError(
+                    f"backend='inductor' compiles declared steps from constant states, and {self.original.__name__} has "
+                    "temporal='call': convert it with backend='auto'"
+                )
             return run_compiled_steps(declaration, self, plain(x), state, time_dim)
         if time_dim is None:
             return declaration.run(self, x, state)
         outputs = []
         for one in x.unbind(time_dim):
-            output, state = declaration.run(self, one, constant(state))
+            output, state = declaration.run(self, one, state if self.through_time else constant(state))
             outputs.append(output)
         return _stacked(outputs, time_dim), state
 

@@ -78,7 +78,13 @@ class Declaration:
         return output, tuple(left)
 
     def run_as_lif(
-        self, module: nn.Module, x_seq: Tensor, v: Any, backend: str, single_step: bool
+        self,
+        module: nn.Module,
+        x_seq: Tensor,
+        v: Any,
+        backend: str,
+        single_step: bool,
+        through_time: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Spikes and potential by the fused operator, of a sequence ``[T, N, ...]`` or of one step.
 
@@ -93,6 +99,7 @@ class Declaration:
                 f"as_lif of {self.cls.__name__} must return surrogate=, an sltt_ext.surrogate.Surrogate, and of "
                 f"{', '.join([*_LIF, 'w'])} what is not the default, got {', '.join(given) or 'nothing'}"
             )
-        settings = lif_settings(**{**_LIF, **given}, surrogate=surrogate)  # type: ignore[arg-type]
+        given = {**_LIF, **given}
+        settings = lif_settings(**given, through_time=through_time, surrogate=surrogate)
         decay = None if w is None else decay_of(w, x_seq)
         return run_lif(x_seq, v, decay, settings, backend=backend, single_step=single_step)

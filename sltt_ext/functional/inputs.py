@@ -29,8 +29,10 @@ def step_shape(x_seq: Tensor, single_step: bool) -> torch.Size:
     return x_seq.shape if single_step else x_seq.shape[1:]
 
 
-def initial_state(name: str, state: Tensor | float, x_seq: Tensor, single_step: bool) -> Tensor:
-    """``state`` ``[N, ...]``, or one number for all, as a constant in the dtype states are kept in.
+def initial_state(
+    name: str, state: Tensor | float, x_seq: Tensor, single_step: bool, constant: bool = True
+) -> Tensor:
+    """``state`` ``[N, ...]``, or one number for all, in the dtype states are kept in, and ``constant`` or not.
 
     Raises:
         InputError: If ``x_seq`` has no step or is not floating point, or shapes or devices disagree.
@@ -45,7 +47,7 @@ def initial_state(name: str, state: Tensor | float, x_seq: Tensor, single_step: 
             "batches of different shape"
         )
     check_device(name, state, x_seq)
-    return state.detach().to(dtype)
+    return (state.detach() if constant else state).to(dtype)
 
 
 def check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:

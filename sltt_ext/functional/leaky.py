@@ -15,6 +15,10 @@ For a sequence ``x[t]`` of input currents and an initial membrane potential ``me
 Backward holds every ``mem[t-1]``, and with it ``r[t]``, constant (Meng et al. 2023, Sec. 4.1), with a
 surrogate gradient ``H'``. Losses may read spikes and the membrane potentials of any step; ``beta`` and
 ``threshold`` may be learned, their gradient is the sum of each step's local term.
+
+With ``through_time`` it is snnTorch's own gradient, through every ``mem[t]``, with only ``r[t]`` constant::
+
+    dL/dmem[t-1] = dL/dh[t] dh[t]/dmem[t-1]        and what the loss reads of mem[t-1] itself
 """
 
 from __future__ import annotations
@@ -41,13 +45,14 @@ def multi_step_leaky(
     surrogate: Surrogate = _DEFAULT_SURROGATE,
     backend: str = "auto",
     single_step: bool = False,
+    through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """First-order leaky integrate-and-fire neurons over a sequence, as snnTorch's ``Leaky`` has them.
 
     Args:
         x_seq: Input currents ``[T, N, ...]``: float32, float64, float16 or bfloat16.
         mem: Initial membrane potential ``[N, ...]``, one number for all, or None for 0. A constant for
-            the gradient.
+            the gradient, but for ``through_time``.
         beta: Decay of the membrane potential per step, clamped to 0..1; a number, or a tensor that
             broadcasts to one step ``[N, ...]``. May require a gradient.
         threshold: Firing threshold in the units of ``x_seq``; a number, or a tensor that broadcasts to
@@ -58,6 +63,8 @@ def multi_step_leaky(
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"``, ``"torch"`` or ``"cupy"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are spikes and membrane potential.
+        through_time: Take snnTorch's own gradient, through time, and through the initial potential where it
+            requires one.
 
     Returns:
         Spikes ``[T, N, ...]`` in the dtype of ``x_seq``, and the membrane potential after the last step
@@ -78,7 +85,12 @@ def multi_step_leaky(
     >>> mem_seq.shape, round(beta.grad.item(), 4)
     (torch.Size([4, 1]), 2.366)
     """
-    settings = leaky_settings(reset_mechanism=reset_mechanism, reset_delay=reset_delay, surrogate=surrogate)
+    settings = leaky_settings(
+        reset_mechanism=reset_mechanism,
+        reset_delay=reset_delay,
+        through_time=through_time,
+        surrogate=surrogate,
+    )
     return run_leaky(
         x_seq, mem, beta, threshold, settings, return_mem_seq=return_mem_seq, backend=backend, single_step=single_step
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The fused Leaky neuron as operators: registered ones for networks that are compiled, and a leaner one for all others.
 
-`run_leaky` is what the public function and the adapter call. ``sltt_ext::leaky`` and ``sltt_ext::leaky_backward`` run
-under ``torch.compile`` and with fake tensors.
+`run_leaky` is what the public function and the adapter call. ``sltt_ext::leaky``, ``sltt_ext::leaky_backward`` and
+``sltt_ext::leaky_backward_through_time`` run under ``torch.compile`` and with fake tensors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from sltt_ext.kernels import select_kernels
 from sltt_ext.kernels.leaky import LEAKY, LeakyKernels, LeakySettings
 from sltt_ext.surrogate import Surrogate
 
-__all__ = ["leaky", "leaky_backward", "leaky_settings", "run_leaky"]
+__all__ = ["leaky", "leaky_backward", "leaky_backward_through_time", "leaky_settings", "run_leaky"]
 
 _RESET_MECHANISMS = ("subtract", "zero", "none")
 
 
-def leaky_settings(*, reset_mechanism: str, reset_delay: bool, surrogate: Surrogate) -> LeakySettings:
+def leaky_settings(
+    *, reset_mechanism: str, reset_delay: bool, through_time: bool = False, surrogate: Surrogate
+) -> LeakySettings:
     """The settings, checked; see `sltt_ext.kernels.leaky.LeakySettings`.
 
     Raises:
@@ -35,7 +37,7 @@ def leaky_settings(*, reset_mechanism: str, reset_delay: bool, surrogate: Surrog
         raise ConfigurationError(
             f"reset_mechanism must be one of {', '.join(_RESET_MECHANISMS)}, got {reset_mechanism!r}"
         )
-    return LeakySettings(reset_mechanism, reset_delay, surrogate)
+    return LeakySettings(reset_mechanism, reset_delay, through_time, surrogate)
 
 
 def run_leaky(
@@ -66,10 +68,11 @@ def run_leaky(
         ConfigurationError: If a number is NaN.
         BackendError: If ``backend`` cannot be used.
     """
-    mem = initial_state("mem", 0.0 if mem is None else mem, x_seq, single_step)
+    start = 0.0 if mem is None else mem
+    mem = initial_state("mem", start, x_seq, single_step, constant=not settings.through_time)
     beta = _parameter("beta", beta, mem).clamp(0, 1)
     threshold = _parameter("threshold", threshold, mem)
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_seq, beta, threshold))
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_seq, mem, beta, threshold))
     return_mem_seq = return_mem_seq or single_step
     if not torch.compiler.is_compiling():
         kernels = select_kernels(backend, LEAKY, x_seq)
@@ -102,6 +105,7 @@ def leaky(
     threshold: Tensor,
     reset_mechanism: str,
     reset_delay: bool,
+    through_time: bool,
     surrogate: str,
     parameters: Sequence[float],
     return_mem_seq: bool,
@@ -109,17 +113,17 @@ def leaky(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The forward operator; see `sltt_ext.kernels.leaky.LeakyKernels`."""
-    settings = packed(LeakySettings, reset_mechanism, reset_delay, surrogate, parameters)
+    settings = packed(LeakySettings, reset_mechanism, reset_delay, through_time, surrogate, parameters)
     kernels = select_kernels(backend, LEAKY, x_seq, registered=True)
     return kernels.forward(x_seq, mem, beta, threshold, settings, return_mem_seq, save)
 
 
 @leaky.register_fake
 def _(
-    x_seq: Tensor, mem: Tensor, beta: Any, threshold: Any, reset_mechanism: str, reset_delay: bool, surrogate: Any,
-    parameters: Any, return_mem_seq: bool, save: bool, backend: str = "auto",
+    x_seq: Tensor, mem: Tensor, beta: Any, threshold: Any, reset_mechanism: str, reset_delay: bool, through_time: bool,
+    surrogate: Any, parameters: Any, return_mem_seq: bool, save: bool, backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    settings = packed(LeakySettings, reset_mechanism, reset_delay, surrogate, parameters)
+    settings = packed(LeakySettings, reset_mechanism, reset_delay, through_time, surrogate, parameters)
     mem_seq = torch.empty_like(x_seq, dtype=mem.dtype)
     return (
         torch.empty_like(x_seq),
@@ -139,6 +143,7 @@ def leaky_backward(
     threshold: Tensor,
     reset_mechanism: str,
     reset_delay: bool,
+    through_time: bool,
     surrogate: str,
     parameters: Sequence[float],
     beta_shape: Optional[Sequence[int]],
@@ -146,7 +151,7 @@ def leaky_backward(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward operator; see `sltt_ext.kernels.leaky.LeakyKernels`."""
-    settings = packed(LeakySettings, reset_mechanism, reset_delay, surrogate, parameters)
+    settings = packed(LeakySettings, reset_mechanism, reset_delay, through_time, surrogate, parameters)
     kernels = select_kernels(backend, LEAKY, h_seq, registered=True)
     return kernels.backward(
         grad_s_seq, grad_mem, h_seq, mem, threshold, settings, beta_shape, learn_threshold
@@ -156,7 +161,7 @@ def leaky_backward(
 @leaky_backward.register_fake
 def _(
     grad_s_seq: Any, grad_mem: Any, h_seq: Tensor, mem: Any, threshold: Tensor, reset_mechanism: Any,
-    reset_delay: Any, surrogate: Any, parameters: Any, beta_shape: Any, learn_threshold: bool,
+    reset_delay: Any, through_time: Any, surrogate: Any, parameters: Any, beta_shape: Any, learn_threshold: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return (
@@ -166,19 +171,70 @@ def _(
     )
 
 
+@torch.library.custom_op("sltt_ext::leaky_backward_through_time", mutates_args=())
+def leaky_backward_through_time(
+    grad_s_seq: Optional[Tensor],
+    grad_mem: Optional[Tensor],
+    h_seq: Tensor,
+    mem: Optional[Tensor],
+    beta: Tensor,
+    threshold: Tensor,
+    reset_mechanism: str,
+    reset_delay: bool,
+    through_time: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+    learn_beta: bool,
+    learn_threshold: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward operator of a gradient through time; see `sltt_ext.kernels.leaky.LeakyKernels`."""
+    settings = packed(LeakySettings, reset_mechanism, reset_delay, through_time, surrogate, parameters)
+    kernels = select_kernels(backend, LEAKY, h_seq, registered=True)
+    return kernels.backward_through_time(
+        grad_s_seq, grad_mem, h_seq, mem, beta, threshold, settings, learn_beta, learn_threshold
+    )
+
+
+@leaky_backward_through_time.register_fake
+def _(
+    grad_s_seq: Any, grad_mem: Any, h_seq: Tensor, mem: Any, beta: Tensor, threshold: Tensor, reset_mechanism: Any,
+    reset_delay: Any, through_time: Any, surrogate: Any, parameters: Any, learn_beta: bool, learn_threshold: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return (
+        torch.empty_like(h_seq),
+        h_seq.new_empty(beta.shape if learn_beta else 0),
+        h_seq.new_empty(threshold.shape if learn_threshold else 0),
+        torch.empty_like(h_seq[0]),
+    )
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mem, beta, threshold, *fields, return_mem_seq, _, ctx.backend = inputs
     _save(ctx, mem, beta, threshold, packed(LeakySettings, *fields), return_mem_seq, output)
     ctx.single_step = False
 
 
-def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    def run(*given: Any) -> Any:
-        *tensors, settings, beta_shape, learn_threshold = given
-        return leaky_backward(*tensors, *flat(settings), beta_shape, learn_threshold, ctx.backend)
+class _RegisteredBackward:
+    """The backward operators, called like a backend's kernels."""
 
-    grad_x, grad_beta, grad_threshold = _gradients(ctx, run, *grads[:2])
-    return (grad_x, None, grad_beta, grad_threshold, *[None] * 7)
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def backward(self, *given: Any) -> Any:
+        *tensors, settings, beta_shape, learn_threshold = given
+        return leaky_backward(*tensors, *flat(settings), beta_shape, learn_threshold, self.backend)
+
+    def backward_through_time(self, *given: Any) -> Any:
+        *tensors, settings, learn_beta, learn_threshold = given
+        return leaky_backward_through_time(
+            *tensors, *flat(settings), learn_beta, learn_threshold, self.backend
+        )
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    return (*_gradients(ctx, _RegisteredBackward(ctx.backend), *grads[:2]), *[None] * 8)
 
 
 leaky.register_autograd(_backward, setup_context=_setup_context)
@@ -200,29 +256,43 @@ def _save(
 ) -> None:
     _, returned, h_seq = output
     ctx.settings, ctx.return_mem_seq = settings, return_mem_seq
-    ctx.beta_shape = beta.shape if beta.requires_grad else None
-    ctx.learn_threshold = threshold.requires_grad
-    needs_mem = settings.resets_in_step or ctx.learn_threshold or ctx.beta_shape is not None
+    ctx.learn_beta, ctx.learn_threshold = beta.requires_grad, threshold.requires_grad
+    through_time = settings.through_time
+    needs_mem = (
+        settings.resets_in_step
+        or ctx.learn_beta
+        or ctx.learn_threshold
+        or (through_time and settings.reset_mechanism == "zero")
+    )
     h = returned if _h_is_returned(settings, return_mem_seq) else h_seq
-    ctx.save_for_backward(h, mem if needs_mem else None, threshold)
+    ctx.beta_shape = beta.shape
+    ctx.save_for_backward(h, mem if needs_mem else None, beta if through_time else None, threshold)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, run: Any, grad_s: Any, grad_mem: Any) -> tuple[Any, Any, Any]:
-    """Gradients of the input, of beta and of the threshold, None where there is none."""
+def _gradients(ctx: Any, kernels: Any, grad_s: Any, grad_mem: Any) -> tuple[Any, Any, Any, Any]:
+    """Gradients of the input, of the initial potential, of beta and of the threshold, None where there is none."""
     if grad_s is None and grad_mem is None:
-        return None, None, None
-    h, mem, threshold = ctx.saved_tensors
+        return None, None, None, None
+    h, mem, beta, threshold = ctx.saved_tensors
     if ctx.single_step:
         h, grad_s = h.unsqueeze(0), None if grad_s is None else grad_s.unsqueeze(0)
     if grad_mem is not None and (ctx.single_step or not ctx.return_mem_seq):
         grad_mem = grad_mem.unsqueeze(0)
-    grad_x, grad_beta, grad_threshold = run(
-        grad_s, grad_mem, h, mem, threshold, ctx.settings, ctx.beta_shape, ctx.learn_threshold
-    )
+    grad_start = None
+    if ctx.settings.through_time:
+        grad_x, grad_beta, grad_threshold, grad_start = kernels.backward_through_time(
+            grad_s, grad_mem, h, mem, beta, threshold, ctx.settings, ctx.learn_beta, ctx.learn_threshold
+        )
+    else:
+        beta_shape = ctx.beta_shape if ctx.learn_beta else None
+        grad_x, grad_beta, grad_threshold = kernels.backward(
+            grad_s, grad_mem, h, mem, threshold, ctx.settings, beta_shape, ctx.learn_threshold
+        )
     return (
         grad_x.squeeze_(0) if ctx.single_step else grad_x,
-        None if ctx.beta_shape is None else grad_beta,
+        grad_start,
+        grad_beta if ctx.learn_beta else None,
         grad_threshold if ctx.learn_threshold else None,
     )
 
@@ -260,5 +330,7 @@ class _EagerLeaky(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_s: Tensor | None, grad_mem: Tensor | None) -> Any:
-        grad_x, grad_beta, grad_threshold = _gradients(ctx, ctx.kernels.backward, grad_s, grad_mem)
-        return None, None, grad_x, None, grad_beta, grad_threshold, None, None, None
+        grad_x, grad_start, grad_beta, grad_threshold = _gradients(ctx, ctx.kernels, grad_s, grad_mem)
+        if not ctx.needs_input_grad[3]:
+            grad_start = None
+        return None, None, grad_x, grad_start, grad_beta, grad_threshold, None, None, None

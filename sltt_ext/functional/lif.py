@@ -18,6 +18,13 @@ Backward holds every ``v[t-1]`` constant (Meng et al. 2023, Sec. 4.1)::
 
 with a surrogate gradient ``H'``. The last state ``v[T]`` carries its own local gradient, so a loss may
 read the membrane potential.
+
+With ``through_time`` it is the framework's own gradient, through every ``v[t]``. From the last step to the first,
+``g[t] = dL/dv[t]`` is what arrives from the step behind, or of the last state, and ``f[t] = dL/dh[t]``::
+
+    f[t]       = (dL/ds[t] + g[t] dv[t]/ds[t]) H'(h[t] - v_threshold) + g[t] dv[t]/dh[t]
+    dL/dx[t]   = f[t] dh[t]/dx[t]
+    g[t-1]     = f[t] dh[t]/dv[t-1]
 """
 
 from __future__ import annotations
@@ -43,16 +50,17 @@ def multi_step_if(
     backend: str = "auto",
     single_step: bool = False,
     charged: bool = False,
+    through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Integrate-and-fire neurons over a sequence.
 
     Args:
         x_seq: Input currents ``[T, N, ...]``: float32, float64, float16 or bfloat16.
         v: Initial membrane potential ``[N, ...]``, one number for all, or None for the resting
-            potential. A constant for the gradient.
+            potential. A constant for the gradient, but for ``through_time``.
         v_threshold: Firing threshold, in the units of ``x_seq``.
         v_reset: Potential after a spike; None subtracts ``v_threshold`` instead (soft reset).
-        detach_reset: Leave the reset out of the final state's gradient.
+        detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
@@ -60,6 +68,8 @@ def multi_step_if(
             reset is applied on entry of the next call, or by `after_reset`. It is the very tensor that
             backward reads, so that one tensor stays behind instead of two. None or a number for ``v`` is
             not reset; a tensor that requires no gradient may be overwritten by the returned potential.
+        through_time: Take the framework's own gradient, through time, and through the initial potential where it
+            requires one. Backward keeps one charged potential per step. Not together with ``charged``.
 
     Returns:
         Spikes ``[T, N, ...]`` in the dtype of ``x_seq``, and the final membrane potential ``[N, ...]``,
@@ -67,6 +77,7 @@ def multi_step_if(
 
     Raises:
         InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
+        ConfigurationError: If a number is NaN, or both ``charged`` and ``through_time`` are asked for.
         BackendError: If ``backend`` cannot be used.
 
     >>> import torch
@@ -75,7 +86,8 @@ def multi_step_if(
     ([0.0, 1.0, 0.0], 0.6)
     """
     settings = lif_settings(
-        v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, charged=charged, surrogate=surrogate
+        v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, charged=charged,
+        through_time=through_time, surrogate=surrogate,
     )  # fmt: skip
     return run_lif(x_seq, v, None, settings, backend=backend, single_step=single_step)
 
@@ -94,6 +106,7 @@ def multi_step_lif(
     backend: str = "auto",
     single_step: bool = False,
     charged: bool = False,
+    through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Leaky integrate-and-fire neurons over a sequence; see `multi_step_if` for what they share.
 
@@ -106,11 +119,12 @@ def multi_step_lif(
             ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
-        detach_reset: Leave the reset out of the final state's gradient.
+        detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
         charged: Carry the charged potential.
+        through_time: Take the gradient through time.
 
     Returns:
         Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
@@ -131,7 +145,7 @@ def multi_step_lif(
     """
     settings = lif_settings(
         tau=tau, decay_input=decay_input, factored_leak=factored_leak, v_threshold=v_threshold, v_reset=v_reset,
-        detach_reset=detach_reset, charged=charged, surrogate=surrogate,
+        detach_reset=detach_reset, charged=charged, through_time=through_time, surrogate=surrogate,
     )  # fmt: skip
     return run_lif(x_seq, v, None, settings, backend=backend, single_step=single_step)
 
@@ -150,10 +164,11 @@ def multi_step_plif(
     backend: str = "auto",
     single_step: bool = False,
     charged: bool = False,
+    through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Parametric LIF neurons over a sequence: ``1 / tau = sigmoid(w)`` with a learnable ``w``.
 
-    The gradient of ``w`` is the sum of each step's local term, the carried state held constant.
+    The gradient of ``w`` is the sum of each step's local term, the carried state held constant unless ``through_time``.
     Equations of Fang et al. 2021 (Parametric LIF); see `multi_step_if` for what the neurons share.
 
     Args:
@@ -165,11 +180,12 @@ def multi_step_plif(
             ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
-        detach_reset: Leave the reset out of the final state's gradient.
+        detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
         charged: Carry the charged potential.
+        through_time: Take the gradient through time.
 
     Returns:
         Spikes ``[T, N, ...]`` and the final membrane potential ``[N, ...]``.
@@ -187,7 +203,7 @@ def multi_step_plif(
     """
     settings = lif_settings(
         decay_input=decay_input, factored_leak=factored_leak, v_threshold=v_threshold, v_reset=v_reset,
-        detach_reset=detach_reset, charged=charged, surrogate=surrogate,
+        detach_reset=detach_reset, charged=charged, through_time=through_time, surrogate=surrogate,
     )  # fmt: skip
     return run_lif(x_seq, v, decay_of(w, x_seq), settings, backend=backend, single_step=single_step)
 

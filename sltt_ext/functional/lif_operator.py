@@ -1,7 +1,7 @@
 """The fused LIF neurons as operators: registered ones for networks that are compiled, and a leaner one for all others.
 
-`run_lif` is what the public functions and the adapters call. ``sltt_ext::lif`` and ``sltt_ext::lif_backward`` run under
-``torch.compile`` and with fake tensors.
+`run_lif` is what the public functions and the adapters call. ``sltt_ext::lif``, ``sltt_ext::lif_backward`` and
+``sltt_ext::lif_backward_through_time`` run under ``torch.compile`` and with fake tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sltt_ext.kernels.lif import LIF, LIFKernels, LIFSettings
 from sltt_ext.neuron import state_dtype
 from sltt_ext.surrogate import Surrogate, derivative
 
-__all__ = ["decay_of", "lif", "lif_backward", "lif_settings", "reset", "run_lif"]
+__all__ = ["decay_of", "lif", "lif_backward", "lif_backward_through_time", "lif_settings", "reset", "run_lif"]
 
 
 def lif_settings(
@@ -33,18 +33,23 @@ def lif_settings(
     v_reset: float | None,
     detach_reset: bool,
     charged: bool = False,
+    through_time: bool = False,
     surrogate: Surrogate,
 ) -> LIFSettings:
     """The settings, checked; see `sltt_ext.kernels.lif.LIFSettings`.
 
     Raises:
-        ConfigurationError: If ``tau`` is not positive, a number is NaN, or ``factored_leak`` is asked for where the leak
-            has no factor.
+        ConfigurationError: If ``tau`` is not positive, a number is NaN, ``factored_leak`` is asked for where the leak
+            has no factor, or ``through_time`` where the charged potential is carried.
     """
     if tau is not None and not tau > 0:
         raise ConfigurationError(f"tau must be positive, got {tau}")
     if factored_leak and (decay_input or v_reset):
         raise ConfigurationError("factored_leak needs decay_input=False and a resting potential of 0")
+    if charged and through_time:
+        raise ConfigurationError(
+            "charged=True has no gradient through time: use charged=False with through_time=True"
+        )
     return LIFSettings(
         None if tau is None else float(tau),
         decay_input,
@@ -53,6 +58,7 @@ def lif_settings(
         None if v_reset is None else check_number("v_reset", v_reset),
         detach_reset,
         charged,
+        through_time,
         surrogate,
     )
 
@@ -100,12 +106,13 @@ def run_lif(
     if isinstance(v, Tensor):
         # what a graph has made that still lives is needed as it is
         overwrite = overwrites and settings.charged and not v.requires_grad
-        v = initial_state("v", v, x_seq, single_step)
+        v = initial_state("v", v, x_seq, single_step, constant=not settings.through_time)
     else:
         step_shape(x_seq, single_step)
         v = float(settings.v_reset or 0.0) if v is None else float(v)
     save_slope = decay is not None and decay.requires_grad and torch.is_grad_enabled()
-    save = save_slope or (x_seq.requires_grad and torch.is_grad_enabled())
+    learned = x_seq.requires_grad or (isinstance(v, Tensor) and v.requires_grad)
+    save = save_slope or (learned and torch.is_grad_enabled())
     if not torch.compiler.is_compiling():
         x_seq, v = plain(x_seq), plain(v)
         kernels = select_kernels(backend, LIF, x_seq)
@@ -138,6 +145,7 @@ def lif(
     v_reset: Optional[float],
     detach_reset: bool,
     charged: bool,
+    through_time: bool,
     surrogate: str,
     parameters: Sequence[float],
     save: bool,
@@ -146,7 +154,8 @@ def lif(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The forward operator; see `sltt_ext.kernels.lif.LIFKernels`. Neurons start from ``v``, or without from ``v_start``."""
     settings = packed(
-        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, surrogate, parameters
+        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, through_time,
+        surrogate, parameters,
     )  # fmt: skip
     kernels = select_kernels(backend, LIF, x_seq, registered=True)
     return kernels.forward(x_seq, v_start if v is None else v, decay, settings, save, save_slope)
@@ -155,15 +164,20 @@ def lif(
 @lif.register_fake
 def _(
     x_seq: Tensor, v: Any, v_start: Any, decay: Any, tau: Any, decay_input: Any, factored_leak: Any, v_threshold: Any,
-    v_reset: Any, detach_reset: Any, charged: bool, surrogate: Any, parameters: Any, save: bool, save_slope: bool,
-    backend: str = "auto",
+    v_reset: Any, detach_reset: Any, charged: bool, through_time: bool, surrogate: Any, parameters: Any, save: bool,
+    save_slope: bool, backend: str = "auto",
 ) -> tuple[Tensor, ...]:  # fmt: skip
     state = torch.empty_like(x_seq[0] if v is None else v, dtype=state_dtype(x_seq.dtype))
+    if save and through_time:
+        derivatives, h = x_seq.new_empty(0), torch.empty_like(x_seq, dtype=state.dtype)
+    else:
+        derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
+        h = torch.empty_like(state) if save and not charged else state.new_empty(0)
     return (
         torch.empty_like(x_seq),
         state,
-        torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0),
-        torch.empty_like(state) if save and not charged else state.new_empty(0),
+        derivatives,
+        h,
         torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0),
     )
 
@@ -183,13 +197,15 @@ def lif_backward(
     v_reset: Optional[float],
     detach_reset: bool,
     charged: bool,
+    through_time: bool,
     surrogate: str,
     parameters: Sequence[float],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The backward operator; see `sltt_ext.kernels.lif.LIFKernels`."""
     settings = packed(
-        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, surrogate, parameters
+        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, through_time,
+        surrogate, parameters,
     )  # fmt: skip
     kernels = select_kernels(backend, LIF, h, registered=True)
     return kernels.backward(grad_s_seq, grad_v, derivatives, h, slopes, decay, settings)
@@ -206,18 +222,66 @@ def _(
     return grad_x, h.new_empty(() if slopes.numel() else 0)
 
 
+@torch.library.custom_op("sltt_ext::lif_backward_through_time", mutates_args=())
+def lif_backward_through_time(
+    grad_s_seq: Optional[Tensor],
+    grad_v: Optional[Tensor],
+    h_seq: Tensor,
+    slopes: Tensor,
+    decay: Optional[Tensor],
+    tau: Optional[float],
+    decay_input: bool,
+    factored_leak: bool,
+    v_threshold: float,
+    v_reset: Optional[float],
+    detach_reset: bool,
+    charged: bool,
+    through_time: bool,
+    surrogate: str,
+    parameters: Sequence[float],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward operator of a gradient through time; see `sltt_ext.kernels.lif.LIFKernels`."""
+    settings = packed(
+        LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, through_time,
+        surrogate, parameters,
+    )  # fmt: skip
+    kernels = select_kernels(backend, LIF, h_seq, registered=True)
+    return kernels.backward_through_time(grad_s_seq, grad_v, h_seq, slopes, decay, settings)
+
+
+@lif_backward_through_time.register_fake
+def _(
+    grad_s_seq: Tensor | None, grad_v: Any, h_seq: Tensor, slopes: Tensor, *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq)
+    return grad_x, h_seq.new_empty(() if slopes.numel() else 0), torch.empty_like(h_seq[0])
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, decay, *fields, _, _, ctx.backend = inputs
+    _, v, _, decay, *fields, _, _, ctx.backend = inputs
+    ctx.has_state = v is not None
     _save(ctx, decay, packed(LIFSettings, *fields), output)
 
 
-def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    def run(*given: Any) -> Any:
-        *tensors, settings = given
-        return lif_backward(*tensors, *flat(settings), ctx.backend)
+class _RegisteredBackward:
+    """The backward operators, called like a backend's kernels."""
 
-    grad_x, grad_decay = _gradients(ctx, run, *grads[:2])
-    return (grad_x, None, None, grad_decay, *[None] * 12)
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def backward(self, *given: Any) -> Any:
+        *tensors, settings = given
+        return lif_backward(*tensors, *flat(settings), self.backend)
+
+    def backward_through_time(self, *given: Any) -> Any:
+        *tensors, settings = given
+        return lif_backward_through_time(*tensors, *flat(settings), self.backend)
+
+
+def _backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    grad_x, grad_decay, grad_v = _gradients(ctx, _RegisteredBackward(ctx.backend), *grads[:2])
+    return (grad_x, grad_v if ctx.has_state else None, None, grad_decay, *[None] * 13)
 
 
 lif.register_autograd(_backward, setup_context=_setup_context)
@@ -230,13 +294,18 @@ def _save(ctx: Any, decay: Tensor | None, settings: LIFSettings, output: tuple[T
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, run: Any, grad_s_seq: Any, grad_v: Any) -> tuple[Any, Any]:
-    """Gradients of the input and of the decay, None where there is none."""
+def _gradients(ctx: Any, kernels: Any, grad_s_seq: Any, grad_v: Any) -> tuple[Any, Any, Any]:
+    """Gradients of the input, of the decay and of the initial state, None where there is none."""
     if grad_s_seq is None and grad_v is None:
-        return None, None
+        return None, None, None
     derivatives, h, slopes, decay = ctx.saved_tensors
-    grad_x, grad_decay = run(grad_s_seq, grad_v, derivatives, h, slopes, decay, ctx.settings)
-    return grad_x, grad_decay if slopes.numel() else None
+    if ctx.settings.through_time:
+        given = grad_s_seq, grad_v, h, slopes, decay, ctx.settings
+        grad_x, grad_decay, grad_start = kernels.backward_through_time(*given)
+    else:
+        grad_x, grad_decay = kernels.backward(grad_s_seq, grad_v, derivatives, h, slopes, decay, ctx.settings)
+        grad_start = None
+    return grad_x, grad_decay if slopes.numel() else None, grad_start
 
 
 class _EagerLIF(torch.autograd.Function):
@@ -273,10 +342,12 @@ class _EagerLIF(torch.autograd.Function):
     def backward(ctx: Any, grad_s: Tensor | None, grad_v: Tensor | None) -> Any:
         if ctx.single_step and grad_s is not None:
             grad_s = grad_s.unsqueeze(0)
-        grad_x, grad_decay = _gradients(ctx, ctx.kernels.backward, grad_s, grad_v)
+        grad_x, grad_decay, grad_start = _gradients(ctx, ctx.kernels, grad_s, grad_v)
         if ctx.single_step and grad_x is not None:
             grad_x.squeeze_(0)
-        return None, None, grad_x, None, grad_decay, None, None, None, None
+        if not ctx.needs_input_grad[3]:
+            grad_start = None
+        return None, None, grad_x, grad_start, grad_decay, None, None, None, None
 
 
 class _AfterReset(torch.autograd.Function):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sltt_ext.kernels import torch_leaky
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
@@ -119,6 +120,24 @@ def backward(
         for tensor, shape, whole in zip(sums, (beta_shape, threshold_shape), per_element)
     )
     return grad_x, grad_beta, grad_threshold
+
+
+def backward_through_time(
+    grad_s_seq: Tensor | None,
+    grad_mem: Tensor | None,
+    h_seq: Tensor,
+    mem: Tensor | None,
+    beta: Tensor,
+    threshold: Tensor,
+    settings: LeakySettings,
+    learn_beta: bool,
+    learn_threshold: bool,
+    launch: Launch = launch_on_device,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
+    return torch_leaky.backward_through_time(
+        grad_s_seq, grad_mem, h_seq, mem, beta, threshold, settings, learn_beta, learn_threshold
+    )
 
 
 def forward_kernel(dtype: torch.dtype, width: int, reset_mechanism: str, same_step: bool) -> Kernel:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sltt_ext.kernels import torch_lif
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
@@ -31,6 +32,8 @@ def forward(
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
+    if settings.through_time:
+        return torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
     s_seq = torch.empty_like(x_seq)
     if overwrite and isinstance(v, Tensor):
         final = v
@@ -118,6 +121,19 @@ def backward(
         return grad_x, h.new_empty(0)
     grad_decay = partials.sum()
     return grad_x, (grad_decay if c is None else grad_decay / c).to(h.dtype)
+
+
+def backward_through_time(
+    grad_s_seq: Tensor | None,
+    grad_v: Tensor | None,
+    h_seq: Tensor,
+    slopes: Tensor,
+    decay: Tensor | None,
+    settings: LIFSettings,
+    launch: Launch = launch_on_device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
+    return torch_lif.backward_through_time(grad_s_seq, grad_v, h_seq, slopes, decay, settings)
 
 
 def forward_kernel(

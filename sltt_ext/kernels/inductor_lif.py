@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
     step = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
-    if step.numel() < 2:
+    if step.numel() < 2 or settings.through_time:
         return torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
     number = partial(torch.full, (), dtype=step.dtype, device=step.device)
     # tensors: Inductor of torch 2.6 divides by constants with another rounding, and any returns x itself for x + 0
@@ -82,6 +82,18 @@ def backward(
         rows(step, slopes) if slopes.numel() else None, decay,
     )  # fmt: skip
     return restored(grad_x, step, grad_s_seq), h.new_empty(0) if grad_decay is None else grad_decay
+
+
+def backward_through_time(
+    grad_s_seq: Tensor | None,
+    grad_v: Tensor | None,
+    h_seq: Tensor,
+    slopes: Tensor,
+    decay: Tensor | None,
+    settings: LIFSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
+    return torch_lif.backward_through_time(grad_s_seq, grad_v, h_seq, slopes, decay, settings)
 
 
 def _forward(

@@ -19,11 +19,13 @@ class LeakySettings(NamedTuple):
     Attributes:
         reset_mechanism: ``"subtract"``, ``"zero"`` or ``"none"``.
         reset_delay: Whether the reset happens in the next step.
+        through_time: The gradient flows through the carried potentials, and to the initial one.
         surrogate: Surrogate gradient of the spike.
     """
 
     reset_mechanism: str
     reset_delay: bool
+    through_time: bool
     surrogate: Surrogate
 
     @property
@@ -86,6 +88,36 @@ class LeakyKernels(Protocol):
             threshold: Firing threshold.
             settings: The layer's.
             beta_shape: Shape of beta if it is learned.
+            learn_threshold: Whether the threshold is learned.
+        """
+        ...
+
+    def backward_through_time(
+        self,
+        grad_s_seq: Tensor | None,
+        grad_mem: Tensor | None,
+        h_seq: Tensor,
+        mem: Tensor | None,
+        beta: Tensor,
+        threshold: Tensor,
+        settings: LeakySettings,
+        learn_beta: bool,
+        learn_threshold: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of ``x_seq``, of beta, of the threshold, and of the initial potential ``[N, ...]``.
+
+        It walks from the last step to the first. What is not learned has an empty gradient.
+
+        Args:
+            grad_s_seq: Gradient of the spikes ``[T, N, ...]``.
+            grad_mem: Gradient of the membrane potentials, as in `backward`.
+            h_seq: Charged potentials ``[T, N, ...]``.
+            mem: Initial membrane potential ``[N, ...]``; only needed if something is learned, the reset is not
+                delayed, or it is to zero.
+            beta: Decay.
+            threshold: Firing threshold.
+            settings: The layer's.
+            learn_beta: Whether beta is learned.
             learn_threshold: Whether the threshold is learned.
         """
         ...

@@ -21,8 +21,9 @@ class LIFSettings(NamedTuple):
         factored_leak: Compute the leak as ``v (1 - d)``.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
-        detach_reset: Leave the reset out of the final state's gradient.
+        detach_reset: Leave the reset out of the gradient of the states.
         charged: The final state is the charged potential, and so is a tensor to start from: it is reset on entry.
+        through_time: The gradient flows through the carried state, and to the initial one; not where it is charged.
         surrogate: Surrogate gradient of the spike.
     """
 
@@ -33,6 +34,7 @@ class LIFSettings(NamedTuple):
     v_reset: float | None
     detach_reset: bool
     charged: bool
+    through_time: bool
     surrogate: Surrogate
 
     @property
@@ -42,7 +44,7 @@ class LIFSettings(NamedTuple):
 
 
 class LIFKernels(Protocol):
-    """How a backend runs these neurons, forward and backward. No step of backward depends on another."""
+    """How a backend runs these neurons, forward and backward."""
 
     def forward(
         self,
@@ -68,8 +70,9 @@ class LIFKernels(Protocol):
         Returns:
             Spikes ``[T, N, ...]``, final state ``[N, ...]``, and what backward needs: local derivatives
             ``[T - 1, N, ...]``, the last charged potential ``[N, ...]`` and ``dh/ddecay`` ``[T, N, ...]``
-            (each empty where it is not needed, or is the final state). None is a view of another, of ``x_seq``,
-            or, without ``overwrite``, of ``v``.
+            (each empty where it is not needed, or is the final state). For a gradient through time there are no
+            derivatives but all charged potentials ``[T, N, ...]``. None is a view of another, of ``x_seq``, or,
+            without ``overwrite``, of ``v``.
         """
         ...
 
@@ -83,7 +86,33 @@ class LIFKernels(Protocol):
         decay: Tensor | None,
         settings: LIFSettings,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``x_seq`` ``[T, N, ...]`` and of the decay (empty where it is not learned)."""
+        """Gradients of ``x_seq`` ``[T, N, ...]`` and of the decay (empty where it is not learned).
+
+        No step depends on another.
+        """
+        ...
+
+    def backward_through_time(
+        self,
+        grad_s_seq: Tensor | None,
+        grad_v: Tensor | None,
+        h_seq: Tensor,
+        slopes: Tensor,
+        decay: Tensor | None,
+        settings: LIFSettings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of ``x_seq``, of the decay (empty where it is not learned), and of the initial state ``[N, ...]``.
+
+        It walks from the last step to the first.
+
+        Args:
+            grad_s_seq: Gradient of the spikes ``[T, N, ...]``.
+            grad_v: Gradient of the final state ``[N, ...]``.
+            h_seq: Charged potentials ``[T, N, ...]``.
+            slopes: ``dh/ddecay`` ``[T, N, ...]``, or empty.
+            decay: The learnable decay.
+            settings: The layer's.
+        """
         ...
 
 

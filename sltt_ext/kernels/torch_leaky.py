@@ -6,7 +6,8 @@ neuron returns and carries, so that keeping it costs nothing. Everything else ba
 ``h`` and the initial state: the surrogate's derivative, the carried potentials, the resets.
 
 Backward treats all steps at once. Only the carried potentials of a neuron that resets within the step
-are found again by walking through time, with two element-wise operations a step.
+are found again by walking through time, with two element-wise operations a step. For a gradient through time
+it walks from the last step to the first.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def backward(
         return grad_h, h_seq.new_empty(0), h_seq.new_empty(0)
 
     reset_mechanism, same_step = settings.reset_mechanism, settings.resets_in_step
-    carried = _carried(h_seq, mem, threshold, settings)
+    carried = torch.stack(_entered(h_seq, mem, threshold, settings))
     r_seq = torch.gt(carried, threshold).to(h_seq.dtype)
     grad_s = torch.zeros_like(h_seq) if grad_s_seq is None else grad_s_seq.to(h_seq.dtype, copy=True)
     grad_threshold = torch.zeros_like(h_seq)
@@ -143,13 +144,81 @@ def backward(
     )
 
 
+def backward_through_time(
+    grad_s_seq: Tensor | None,
+    grad_mem: Tensor | None,
+    h_seq: Tensor,
+    mem: Tensor | None,
+    beta: Tensor,
+    threshold: Tensor,
+    settings: LeakySettings,
+    learn_beta: bool,
+    learn_threshold: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
+    entered = [] if mem is None else _entered(h_seq, mem, threshold, settings)
+    grad_x, g = torch.empty_like(h_seq), torch.zeros_like(h_seq[0])
+    by_threshold = torch.empty_like(h_seq) if learn_threshold else None
+    has_mem = len(h_seq) - (0 if grad_mem is None else len(grad_mem))
+    no_gradient = g.new_zeros(())
+    for t in reversed(range(len(h_seq))):
+        if grad_mem is not None and t >= has_mem:
+            g += grad_mem[t - has_mem]
+        grad_s = no_gradient if grad_s_seq is None else grad_s_seq[t].to(g.dtype)
+        r = torch.gt(entered[t], threshold).to(g.dtype) if entered else None
+        of_threshold = None if by_threshold is None else by_threshold[t]
+        grad_h = _grad_h(h_seq[t], grad_s, g, r, threshold, settings, grad_x[t], of_threshold)
+        torch.mul(grad_h, beta, out=g)
+        if r is not None and settings.reset_mechanism == "zero":
+            g *= 1 - r
+    carried = torch.stack(entered) if learn_beta else h_seq.new_empty(0)
+    if learn_beta and settings.reset_mechanism == "zero":
+        carried *= torch.le(carried, threshold)
+    return (
+        grad_x,
+        _summed(carried.mul_(grad_x), beta.shape) if learn_beta else carried,
+        h_seq.new_empty(0) if by_threshold is None else _summed(by_threshold, threshold.shape),
+        g,
+    )
+
+
+def _grad_h(
+    h: Tensor,
+    grad_s: Tensor,
+    grad_mem: Tensor,
+    r: Tensor | None,
+    threshold: Tensor,
+    settings: LeakySettings,
+    out: Tensor,
+    of_threshold: Tensor | None,
+) -> Tensor:
+    """The gradient of ``h`` at one step, written into ``out``, and of the threshold, into ``of_threshold``.
+
+    ``grad_mem`` is the whole gradient of the potential that the step ends with.
+    """
+    subtracts, surrogate = settings.reset_mechanism == "subtract", settings.surrogate
+    slope = surrogate_derivative(torch.sub(h, threshold, out=out), surrogate.name, surrogate.parameters)
+    by_reset = None
+    if r is not None and settings.resets_in_step:
+        by_reset = grad_mem * (torch.gt(h, threshold).to(h.dtype) - r)
+        grad_s = grad_s - grad_mem * (threshold if subtracts else h)
+        if not subtracts:
+            grad_mem = grad_mem - by_reset
+    if of_threshold is not None:
+        torch.mul(slope, grad_s, out=of_threshold).neg_()
+    grad_h = torch.addcmul(grad_mem, slope, grad_s, out=out)
+    if of_threshold is not None and r is not None and subtracts:
+        of_threshold -= grad_h * r if by_reset is None else by_reset + grad_h * r
+    return grad_h
+
+
 def reset_within_step(h: Tensor, s: Tensor, r: Tensor, threshold: Tensor, reset_mechanism: str) -> Tensor:
     """The potential after firing; what was reset on entry already is not reset again."""
     return torch.addcmul(h, s - r, threshold if reset_mechanism == "subtract" else h, value=-1)
 
 
-def _carried(h_seq: Tensor, mem: Tensor, threshold: Tensor, settings: LeakySettings) -> Tensor:
-    """The potentials ``[T, N, ...]`` that entered each step."""
+def _entered(h_seq: Tensor, mem: Tensor, threshold: Tensor, settings: LeakySettings) -> list[Tensor]:
+    """The potential ``[N, ...]`` that entered each step."""
     entered = [mem]
     for h in h_seq[:-1]:
         if settings.resets_in_step:
@@ -157,7 +226,7 @@ def _carried(h_seq: Tensor, mem: Tensor, threshold: Tensor, settings: LeakySetti
             entered.append(reset_within_step(h, s, r, threshold, settings.reset_mechanism))
         else:
             entered.append(h)
-    return torch.stack(entered)
+    return entered
 
 
 def _summed(gradient: Tensor, shape: Sequence[int]) -> Tensor:

@@ -6,7 +6,8 @@ with ``c = dh/dx``, for the last step the charged potential ``h`` itself. From t
 derives both the last local derivative and the local gradient of the final state, so that a loss on
 the membrane potential is exact at no cost. A learnable decay keeps one more tensor, ``dh/ddecay``.
 
-Backward has no loop over time: no step depends on another.
+Backward has no loop over time: no step depends on another. Only the gradient through time has one: it keeps
+the charged potentials of all steps instead, and walks from the last step to the first.
 """
 
 from __future__ import annotations
@@ -38,39 +39,45 @@ def forward(
         final = v
     else:
         final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
-    derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
-    h_last = torch.empty_like(final) if save and not charged else final.new_empty(0)
+    if save and settings.through_time:
+        derivatives, kept = x_seq.new_empty(0), torch.empty_like(x_seq, dtype=final.dtype)
+    else:
+        derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
+        kept = torch.empty_like(final) if save and not charged else final.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
     if charged and s_seq.dtype == final.dtype:
         room = list(s_seq)  # what enters a step lies where its spikes will
     else:
         room = [torch.empty_like(final) if charged else final] * (len(x_seq) + 1)
-    h = final if charged else h_last if save else torch.empty_like(final)
+    if save and settings.through_time:
+        h_seq = list(kept)
+    else:
+        h_seq = [final if charged else kept if save else torch.empty_like(final)] * len(x_seq)
     if not isinstance(v, Tensor):
         entering = room[0].fill_(v)
     elif charged:
         entering = after_reset(v, settings, room[0])
     else:
         entering = v
-    _walk((x_seq, s_seq, derivatives, slopes), entering, h, room, decay, settings)
-    return s_seq, final, derivatives, h_last, slopes
+    _walk((x_seq, s_seq, derivatives, slopes), entering, h_seq, room, decay, settings)
+    return s_seq, final, derivatives, kept, slopes
 
 
 def _walk(
     sequences: Sequence[Tensor],
     v: Tensor,
-    h: Tensor,
+    h_seq: Sequence[Tensor],
     room: Sequence[Tensor],
     decay: Tensor | None,
     settings: LIFSettings,
 ) -> None:
-    """Walk through time from ``v``; ``h`` ends as the last step's, and ``room[t]`` takes what enters step t."""
+    """Walk through time from ``v``; ``h_seq[t]`` takes the charged potential, ``room[t]`` what enters step t."""
     x_seq, s_seq, derivatives, slopes = sequences
-    charge = _charge_of(decay, settings, h)
+    charge = _charge_of(decay, settings, v)
     c = decay if settings.decay_input else None
     last = len(x_seq) - 1
-    spikes = None if s_seq.dtype == h.dtype else torch.empty_like(h)
-    for t, x in enumerate(x_seq):
+    spikes = None if s_seq.dtype == v.dtype else torch.empty_like(h_seq[0])
+    for t, (x, h) in enumerate(zip(x_seq, h_seq)):
         charge(x, v, h=h, slope=slopes[t] if slopes.numel() else None)
         s = torch.ge(h, settings.v_threshold, out=s_seq[t] if spikes is None else spikes)
         if spikes is not None:
@@ -121,6 +128,52 @@ def backward(
         return grad_x, h.new_empty(0)
     grad_decay = (grad_x.to(h.dtype) * slopes).sum(dtype=torch.float64)
     return grad_x, (grad_decay if c is None else grad_decay / c).to(h.dtype)
+
+
+def backward_through_time(
+    grad_s_seq: Tensor | None,
+    grad_v: Tensor | None,
+    h_seq: Tensor,
+    slopes: Tensor,
+    decay: Tensor | None,
+    settings: LIFSettings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
+    c = decay if settings.decay_input and decay is not None else settings.input_scale
+    a = 1 - decay if decay is not None else 1.0 if settings.tau is None else 1 - 1 / settings.tau
+    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq)
+    grad_decay = h_seq.new_zeros((), dtype=torch.float64)
+    room = torch.empty_like(h_seq[0])
+    g = torch.zeros_like(room) if grad_v is None else torch.empty_like(room).copy_(grad_v)
+    no_gradient, scratch = room.new_zeros(()), None if grad_x.dtype == room.dtype else torch.empty_like(room)
+    for t in reversed(range(len(h_seq))):
+        grad_s = no_gradient if grad_s_seq is None else grad_s_seq[t].to(room.dtype)
+        grad_h = _grad_h(h_seq[t], grad_s, g, settings, room, grad_x[t] if scratch is None else scratch)
+        if slopes.numel():
+            grad_decay += torch.mul(grad_h, slopes[t], out=room).sum(dtype=torch.float64)
+        torch.mul(grad_h, a, out=g)
+        if isinstance(c, Tensor) or c != 1:
+            grad_h.mul_(c)
+        if scratch is not None:
+            grad_x[t].copy_(grad_h)
+    return grad_x, grad_decay.to(g.dtype) if slopes.numel() else g.new_empty(0), g
+
+
+def _grad_h(h: Tensor, grad_s: Tensor, g: Tensor, settings: LIFSettings, room: Tensor, out: Tensor) -> Tensor:
+    """``H' (grad_s + g dv/ds) + g dv/dh``, written into ``out``; ``g`` is overwritten."""
+    v_threshold, v_reset, surrogate = settings.v_threshold, settings.v_reset, settings.surrogate
+    u = torch.sub(h, v_threshold, out=out)
+    local = surrogate_derivative(u, surrogate.name, surrogate.parameters)
+    if settings.detach_reset:
+        by_spike = grad_s
+    elif v_reset is None:
+        by_spike = torch.sub(grad_s, g, alpha=v_threshold, out=room)
+    else:
+        distance = h if v_reset == 0 else torch.sub(h, v_reset, out=room)
+        by_spike = torch.addcmul(grad_s, distance, g, value=-1, out=room)
+    if v_reset is not None:
+        g.mul_(h < v_threshold)
+    return torch.addcmul(g, local, by_spike, out=out)
 
 
 def state_derivative(h: Tensor, local: Tensor, scale: float, settings: LIFSettings) -> Tensor:

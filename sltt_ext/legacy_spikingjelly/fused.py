@@ -57,8 +57,10 @@ class FusedNode(LegacyNode):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         vars(self).pop("_sltt_without_v_seq", None)
-        settings = None if args or kwargs else fused_settings(self)
-        sequence = self.multi_step
+        settings, sequence = None if args or kwargs else fused_settings(self), self.multi_step
+        if settings is not None and self.through_time:
+            keeps_potentials = sequence and len(x) > 1 and getattr(self, "store_v_seq", False)
+            settings = None if keeps_potentials else settings._replace(through_time=True)
         if settings is None or not self._covers(x, sequence):
             return super().forward(x, *args, **kwargs)
         if not sequence:
@@ -79,6 +81,8 @@ class FusedNode(LegacyNode):
     def _run_fused(self, x: Tensor, settings: LIFSettings, single_step: bool) -> Tensor:
         v = self.v
         self._begin_step(v)
+        if settings.through_time:
+            v = self._entering(v, 1 if single_step else len(x))
         decay = decay_of(self.w, x) if "w" in self._parameters else None
         s, v = run_lif(x, v, decay, settings, backend=self.sltt_backend, single_step=single_step)
         self._end_step(v)
@@ -92,7 +96,7 @@ class FusedNode(LegacyNode):
         v, step = self.v, x.shape[1:] if sequence else x.shape
         if not isinstance(v, Tensor):
             return True
-        if self._keeps(v, len(x) if sequence else 1):
+        if not self.through_time and self._keeps(v, len(x) if sequence else 1):
             return False
         return v.shape == step or not broadcasts(v.shape, step)
 

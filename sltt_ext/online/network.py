@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
 from sltt_ext.errors import ConfigurationError, SLTTError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
-__all__ = ["neurons_of", "whole_sequences"]
+__all__ = ["goes_through_time", "neurons_of", "whole_sequences"]
+
+
+def goes_through_time(modules: Iterable[Any]) -> bool:
+    """Whether there are neurons whose gradient goes back through time, within a call."""
+    return any(isinstance(module, SLTTNeuron) and module.through_time for module in modules)
 
 
 def neurons_of(net: nn.Module, chunk: int = 1) -> tuple[list[StatefulModule], bool]:
@@ -17,13 +23,13 @@ def neurons_of(net: nn.Module, chunk: int = 1) -> tuple[list[StatefulModule], bo
 
     Raises:
         SLTTError: If the network is not converted.
-        ConfigurationError: If it takes single steps, and a call was to have more.
+        ConfigurationError: If it takes single steps, and a call was to have more, though no gradient goes through them.
     """
     neurons: list[StatefulModule] = [module for module in net.modules() if isinstance(module, StatefulModule)]
     if not any(isinstance(neuron, SLTTNeuron) for neuron in neurons):
         raise SLTTError(f"{type(net).__name__} is not converted: call sltt_ext.convert(net) first")
     multi_step = any(neuron.multi_step for neuron in neurons)
-    if chunk > 1 and not multi_step:
+    if chunk > 1 and not (multi_step or goes_through_time(neurons)):
         raise ConfigurationError(
             f"chunk={chunk} needs a multi-step network, and this one takes single steps: use chunk=1, or "
             "set the network to multi-step mode (SpikingJelly: functional.set_step_mode(net, 'm'); snnTorch: "

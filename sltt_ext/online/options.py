@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.online.draws import DRAWS, Draws
-from sltt_ext.online.schedule import Schedule
+from sltt_ext.online.schedule import Schedule, in_windows
 
 __all__ = [
     "SIZE",
@@ -31,7 +32,9 @@ __all__ = [
     "one_of",
     "reads",
     "room",
+    "selected",
     "selection",
+    "window",
 ]
 
 Scale = Literal["mean", "paper"]
@@ -88,8 +91,37 @@ def room(value: Any) -> int | str | None:
     )
 
 
-def selection(k: Any, schedule: Schedule | Draws | None, time_steps: int | None) -> Schedule | None:
-    """``k``, ``schedule``, or ``k`` with the name of a schedule: which steps are back-propagated; None is all of them."""
+def window(chunk: int | Literal["auto"], time_steps: int | None) -> int:
+    """``chunk`` where the gradient goes back through the steps of a call."""
+    if chunk == "auto":
+        raise ConfigurationError(
+            "chunk='auto' asks memory, and with temporal='call' the chunk decides over the gradient, which goes back through so "
+            "many steps: give a number"
+        )
+    if time_steps is None:
+        return chunk
+    if chunk > time_steps:
+        raise ConfigurationError(
+            f"chunk={chunk} is longer than time_steps={time_steps}, and the gradient goes back through the steps of a call: "
+            f"chunk={time_steps} is all of them"
+        )
+    if time_steps % chunk:
+        warnings.warn(
+            f"chunk={chunk} does not divide time_steps={time_steps}: the gradient goes back through {chunk} steps, and in the "
+            f"last window through {time_steps % chunk}",
+            SLTTWarning,
+            stacklevel=3,
+        )
+    return chunk
+
+
+def selection(
+    k: Any, schedule: Schedule | Draws | None, time_steps: int | None, window: int
+) -> Schedule | None:
+    """``k``, ``schedule``, or ``k`` with the name of a schedule: which steps are back-propagated; None is all of them.
+
+    With ``k``, windows of steps are drawn.
+    """
     if callable(schedule):
         if k is not None:
             raise ConfigurationError(
@@ -104,7 +136,21 @@ def selection(k: Any, schedule: Schedule | Draws | None, time_steps: int | None)
         if schedule is not None:
             raise ConfigurationError(f"schedule={schedule!r} draws k of the time steps: say how many with k=")
         return None
-    return drawn_by(count("k", k, at_most=time_steps))
+    return in_windows(drawn_by(selected(k, time_steps, window)), window)
+
+
+def selected(k: Any, time_steps: int | None, window: int) -> int:
+    """``k``: how many steps are back-propagated, or windows."""
+    if time_steps is None or window == 1:
+        return count("k", k, at_most=time_steps)
+    windows = -(-time_steps // window)
+    number = count("k", k)
+    if number > windows:
+        raise ConfigurationError(
+            f"k={number} is more than the {windows} windows of chunk={window} that there are in time_steps={time_steps}: with "
+            "temporal='call', k counts windows"
+        )
+    return number
 
 
 def axis(name: str, value: Any) -> TimeDim | None:

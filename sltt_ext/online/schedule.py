@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from math import inf, nan
 from numbers import Real
 from typing import Any
@@ -11,10 +12,26 @@ import torch
 
 from sltt_ext.errors import ConfigurationError
 
-__all__ = ["Schedule", "longest_runs", "runs", "selected_steps"]
+__all__ = ["Schedule", "in_windows", "longest_runs", "runs", "selected_steps"]
 
 Schedule = Callable[[int, torch.Generator | None], Iterable[int] | Mapping[int, float]]
 """``(time_steps, generator) -> `` the steps to back-propagate, or ``{step: how many times its loss counts}``."""
+
+
+def in_windows(schedule: Schedule, window: int) -> Schedule:
+    """A schedule of windows of so many steps, from one of single steps; the last window may be shorter."""
+    return schedule if window == 1 else partial(_steps_of_windows, schedule, window)
+
+
+def _steps_of_windows(
+    schedule: Schedule, window: int, time_steps: int, generator: torch.Generator | None
+) -> dict[int, float]:
+    selected = selected_steps(schedule, -(-time_steps // window), generator)
+    return {
+        t: count
+        for one, count in selected.items()
+        for t in range(one * window, min((one + 1) * window, time_steps))
+    }
 
 
 def selected_steps(

@@ -80,6 +80,7 @@ def speed_ups_of(
     keeps_graphs: bool,
     packs: bool,
     once: EvaluatedOnce | None = None,
+    charges: bool = True,
 ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
     """The speed-ups of one pass, and the one among them that evaluates once.
 
@@ -96,6 +97,8 @@ def speed_ups_of(
         keeps_graphs: See `EvaluatedOnce`.
         packs: Whether spikes are saved as bits.
         once: What the first run of the pass has evaluated once, if steps of it run again.
+        charges: Whether neurons carry what their backward reads, which the next step writes over: not where several steps
+            share a graph.
     """
     packed = PackedSpikes(packs)
     once = once or EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
@@ -107,7 +110,7 @@ def speed_ups_of(
         Synchronisation(step),
         AutocastCache(),
         *([Measuring(grouping)] if measuring else []),
-        ChargedState(),
+        *([ChargedState()] if charges else []),
         once,
         NormsInParts(once.evaluates),
         *watching,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.errors import InputError, SLTTWarning, listed
+from sltt_ext.errors import ConfigurationError, InputError, SLTTWarning, listed
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
@@ -26,14 +26,15 @@ from sltt_ext.online.distributed import (
     replica,
 )
 from sltt_ext.online.explanations import explaining_steps
+from sltt_ext.online.frames import Frames
 from sltt_ext.online.grouping import Grouping, in_bytes
 from sltt_ext.online.guards import Alone
-from sltt_ext.online.heads import Heads, Returns, tensors_over_time
+from sltt_ext.online.heads import Heads, Read, Returns, tensors_over_time
 from sltt_ext.online.inputs import Arguments, TimeDims
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.mixing import PartsTried
-from sltt_ext.online.network import neurons_of, whole_sequences
+from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
@@ -42,6 +43,7 @@ from sltt_ext.online.schedule import Schedule, runs, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import is_leaf, outer_tensors
 from sltt_ext.online.time_inside import StepsInside, TimeInside
+from sltt_ext.online.windows import each_frame, each_step, read_each
 
 __all__ = ["Forward", "Settings", "TimeLoop"]
 
@@ -50,12 +52,17 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network runs over time; see `sltt_ext.over_time`."""
+    """How a network runs over time; see `sltt_ext.over_time`.
+
+    Attributes:
+        window: Through how many steps the gradient goes back; None where each step begins with a constant state.
+    """
 
     time_steps: int | None
     k: int | None
     schedule: Schedule | None
     chunk: int
+    window: int | None
     time_dim: TimeDims
     time_inside: TimeInside | None
     returns: Returns | None
@@ -108,23 +115,30 @@ class TimeLoop:
         if (ddp := replica(net)) is not None:
             keep_states_apart(ddp)
         self._say_what_is_unknown(net)
+        if goes_through_time(net.modules()) != (settings.window is not None):
+            raise ConfigurationError(
+                "the network was converted with another temporal= since it runs over time: call over_time again"
+            )
         neurons, multi_step = neurons_of(net, 1 if inside else settings.chunk)
         kwargs, lengths = _without_lengths(net, kwargs)
         arguments = Arguments(net, args, kwargs, settings.time_dim)
         time_steps = arguments.time_steps(settings.time_steps)
         whole = whole_sequences(neurons, time_steps, settings.chunk, settings.schedule is not None)
         part = time_steps if whole else min(settings.chunk, time_steps)
+        windows = part > 1 and not (multi_step or inside)
         if multi_step and part < time_steps:
             self._say_what_norms_see(net, part)
-        source = partial(
-            arguments.frames,
-            keeps_axis=multi_step or inside is not None,
-            repeats=multi_step and inside is None,
-        )
+
+        def source(tensors: Sequence[Tensor]) -> Frames:
+            given = arguments.frames(
+                tensors, keeps_axis=multi_step or inside is not None, repeats=multi_step and inside is None
+            )
+            return each_frame(given) if windows else given
 
         def call_of(net: nn.Module) -> Callable[[Any], Any]:
             forward = forward_of(net)
-            return forward if arguments.single else lambda frame: forward(*frame[0], **frame[1])
+            run = forward if arguments.single else lambda frame: forward(*frame[0], **frame[1])
+            return each_step(neurons, run) if windows else run
 
         if inside is not None:
             self._compare(net, inside, arguments, time_steps, part, call_of)
@@ -136,12 +150,13 @@ class TimeLoop:
         if inside is not None and lengths is not None:
             inside.check_each_step(part, "lengths=")
         returns = self._returns()
+        read: Read = inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step)
         heads = Heads(
             returns,
             time_steps,
             counts,
             max(len(steps), 1),
-            inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step),
+            read_each(read) if windows else read,
             weights=_weights(lengths, time_steps, returns),
         )
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
@@ -154,7 +169,7 @@ class TimeLoop:
             net, _first(arguments.tensors), time_steps, _axis(settings.time_dim), multi_step
         ):
             outputs = recorded(
-                one, heads, arguments.tensors, source, partial(self._speed_ups, net), wanting, found
+                one, heads, arguments.tensors, source, partial(self._speed_ups, net, windows), wanting, found
             )
         if inside and settings.returns is None:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
@@ -218,13 +233,13 @@ class TimeLoop:
         if self.settings.schedule is None:
             return dict.fromkeys(range(time_steps), 1.0)
         if self.settings.k is not None:
-            options.count("k", self.settings.k, at_most=time_steps)
+            options.selected(self.settings.k, time_steps, self.settings.window or 1)
         if self._common is None and (is_distributed(net) or replica(net) is not None):
             self._common = common_generator(net, self.settings.generator)
         return selected_steps(self.settings.schedule, time_steps, self._common or self.settings.generator)
 
     def _speed_ups(
-        self, net: nn.Module, one: Pass, once: EvaluatedOnce | None
+        self, net: nn.Module, windows: bool, one: Pass, once: EvaluatedOnce | None
     ) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
         settings = self.settings
         inside: list[SpeedUp] = (
@@ -233,8 +248,8 @@ class TimeLoop:
         sharded = is_sharded(net)
         speed_ups, once = speed_ups_of(
             one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
-            modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
-            keeps_graphs=not sharded, packs=settings.pack_spikes, once=once,
+            modules=self._modules, caches=settings.cache_invariant and not (windows or torch.is_inference_mode_enabled()),
+            keeps_graphs=not sharded, packs=settings.pack_spikes, once=once, charges=not windows,
         )  # fmt: skip
         return (Alone(), *([Sharded(net)] if sharded else []), *inside, *speed_ups), once
 

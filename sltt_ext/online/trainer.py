@@ -37,7 +37,7 @@ from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.mixing import PartsTried
-from sltt_ext.online.network import neurons_of, whole_sequences
+from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.objective import (
     Backward,
     IterationLoss,
@@ -57,6 +57,7 @@ from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
 from sltt_ext.online.states import all_or_nothing, reset
 from sltt_ext.online.structures import flatten
+from sltt_ext.online.windows import each_frame, each_step, read_each
 
 __all__ = ["OnlineResult", "OnlineTrainer"]
 
@@ -98,9 +99,10 @@ class OnlineTrainer:
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T, how many steps one input is shown.
         k: None back-propagates every step (SLTT); a number K back-propagates K of them (SLTT-K),
-            the others run without gradients.
+            the others run without gradients. With ``convert(net, temporal="call")``, K windows of ``chunk`` steps.
         chunk: How many consecutive back-propagated steps go through the network in one call; more than 1
-            needs a multi-step network. Time is traded for the memory of ``chunk`` steps. ``"auto"`` takes as
+            needs a multi-step network, or ``convert(net, temporal="call")``: the gradient then goes back through these
+            steps (truncated BPTT; with T it is BPTT). Time is traded for the memory of ``chunk`` steps. ``"auto"`` takes as
             many as fit into ``memory_budget``, from the second iteration on. In a multi-step network, steps
             that are not back-propagated share a call as far as that needs no more memory than the others do.
         scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is
@@ -173,7 +175,9 @@ class OnlineTrainer:
         self.time_steps = options.count("time_steps", time_steps)
         self.chunk = options.chunk_size(chunk)
         self.scale = options.one_of("scale", scale, ("mean", "paper"), "'mean' or 'paper'")
-        self.schedule = options.selection(k, schedule, self.time_steps)
+        self._through_time = goes_through_time(net.modules())
+        self._window = options.window(self.chunk, self.time_steps) if self._through_time else 1
+        self.schedule = options.selection(k, schedule, self.time_steps, self._window)
         self.generator = generator
         self.time_dim = options.axis("time_dim", time_dim)
         self.output = options.reads(output)
@@ -303,11 +307,12 @@ class OnlineTrainer:
     ) -> tuple[Tensor | None, Any]:
         """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated if there is a loss."""
         neurons, multi_step = self._neurons()
-        source = frames(x, self.time_steps, self.time_dim, multi_step)
+        source = self._source(x, multi_step)
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
         learns = loss_of_call is not None
-        output = self._first.reading(partial(output_sequence, output=self.output, multi_step=multi_step))
-        one = Pass(self.net, self.net, neurons, multi_step, source, stop, steps, learns, sizes, output)
+        output = self._first.reading(self._read(multi_step))
+        run = self._all_of_window(neurons) if self._in_windows(multi_step) else self.net
+        one = Pass(self.net, run, neurons, multi_step, source, stop, steps, learns, sizes, output)
         speed_ups, once = self._speed_ups(one, step, measuring)
         objective = None
         if loss_of_call is not None:
@@ -322,9 +327,11 @@ class OnlineTrainer:
     ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
         # weights have to stay as they are, and versions to be counted
         caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
+        windows = self._in_windows(one.multi_step)
         return speed_ups_of(
             one.sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
-            modules=self._modules, caches=caches, keeps_graphs=not is_distributed(self.wrapper or self.net), packs=self.pack_spikes, once=once,
+            modules=self._modules, caches=caches and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
+            packs=self.pack_spikes, once=once, charges=not windows,
         )  # fmt: skip
 
     def _whole(
@@ -338,7 +345,7 @@ class OnlineTrainer:
             )
         neurons, multi_step = self._neurons()
         net, call = unwrapped(self.net)
-        read = self._first.reading(partial(output_sequence, output=self.output, multi_step=multi_step))
+        read = self._first.reading(self._read(multi_step))
         heads = Heads(
             "sequence" if self.loss_on == "sequence" else "mean",
             self.time_steps,
@@ -352,14 +359,15 @@ class OnlineTrainer:
             inputs, rebuild = flatten(x)
 
             def source(tensors: Sequence[Tensor]) -> Frames:
-                return frames(rebuild(tensors), self.time_steps, self.time_dim, multi_step)
+                return self._source(rebuild(tensors), multi_step)
 
             given = source(inputs)
             sizes, measuring = self._sizes(
                 neurons, multi_step, given.elements, longest_runs(self.time_steps, steps)
             )
+            run = each_step(neurons, forward) if self._in_windows(multi_step) else forward
             one = Pass(
-                net, forward, neurons, multi_step, given, self.time_steps, steps, False, sizes, heads.of_call, differentiable=True
+                net, run, neurons, multi_step, given, self.time_steps, steps, False, sizes, heads.of_call, differentiable=True
             )  # fmt: skip
             # sharded parameters get their gradients from the wrapper itself, and not from autograd
             own = [torch.zeros((), requires_grad=True)] if is_sharded(net) else outer_tensors(net)
@@ -421,8 +429,27 @@ class OnlineTrainer:
         if any(neuron.whole_sequence for neuron in neurons):
             return CallSizes(self.time_steps, self.time_steps, self.time_steps), False
         if not multi_step:
-            return CallSizes(1, 1, 1), False
+            return CallSizes(self._window, self._window, self._window), False
         return self._grouping.sizes(self.net, self.time_steps, elements, longest)
+
+    def _in_windows(self, multi_step: bool) -> bool:
+        """Whether a call stands for several of a network that takes single steps."""
+        return self._window > 1 and not multi_step
+
+    def _source(self, x: Any, multi_step: bool) -> Frames:
+        """The input over time."""
+        source = frames(x, self.time_steps, self.time_dim, multi_step)
+        return each_frame(source) if self._in_windows(multi_step) else source
+
+    def _read(self, multi_step: bool) -> Callable[[Any, int], Any]:
+        """``(returned, steps) -> `` the outputs of a call."""
+        read = partial(output_sequence, output=self.output, multi_step=multi_step)
+        return read_each(read) if self._in_windows(multi_step) else read
+
+    def _all_of_window(self, neurons: Sequence[StatefulModule]) -> Callable[[Any], Any]:
+        """Calls the network for each step of a window; a wrapper, which counts its calls, once."""
+        _, call = unwrapped(self.net)
+        return lambda given: call(lambda forward, given: each_step(neurons, forward)(given), given)
 
     def _leaves(self, x: Any) -> list[Tensor]:
         """Everything that an iteration gives a gradient to."""
@@ -441,6 +468,10 @@ class OnlineTrainer:
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
         """The network's neurons, and whether the network takes sequences."""
+        if goes_through_time(self.net.modules()) != self._through_time:
+            raise ConfigurationError(
+                "the network was converted with another temporal= than when the trainer was made: make a new trainer"
+            )
         chosen = None if self.chunk == "auto" else self.chunk
         neurons, multi_step = neurons_of(self.net, chosen or 1)
         chunk = chosen or self.time_steps

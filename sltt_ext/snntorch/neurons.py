@@ -151,18 +151,18 @@ class FusedLeaky(StepwiseNeuron):
     def _step(self, input_: Tensor, mem: Tensor | None = None) -> Any:  # type: ignore[override]
         passed_twice = self.init_hidden and mem is not None  # which snnTorch refuses
         settings = None if passed_twice else self._fused_settings(input_)
-        if settings is None or self._keeps(self.mem if mem is None else mem):
+        if settings is None or self._keeps_past(settings, self.mem if mem is None else mem):
             return super()._step(input_, mem)
-        mem = self._mem_before(input_, mem)
+        mem = self._entering(self._mem_before(input_, mem))
         spk, self.mem = self._run_fused(input_, mem, settings, single_step=True)
         self._end_step(self.mem)
         return self._returned(spk * self.graded_spikes_factor, self.mem)
 
     def _sequence(self, x_seq: Tensor) -> Any:
         settings = self._fused_settings(x_seq[0])
-        if settings is None or self._keeps(self.mem, len(x_seq)):
+        if settings is None or self._keeps_past(settings, self.mem, len(x_seq)):
             return super()._sequence(x_seq)
-        mem = self._mem_before(x_seq[0], None)
+        mem = self._entering(self._mem_before(x_seq[0], None), len(x_seq))
         returns_mem = self.output or not self.init_hidden
         spk_seq, mem = self._run_fused(x_seq, mem, settings, return_mem_seq=returns_mem)
         self.mem = mem[-1].clone() if returns_mem else mem
@@ -184,6 +184,10 @@ class FusedLeaky(StepwiseNeuron):
             single_step=single_step,
         )  # fmt: skip
 
+    def _keeps_past(self, settings: LeakySettings, mem: Any, steps: int = 1) -> bool:
+        """Whether the gradient goes on into the potential of a call of so many steps, as it does not in the operator."""
+        return not settings.through_time and self._keeps(mem, steps)
+
     def _mem_before(self, x: Tensor, mem: Tensor | None) -> Tensor | None:
         """The state a step starts with; as in snnTorch, a batch of another shape starts from 0."""
         if mem is None:
@@ -197,6 +201,8 @@ class FusedLeaky(StepwiseNeuron):
     def _fused_settings(self, x: Tensor) -> LeakySettings | None:
         """What to run the fused operator with; None where it does not cover the settings."""
         settings = _settings(self) if self._covers_input(x) and not is_taken_apart() else None
+        if settings is not None and self.through_time:
+            settings = settings._replace(through_time=True)
         self.__dict__["_sltt_fused"] = settings is not None
         return settings
 

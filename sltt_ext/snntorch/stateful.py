@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from sltt_ext.errors import InputError
-from sltt_ext.neuron import StatefulModule, constant
+from sltt_ext.neuron import SLTTNeuron, StatefulModule, constant
 
 __all__ = ["Stateful"]
 
@@ -20,7 +20,8 @@ class Stateful(StatefulModule, nn.Module):
 
     The step interface is that of a PyTorch RNN cell: ``net(x, state)`` returns ``(output, state)``. The
     state is anything the network likes, tensors in tuples, lists or dicts, also the number of the step;
-    it is None in the first step of a sequence. It enters each step as a constant.
+    it is None in the first step of a sequence. It enters each step as a constant; where a neuron in the network goes through
+    time (``convert(..., temporal="call")``), each call.
 
     Args:
         net: The network.
@@ -61,7 +62,8 @@ class Stateful(StatefulModule, nn.Module):
 
     def forward(self, x: Any) -> Any:
         """The output of one step for its input ``[N, ...]``."""
-        self.detach_state()
+        if not self._goes_on():
+            self.detach_state()
         returned = self.net(x, self.state) if self.step is None else self.step(self.net, x, self.state)
         if not isinstance(returned, tuple) or len(returned) != 2:
             raise InputError(
@@ -70,3 +72,8 @@ class Stateful(StatefulModule, nn.Module):
             )
         output, self.state = returned
         return output
+
+    def _goes_on(self) -> bool:
+        """Whether the gradient goes on into the state, which becomes a constant after the call of several steps."""
+        neurons = [module for module in self.net.modules() if isinstance(module, SLTTNeuron)]
+        return any(neuron.through_time and neuron.told_steps is not None for neuron in neurons)

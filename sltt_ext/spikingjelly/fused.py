@@ -70,7 +70,7 @@ class FusedNode(StepwiseNode):
 
     def carry_charged(self, on: bool) -> None:
         self.__dict__.pop("_overwrites", None)
-        if on:
+        if on and not self.through_time:
             self._carries_charged = True
             return
         self.__dict__.pop("_carries_charged", None)
@@ -111,6 +111,8 @@ class FusedNode(StepwiseNode):
 
     def multi_step_forward(self, x_seq: Tensor, *args: Any, **kwargs: Any) -> Any:
         surrogate = self._fused_surrogate(x_seq)
+        if self.store_v_seq and self.through_time:
+            surrogate = None
         if surrogate is None or self._keeps_state(len(x_seq)) or not self._covers_state(x_seq.shape[1:]):
             self._settle()
             return super().multi_step_forward(x_seq, *args, **kwargs)
@@ -127,9 +129,9 @@ class FusedNode(StepwiseNode):
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
         surrogate = self._fused_surrogate(inputs[0])
-        if surrogate is None or self._keeps(states[0]):
+        if surrogate is None or (self._keeps(states[0]) and not self.through_time):
             return super().single_step_functional_forward(inputs, states, **kwargs)
-        s, v = self._run(inputs[0], states[0], self._settings(surrogate), single_step=True)
+        s, v = self._run(inputs[0], self._entering(states[0]), self._settings(surrogate), single_step=True)
         self._leave(v)
         return (s,), (v, *states[1:])
 
@@ -137,9 +139,11 @@ class FusedNode(StepwiseNode):
         self, inputs: Tensors, states: States, **kwargs: Any
     ) -> tuple[Tensors, States]:
         surrogate = self._fused_surrogate(inputs[0])
-        if surrogate is None or self._keeps(states[0], len(inputs[0])):
+        steps = len(inputs[0])
+        if surrogate is None or (self._keeps(states[0], steps) and not self.through_time):
             return super().multi_step_functional_forward(inputs, states, **kwargs)
-        s_seq, v = self._run(inputs[0], states[0], self._settings(surrogate), single_step=False)
+        v = self._entering(states[0], steps)
+        s_seq, v = self._run(inputs[0], v, self._settings(surrogate), single_step=False)
         self._leave(v)
         return (s_seq,), (v, *states[1:])
 
@@ -156,6 +160,8 @@ class FusedNode(StepwiseNode):
         if carries and held is None and isinstance(v, Tensor):
             settings = settings._replace(charged=False)  # this step starts after a reset
         self._begin_step(v)
+        if settings.through_time:
+            v = self._entering(v, 1 if single_step else len(x))
         s, v = self._run(x, v, settings, single_step)
         self._end_step(v)
         self._memories["v"] = _Charged(v, settings) if settings.charged else v
@@ -176,6 +182,7 @@ class FusedNode(StepwiseNode):
             v_reset=self.v_reset,
             detach_reset=self.detach_reset,
             charged=charged,
+            through_time=self.through_time,
             surrogate=surrogate,
         )
 
@@ -197,10 +204,10 @@ class FusedNode(StepwiseNode):
         return _is_number(self.v_threshold) and (v_reset is None or _is_number(v_reset))
 
     def _keeps_state(self, steps: int) -> bool:
-        """Whether the gradient goes on into the state of a call of so many steps, as it does not in the operator."""
+        """Whether the gradient goes on into the state of a call of so many steps, as it does not in the operator of a step."""
         held = self._charged()
         state = self._memories["v"] if held is None else held.h
-        if not self._keeps(state, steps):
+        if self.through_time or not self._keeps(state, steps):
             return False
         self._begin_step(state)  # before another tensor takes its place
         return True
@@ -229,6 +236,7 @@ class _FusedLIF(FusedNode):
             v_reset=self.v_reset,
             detach_reset=self.detach_reset,
             charged=charged,
+            through_time=self.through_time,
             surrogate=surrogate,
         )
 
@@ -237,9 +245,12 @@ class _FusedLIF(FusedNode):
 
 
 class _FusedOnlineLIF(_FusedLIF):
-    """SpikingJelly's own ``SLTTLIFNode``, which has a surrogate in training only."""
+    """SpikingJelly's own ``SLTTLIFNode``, which has a surrogate in training only, and itself holds its state constant."""
 
     _surrogate_in_eval = False
+
+    def _settings(self, surrogate: Surrogate, charged: bool = False) -> LIFSettings:
+        return super()._settings(surrogate, charged)._replace(through_time=False)
 
 
 class _FusedParametricLIF(FusedNode):
@@ -251,6 +262,7 @@ class _FusedParametricLIF(FusedNode):
             v_reset=self.v_reset,
             detach_reset=self.detach_reset,
             charged=charged,
+            through_time=self.through_time,
             surrogate=surrogate,
         )
 

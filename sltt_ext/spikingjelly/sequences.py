@@ -32,6 +32,9 @@ class GatedLIF(StepwiseNode):
         x_seq, v = inputs[0], states[0]
         if len(x_seq) != self.T:
             raise InputError(f"{type(self).__name__} has parameters for T={self.T} steps, got {len(x_seq)}")
+        if self.through_time:
+            entering = self._entering(states, self.T)
+            return super(StepwiseNode, self).multi_step_functional_forward(inputs, entering, **kwargs)
         names = ("alpha", "beta", "gamma", "tau", "v_threshold", "linear_decay", "v_subreset")
         gates = [_per_channel(getattr(self, name)) for name in names]
         s, s_seq = torch.zeros_like(x_seq[0]), []

@@ -37,8 +37,10 @@ def learned(value, learn):
     return value.clone().requires_grad_() if learn and isinstance(value, torch.Tensor) else value
 
 
-def original(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, heaviside, weights):
-    """snnTorch's own neuron stepping, its state detached by hand, one backward per step."""
+def original(
+    x_seq, mem, beta, threshold, reset_mechanism, reset_delay, heaviside, weights, through_time=False
+):
+    """snnTorch's own neuron stepping, its state detached by hand or not, one backward for all steps."""
     lif = snntorch.Leaky(
         beta=beta,
         threshold=threshold,
@@ -49,11 +51,11 @@ def original(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, heavisid
         reset_delay=reset_delay,
     )
     steps = []
-    for x, spike_weight, mem_weight in zip(x_seq, *weights):
-        spikes, mem = lif(x, mem.detach())
-        ((spikes * spike_weight).sum() + (mem * mem_weight).sum()).backward()
-        steps.append((spikes.detach(), mem.detach()))
+    for x in x_seq:
+        spikes, mem = lif(x, mem if through_time else mem.detach())
+        steps.append((spikes, mem))
     spikes, mem_seq = map(torch.stack, zip(*steps))
+    ((spikes * weights[0]).sum() + (mem_seq * weights[1]).sum()).backward()
     return spikes, mem_seq, [value.grad for value in (lif.beta, lif.threshold) if value.requires_grad]
 
 
@@ -69,13 +71,14 @@ def original(x_seq, mem, beta, threshold, reset_mechanism, reset_delay, heavisid
     surrogate=st.sampled_from(sorted(SURROGATES)),
     losses=st.sampled_from(["spikes", "membrane", "both", "last membrane"]),
     single_step=st.booleans(),
+    through_time=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_spikes_membrane_and_gradients_are_snntorchs(
     time_steps, beta, threshold, learn_beta, learn_threshold, reset_mechanism, reset_delay, surrogate, losses,
-    single_step, seed,
+    single_step, through_time, seed,
 ):  # fmt: skip
-    x, mem = currents(seed, time_steps), currents(seed + 1, 1)[0]
+    x, start = currents(seed, time_steps), currents(seed + 1, 1)[0]
     weights = [torch.zeros_like(x), torch.zeros_like(x)]
     if losses in ("spikes", "both"):
         weights[0] = currents(seed + 2, time_steps)
@@ -86,13 +89,14 @@ def test_spikes_membrane_and_gradients_are_snntorchs(
     row, heaviside = SURROGATES[surrogate]
     beta, threshold = parameter(beta, 0.6, seed), parameter(threshold, 0.2, seed + 4)
 
-    want_x = x.clone().requires_grad_()
+    want_x, want_start = x.clone().requires_grad_(), start.clone().requires_grad_()
     *expected, expected_learned = original(
-        want_x, mem, learned(beta, learn_beta), learned(threshold, learn_threshold),
-        reset_mechanism, reset_delay, heaviside, weights,
+        want_x, want_start, learned(beta, learn_beta), learned(threshold, learn_threshold),
+        reset_mechanism, reset_delay, heaviside, weights, through_time,
     )  # fmt: skip
 
-    got_x = x.clone().requires_grad_()
+    got_x, got_start = x.clone().requires_grad_(), start.clone().requires_grad_()
+    mem = got_start
     beta, threshold = learned(beta, learn_beta), learned(threshold, learn_threshold)
     options = {
         "beta": beta,
@@ -100,6 +104,7 @@ def test_spikes_membrane_and_gradients_are_snntorchs(
         "reset_mechanism": reset_mechanism,
         "reset_delay": reset_delay,
         "surrogate": row,
+        "through_time": through_time,
     }
     if single_step:
         steps = []
@@ -109,7 +114,7 @@ def test_spikes_membrane_and_gradients_are_snntorchs(
         spikes, mem_seq = map(torch.stack, zip(*steps))
     elif losses == "last membrane":
         spikes, mem = functional.multi_step_leaky(got_x, mem, **options)
-        mem_seq = torch.cat([expected[1][:-1], mem.unsqueeze(0)])
+        mem_seq = torch.cat([expected[1][:-1].detach(), mem.unsqueeze(0)])
     else:
         spikes, mem_seq = functional.multi_step_leaky(got_x, mem, return_mem_seq=True, **options)
     ((spikes * weights[0]).sum() + (mem_seq * weights[1]).sum()).backward()
@@ -117,6 +122,9 @@ def test_spikes_membrane_and_gradients_are_snntorchs(
     assert torch.equal(spikes, expected[0])
     assert torch.equal(mem_seq, expected[1])
     assert oracle.relative_error(got_x.grad, want_x.grad) < 1e-6
+    assert (got_start.grad is None) == (want_start.grad is None) == (not through_time)
+    if through_time:
+        assert oracle.relative_error(got_start.grad, want_start.grad) < 1e-6
     learned_gradients = [
         value.grad for value in (beta, threshold) if isinstance(value, torch.Tensor) and value.requires_grad
     ]
@@ -128,14 +136,15 @@ def test_spikes_membrane_and_gradients_are_snntorchs(
 @pytest.mark.parametrize("reset_mechanism", RESETS)
 @pytest.mark.parametrize("reset_delay", [True, False])
 @pytest.mark.parametrize("learn", [True, False])
-def test_gradients_in_float64(reset_mechanism, reset_delay, learn):
+@pytest.mark.parametrize("through_time", [True, False])
+def test_gradients_in_float64(reset_mechanism, reset_delay, learn, through_time):
     """The same equations under autograd, where no rounding hides anything."""
 
     def heaviside(u):  # snnTorch's own returns float32
         smooth = u / (1 + 25 * u.abs())
         return (u > 0).to(u.dtype) + smooth - smooth.detach()
 
-    x, mem = currents(0, dtype=torch.float64), currents(1, 1, dtype=torch.float64)[0]
+    x, start = currents(0, dtype=torch.float64), currents(1, 1, dtype=torch.float64)[0]
     weights = currents(2, dtype=torch.float64), currents(3, dtype=torch.float64)
     fused = {"surrogate": Surrogate("fast_sigmoid", (25.0,)), "return_mem_seq": True}
     results = []
@@ -147,10 +156,13 @@ def test_gradients_in_float64(reset_mechanism, reset_delay, learn):
         beta = (0.6 + 0.1 * torch.arange(3, dtype=torch.float64).reshape(3, 1)).requires_grad_(learn)
         threshold = (0.3 + 0.2 * torch.arange(2, dtype=torch.float64)).requires_grad_(learn)
         given = {"beta": beta, "threshold": threshold, "reset_mechanism": reset_mechanism}
-        s_seq, mem_seq = run(x_seq, mem, reset_delay=reset_delay, **given, **options)
+        mem = start.clone().requires_grad_(through_time)
+        given |= {"reset_delay": reset_delay, "through_time": through_time}
+        s_seq, mem_seq = run(x_seq, mem, **given, **options)
         ((s_seq * weights[0]).sum() + (mem_seq * weights[1]).sum()).backward()
-        results.append([s_seq, mem_seq, x_seq.grad, *([beta.grad, threshold.grad] if learn else [])])
-    for got, want in zip(*results):
+        gradients = [leaf.grad for leaf in (x_seq, mem, beta, threshold) if leaf.requires_grad]
+        results.append([s_seq, mem_seq, *gradients])
+    for got, want in zip(*results, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
@@ -256,12 +268,11 @@ def saved_bytes(run):
 
 
 @pytest.mark.parametrize("return_mem_seq", [True, False])
-def test_saves_one_tensor_per_step(return_mem_seq):
-    x_seq = currents(0).requires_grad_()
-    saved, _ = saved_bytes(
-        lambda: functional.multi_step_leaky(x_seq, beta=0.9, return_mem_seq=return_mem_seq)
-    )
-    assert saved == x_seq.nbytes + 4  # and the threshold
+@pytest.mark.parametrize("through_time", [True, False])
+def test_saves_one_tensor_per_step(return_mem_seq, through_time):
+    x_seq, options = currents(0).requires_grad_(), {"beta": 0.9, "return_mem_seq": return_mem_seq}
+    saved, _ = saved_bytes(lambda: functional.multi_step_leaky(x_seq, through_time=through_time, **options))
+    assert saved == x_seq.nbytes + 4 + 4 * through_time  # and the threshold, and beta
 
 
 def test_a_single_step_saves_the_membrane_potential_it_returns():
@@ -303,7 +314,7 @@ def test_opcheck(case, return_mem_seq):
     shape, learn, reset_mechanism, reset_delay = CASES[case]
     beta, threshold = torch.full(shape, 0.9), torch.full(shape, 0.8)
     x_seq, mem = currents(0, 3).requires_grad_(), currents(1, 1)[0]
-    fields = (reset_mechanism, reset_delay, "atan", (2.0,))
+    fields = (reset_mechanism, reset_delay, False, "atan", (2.0,))
     learned_ones = beta.requires_grad_(learn), threshold.requires_grad_(learn)
     arguments = (x_seq, mem, *learned_ones, *fields, return_mem_seq, True)
     torch.library.opcheck(torch.ops.sltt_ext.leaky.default, arguments)
@@ -316,13 +327,33 @@ def test_opcheck(case, return_mem_seq):
     torch.library.opcheck(torch.ops.sltt_ext.leaky_backward.default, backward)
 
 
+@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize("return_mem_seq", [True, False])
+def test_opcheck_through_time(case, return_mem_seq):
+    shape, learn, reset_mechanism, reset_delay = CASES[case]
+    beta, threshold = torch.full(shape, 0.9), torch.full(shape, 0.8)
+    x_seq, mem = currents(0, 3).requires_grad_(), currents(1, 1)[0].requires_grad_()
+    fields = (reset_mechanism, reset_delay, True, "atan", (2.0,))
+    learned_ones = beta.requires_grad_(learn), threshold.requires_grad_(learn)
+    arguments = (x_seq, mem, *learned_ones, *fields, return_mem_seq, True)
+    torch.library.opcheck(torch.ops.sltt_ext.leaky.default, arguments)
+    with torch.no_grad():
+        _, returned, h_seq = torch.ops.sltt_ext.leaky(*arguments)
+    h_seq = h_seq if h_seq.numel() else returned
+    constants = [tensor.detach() for tensor in (mem, beta, threshold)]
+    for grads in ((currents(2, 3), torch.randn(3 if return_mem_seq else 1, *STEP)), (currents(2, 3), None)):
+        backward = (*grads, h_seq, *constants, *fields, learn, learn)
+        torch.library.opcheck(torch.ops.sltt_ext.leaky_backward_through_time.default, backward)
+
+
 @pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize("through_time", [False, True])
 @pytest.mark.parametrize(("reset_mechanism", "reset_delay"), [("subtract", True), ("zero", False)])
-def test_compiles_without_graph_break(single_step, reset_mechanism, reset_delay):
-    def loss(x_seq, beta, threshold):
+def test_compiles_without_graph_break(single_step, through_time, reset_mechanism, reset_delay):
+    def loss(x_seq, mem, beta, threshold):
         s_seq, mem = functional.multi_step_leaky(
-            x_seq, beta=beta, threshold=threshold, reset_mechanism=reset_mechanism, reset_delay=reset_delay,
-            single_step=single_step,
+            x_seq, mem, beta=beta, threshold=threshold, reset_mechanism=reset_mechanism, reset_delay=reset_delay,
+            single_step=single_step, through_time=through_time,
         )  # fmt: skip
         return (s_seq * x_seq.detach()).sum() + mem.sum()
 
@@ -330,14 +361,17 @@ def test_compiles_without_graph_break(single_step, reset_mechanism, reset_delay)
     for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
         x_seq = currents(0).requires_grad_()
         beta, threshold = (torch.tensor(value, requires_grad=True) for value in (0.8, 0.7))
-        run(x_seq, beta, threshold).backward()
-        results.append((x_seq.grad, beta.grad, threshold.grad))
+        mem = torch.full_like(x_seq if single_step else x_seq[0], 0.3).detach().requires_grad_(through_time)
+        run(x_seq, mem, beta, threshold).backward()
+        leaves = (x_seq, mem, beta, threshold)
+        results.append([leaf.grad for leaf in leaves if leaf.requires_grad])
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("through_time", [False, True])
+def test_second_derivatives_are_refused(through_time):
     x_seq, weight = currents(0).requires_grad_(), currents(1).requires_grad_()
-    loss = (functional.multi_step_leaky(x_seq, beta=0.9)[0] * weight).sum()
+    loss = (functional.multi_step_leaky(x_seq, beta=0.9, through_time=through_time)[0] * weight).sum()
     (grad,) = torch.autograd.grad(loss, x_seq, create_graph=True)
     with pytest.raises(ConfigurationError, match="cannot be differentiated again"):
         grad.sum().backward()

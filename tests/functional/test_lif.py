@@ -42,44 +42,61 @@ def run_fused(kind, x_seq, v, w, tau, decay_input, **options):
     v_reset=st.one_of(st.none(), st.floats(-0.9, 0.05)),
     detach_reset=st.booleans(),
     surrogate=st.sampled_from(sorted(SURROGATES)),
-    state_loss=st.booleans(),
+    losses=st.sampled_from(["spikes", "state", "both"]),
+    through_time=st.booleans(),
+    single_step=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_spikes_state_and_gradients_are_those_of_the_equations(
-    kind, time_steps, shape, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, state_loss, seed
-):
+    kind, time_steps, shape, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, losses, through_time,
+    single_step, seed,
+):  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     x = 2 * torch.randn(time_steps, *shape, generator=generator, dtype=torch.float64) + 0.5
-    v = torch.randn(shape, generator=generator, dtype=torch.float64)
+    start = torch.randn(shape, generator=generator, dtype=torch.float64)
     weight = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     row, heaviside = SURROGATES[surrogate]
 
     def loss_gradients(run):
         x_seq, w = x.clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-        s_seq, v_next = run(x_seq, w)
-        loss = (s_seq * weight).sum()
-        if state_loss:
+        v = start.clone().requires_grad_()
+        s_seq, v_next = run(x_seq, v, w)
+        loss = 0 * w.double()
+        if losses != "state":
+            loss = loss + (s_seq * weight).sum()
+        if losses != "spikes":
             loss = loss + (v_next * weight[0]).sum()
         loss.backward()
-        return s_seq.detach(), v_next.detach(), x_seq.grad, w.grad
+        return s_seq.detach(), v_next.detach(), x_seq.grad, w.grad, v.grad
 
-    def expected(x_seq, w):
+    def expected(x_seq, v, w):
         decay = {"if": None, "lif": 1 / tau, "plif": w.sigmoid()}[kind]
         return oracle.lif_by_autograd(
-            x_seq, v, decay, decay_input, v_threshold, v_reset, detach_reset, heaviside
+            x_seq, v, decay, decay_input, v_threshold, v_reset, detach_reset, heaviside, through_time
         )
 
-    def actual(x_seq, w):
+    def actual(x_seq, v, w):
         options = {
             "v_threshold": v_threshold,
             "v_reset": v_reset,
             "detach_reset": detach_reset,
             "surrogate": row,
+            "through_time": through_time,
         }
-        return run_fused(kind, x_seq, v, w, tau, decay_input, **options)
+        if not single_step:
+            return run_fused(kind, x_seq, v, w, tau, decay_input, **options)
+        spikes = []
+        for x in x_seq:
+            s, v = run_fused(kind, x, v, w, tau, decay_input, single_step=True, **options)
+            spikes.append(s)
+        return torch.stack(spikes), v
 
     for got, want in zip(loss_gradients(actual), loss_gradients(expected)):
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        if got is None or want is None:
+            assert got is want
+        else:
+            scale = max(1.0, want.abs().max().item())
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * scale)
 
 
 def test_loss_on_the_state_alone():
@@ -91,7 +108,8 @@ def test_loss_on_the_state_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["if", "lif", "plif"])
-def test_half_precision_computes_in_float32(kind, dtype):
+@pytest.mark.parametrize("through_time", [False, True])
+def test_half_precision_computes_in_float32(kind, dtype, through_time):
     torch.manual_seed(0)
     x = torch.randn(5, 40).to(dtype)
     weight = torch.randn(5, 40).to(dtype)
@@ -99,7 +117,7 @@ def test_half_precision_computes_in_float32(kind, dtype):
     for run_dtype in (dtype, torch.float32):
         x_seq = x.detach().clone().to(run_dtype).requires_grad_()
         w = torch.tensor(0.2, requires_grad=True)
-        s_seq, v = run_fused(kind, x_seq, None, w, 2.0, True)
+        s_seq, v = run_fused(kind, x_seq, None, w, 2.0, True, through_time=through_time)
         (s_seq * weight.to(run_dtype)).sum().backward()
         results.append((s_seq, v, x_seq.grad, w.grad))
     (s_seq, v, grad, w_grad), (s_seq32, v32, grad32, w_grad32) = results
@@ -123,15 +141,16 @@ def layouts():
     }
 
 
+@pytest.mark.parametrize("through_time", [False, True])
 @pytest.mark.parametrize("layout", sorted(layouts()))
-def test_any_memory_layout(layout):
+def test_any_memory_layout(layout, through_time):
     x = layouts()[layout]
     got = x.detach().requires_grad_()
     want = x.detach().contiguous().requires_grad_()
     weight = torch.randn(x.shape)
     spikes = []
     for x_seq in (got, want):
-        s_seq, _ = functional.multi_step_lif(x_seq)
+        s_seq, _ = functional.multi_step_lif(x_seq, through_time=through_time)
         (s_seq * weight).sum().backward()
         spikes.append(s_seq)
     assert torch.equal(*spikes)
@@ -200,7 +219,8 @@ def test_spikes_may_be_modified_in_place():
         torch.testing.assert_close(tripled, 3 * x.grad)
 
 
-def test_saves_one_tensor_per_step():
+@pytest.mark.parametrize("through_time", [False, True])
+def test_saves_one_tensor_per_step(through_time):
     saved = []
 
     def pack(tensor):
@@ -209,8 +229,15 @@ def test_saves_one_tensor_per_step():
 
     x_seq = torch.randn(4, 100, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        functional.multi_step_lif(x_seq)
+        functional.multi_step_lif(x_seq, through_time=through_time)
     assert sum(saved) == x_seq.nbytes
+
+
+@pytest.mark.parametrize("through_time", [False, True])
+def test_the_initial_state_has_a_gradient_through_time_alone(through_time):
+    v = torch.randn(20, requires_grad=True)
+    s_seq, v_next = functional.multi_step_lif(torch.randn(3, 20), v, through_time=through_time)
+    assert s_seq.requires_grad == v_next.requires_grad == through_time
 
 
 def test_keeps_nothing_without_gradients():
@@ -232,8 +259,8 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def settings_of(kind, charged=False):
-    return flat(lif_settings(charged=charged, **SETTINGS[kind]))
+def settings_of(kind, charged=False, through_time=False):
+    return flat(lif_settings(charged=charged, through_time=through_time, **SETTINGS[kind]))
 
 
 @pytest.mark.parametrize("kind", sorted(SETTINGS))
@@ -255,39 +282,63 @@ def test_opcheck(kind, time_steps, charged, start):
 
 
 @pytest.mark.parametrize("kind", sorted(SETTINGS))
+@pytest.mark.parametrize("time_steps", [1, 3])
+@pytest.mark.parametrize("start", ["tensor", "number"])
+def test_opcheck_through_time(kind, time_steps, start):
+    decay = torch.tensor(0.4, requires_grad=True) if kind == "plif" else None
+    x_seq = torch.randn(2, time_steps, 4).transpose(0, 1).requires_grad_()
+    v = torch.randn(2, 4, requires_grad=True) if start == "tensor" else None
+    fields = settings_of(kind, through_time=True)
+    arguments = (x_seq, v, 0.2, decay, *fields, True, decay is not None)
+    torch.library.opcheck(torch.ops.sltt_ext.lif.default, arguments)
+    with torch.no_grad():
+        s_seq, v, _, h_seq, slopes = torch.ops.sltt_ext.lif(*arguments)
+    constant_decay = None if decay is None else decay.detach()
+    for grads in ((torch.randn_like(s_seq), torch.randn_like(v)), (None, torch.randn_like(v))):
+        backward = (*grads, h_seq, slopes, constant_decay, *fields)
+        torch.library.opcheck(torch.ops.sltt_ext.lif_backward_through_time.default, backward)
+
+
+@pytest.mark.parametrize("kind", sorted(SETTINGS))
 def test_settings_keep_their_form(kind):
     settings = lif_settings(**SETTINGS[kind])
     assert packed(LIFSettings, *flat(settings)) == settings
 
 
-def test_eager_and_registered_operator_agree():
-    x_seq, v = torch.randn(3, 50, requires_grad=True), torch.randn(50)
+@pytest.mark.parametrize("through_time", [False, True])
+def test_eager_and_registered_operator_agree(through_time):
+    x_seq, v = torch.randn(3, 50, requires_grad=True), torch.randn(50, requires_grad=through_time)
     weight = torch.randn(3, 50)
-    (functional.multi_step_lif(x_seq, v)[0] * weight).sum().backward()
-    eager, x_seq.grad = x_seq.grad, None
-    outputs = torch.ops.sltt_ext.lif(x_seq, v, 0.0, None, *settings_of("lif"), True, False)
+    (functional.multi_step_lif(x_seq, v, through_time=through_time)[0] * weight).sum().backward()
+    eager, x_seq.grad, v.grad = (x_seq.grad, v.grad), None, None
+    fields = settings_of("lif", through_time=through_time)
+    outputs = torch.ops.sltt_ext.lif(x_seq, v, 0.0, None, *fields, True, False)
     (outputs[0] * weight).sum().backward()
-    assert torch.equal(x_seq.grad, eager)
+    assert torch.equal(x_seq.grad, eager[0])
+    assert not through_time or torch.equal(v.grad, eager[1])
 
 
 @pytest.mark.parametrize("single_step", [False, True])
-def test_compiles_without_graph_break(single_step):
-    def loss(x_seq, w):
-        s_seq, v = functional.multi_step_plif(x_seq, w, single_step=single_step)
+@pytest.mark.parametrize("through_time", [False, True])
+def test_compiles_without_graph_break(single_step, through_time):
+    def loss(x_seq, v, w):
+        s_seq, v = functional.multi_step_plif(x_seq, w, v, single_step=single_step, through_time=through_time)
         return (s_seq * x_seq.detach()).sum() + v.sum()
 
     results = []
     for run in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(0)
         x_seq, w = torch.randn(3, 20, requires_grad=True), torch.tensor(0.1, requires_grad=True)
-        run(x_seq, w).backward()
-        results.append((x_seq.grad, w.grad))
+        v = torch.randn(x_seq.shape if single_step else 20, requires_grad=True)
+        run(x_seq, v, w).backward()
+        results.append((x_seq.grad, w.grad, *([v.grad] if through_time else [])))
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("through_time", [False, True])
+def test_second_derivatives_are_refused(through_time):
     x_seq, weight = torch.randn(3, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
-    loss = (functional.multi_step_lif(x_seq)[0] * weight).sum()
+    loss = (functional.multi_step_lif(x_seq, through_time=through_time)[0] * weight).sum()
     (grad,) = torch.autograd.grad(loss, x_seq, create_graph=True)
     with pytest.raises(ConfigurationError, match="cannot be differentiated again"):
         grad.sum().backward()
@@ -324,6 +375,11 @@ def test_a_graph_of_the_gradient_changes_nothing_of_it():
         (lambda: functional.multi_step_if(torch.zeros(2, 3), torch.zeros(4)), InputError, r"\[4\].*\[3\]"),
         (lambda: functional.multi_step_lif(torch.zeros(2, 3), tau=0.0), ConfigurationError, "tau"),
         (lambda: functional.multi_step_plif(torch.zeros(2, 3), torch.zeros(3)), InputError, "no dimension"),
+        (
+            lambda: functional.multi_step_if(torch.zeros(2, 3), charged=True, through_time=True),
+            ConfigurationError,
+            "use charged=False",
+        ),
         (lambda: functional.multi_step_if(torch.zeros(2, 3), backend="cuda"), BackendError, "'auto'"),
     ],
 )

@@ -94,9 +94,10 @@ def _compared(case: Case, fresh: bool = False) -> Verdict:
         said = isinstance(run.error, SLTTError)
         reason = f"{type(run.error).__name__}: {str(run.error).splitlines()[0][:160]}"
         return Verdict("said" if said else "speed-up fault", reason, type(run.error).__name__)
-    selected = case.options.select
-    if isinstance(selected, int) and any(len(set(s)) != selected * case.options.calls for s in run.steps):
-        return Verdict("speed-up fault", f"{run.steps} are not {selected} steps each")
+    select, time_steps, window = case.options.select, case.options.time_steps, case.options.window
+    drawn = [{(t // time_steps, t % time_steps // window) for t in steps} for steps in run.steps]
+    if isinstance(select, int) and any(len(one) != select * case.options.calls for one in drawn):
+        return Verdict("speed-up fault", f"{run.steps} are not {select} steps or windows each")
     tolerance = _TOLERANCES[torch.get_default_dtype()]
     for iteration, (ours, theirs) in enumerate(zip(run.iterations, expected, strict=True)):
         wrong = differences(ours, theirs, tolerance)

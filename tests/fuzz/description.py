@@ -59,8 +59,9 @@ class Options(_Short):
         frames: ``"static"``, ``"time 0"``, ``"time 1"``, ``"list"`` or ``"iterator"``.
         parts: What an input, or a frame of a list or iterator, is: ``""`` for a tensor, else a ``"dict"`` or
             ``"tuple"`` of two.
-        select: None for every step, K for SLTT-K, or the steps themselves.
+        select: None for every step, K for SLTT-K, or the steps themselves; through time, K windows.
         counts: How many times each of the T steps counts, where ``select`` names steps; none is once.
+        temporal: Whether the gradient goes back through the steps of a ``"call"``, or through one ``"step"``.
         loss: See `fuzz.training.loss_fn`.
         loss_on: ``"step"``, ``"mean"``, or one of `SEQUENCE_LOSSES`; ``"alternate"`` is another trainer in each
             iteration, of steps, of the mean, and so on. There is no loss of a step over time, and the mean instead.
@@ -100,6 +101,12 @@ class Options(_Short):
     calls: int = 1
     lengths: bool = False
     front: bool = False
+    temporal: str = "step"
+
+    @property
+    def window(self) -> int:
+        """Through how many steps the gradient goes back."""
+        return self.chunk if self.temporal == "call" and isinstance(self.chunk, int) else 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,7 +139,11 @@ class Case(_Short):
         return replace(
             self,
             options=replace(
-                self.options, chunk=1, memory_budget=None, cache_invariant=False, pack_spikes=False
+                self.options,
+                chunk=self.options.window,
+                memory_budget=None,
+                cache_invariant=False,
+                pack_spikes=False,
             ),
         )
 
@@ -144,7 +155,9 @@ class Case(_Short):
     @property
     def reference_chunk(self) -> int:
         """How many steps a call of the network has, as far as that shows; ``"auto"`` must not show."""
-        return 1 if self.form != "multi" or self.options.chunk == "auto" else self.options.chunk
+        if self.options.chunk == "auto":
+            return 1
+        return self.options.chunk if self.form == "multi" else self.options.window
 
     def loss_on(self, iteration: int) -> str:
         """What the loss of an iteration is taken of: each step's output, or their mean."""

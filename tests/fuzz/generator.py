@@ -59,7 +59,8 @@ def random_case(framework: str, seed: int) -> Case:
         case = replace(case, blocks=draw.choice(ODDITIES)(draw, case))
     if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
         case = replace(case, blocks=_time(draw, case))
-    return _counted(draw, _allowed(draw, case))
+    case = _counted(draw, _allowed(draw, case))
+    return _through_time(random.Random(f"through time {framework} {seed}"), case)
 
 
 def _counted(draw: random.Random, case: Case) -> Case:
@@ -68,6 +69,19 @@ def _counted(draw: random.Random, case: Case) -> Case:
         return case
     counts = tuple(draw.choice([0.5, 1.0, 1.0, 3.0]) for _ in range(case.options.time_steps))
     return replace(case, options=replace(case.options, counts=counts))
+
+
+def _through_time(draw: random.Random, case: Case) -> Case:
+    """Some cases with windows of several steps, with draws of their own: the others stay what they are."""
+    options = case.options
+    if options.chunk == "auto" or options.inside or draw.random() < 0.8:
+        return case
+    steps = options.time_steps
+    chunk = min(options.chunk, steps) if case.form == "multi" else draw.choice([1, 2, 3, steps, steps])
+    options = replace(options, temporal="call", chunk=min(chunk, steps))
+    if isinstance(options.select, int):
+        options = replace(options, select=min(options.select, -(-steps // options.window)))
+    return replace(case, options=options)
 
 
 def _finds_out(form: str, options: Options) -> bool:

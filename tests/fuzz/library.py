@@ -35,6 +35,7 @@ from sltt_ext.snntorch import MultiStep, Stateful
 _EXCUSE_NOTHING = (  # and the values are right all the same
     "tensors are kept from step to step as plain attributes",
     "batch norms take their statistics over",
+    "chunk=",  # that does not divide T
 )
 
 
@@ -98,8 +99,8 @@ def _converted(case: Case, net: Net) -> nn.Module:
         if isinstance(module, networks_snntorch.NormsOfSteps):
             module.whole = case.form == "multi"
     if case.form == "stateful":
-        return Stateful(sltt_ext.convert(WithState(net)))
-    sltt_ext.convert(net)
+        return Stateful(sltt_ext.convert(WithState(net), temporal=case.options.temporal))
+    sltt_ext.convert(net, temporal=case.options.temporal)
     return MultiStep(net) if case.framework == "snntorch" and case.form == "multi" else net
 
 
@@ -238,5 +239,7 @@ class _OverTime:
         """The steps that the next call draws."""
         select, time_steps = self.case.options.select, self.case.options.time_steps
         if isinstance(select, int):
-            return sorted(torch.randperm(time_steps, generator=self.same)[:select].tolist())
+            window = self.case.options.window
+            drawn = torch.randperm(-(-time_steps // window), generator=self.same)[:select].tolist()
+            return sorted(t for one in drawn for t in range(time_steps)[one * window : (one + 1) * window])
         return list(select or range(time_steps))

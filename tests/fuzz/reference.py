@@ -71,7 +71,8 @@ class Network:
         self.stepwise = WithState(net) if case.form == "stateful" else net
         self.state: Any = None
         self.keepers = [module for module in net.modules() if isinstance(module, Kept)]
-        if self.whole:
+        self.goes_on = case.options.temporal == "call"
+        if self.whole and not self.goes_on:
             self.framework.cut_between_steps(net)
 
     def reset(self) -> None:
@@ -95,7 +96,7 @@ class Network:
             return [tree_map(lambda output_seq, t=t: output_seq[t], returned) for t in range(steps)]
         outputs = []
         for t, frame in enumerate(frames):
-            if t:
+            if t and not self.goes_on:
                 self.detach()
             outputs.append(self._step(frame))
         return outputs

@@ -228,7 +228,7 @@ def test_opcheck(kind, charged, device):
 def test_opcheck_leaky(device):
     x_seq = torch.randn(3, 64, device=device, requires_grad=True)
     beta, threshold = (torch.tensor(value, device=device, requires_grad=True) for value in (0.9, 1.0))
-    rest = ("subtract", True, "atan", (2.0,), True, True, "cupy")
+    rest = ("subtract", True, False, "atan", (2.0,), True, True, "cupy")
     arguments = (x_seq, torch.randn(64, device=device), beta, threshold, *rest)
     torch.library.opcheck(torch.ops.sltt_ext.leaky.default, arguments)
 

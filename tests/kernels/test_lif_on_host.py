@@ -52,7 +52,9 @@ def arguments(kind, surrogate, v_reset, detach_reset):
     decay, tau, decay_input = KINDS[kind]
     decay = None if decay is None else torch.tensor(decay)
     factored_leak = kind.endswith("factored leak")
-    settings = LIFSettings(tau, decay_input, factored_leak, 0.9, v_reset, detach_reset, False, row(surrogate))
+    settings = LIFSettings(
+        tau, decay_input, factored_leak, 0.9, v_reset, detach_reset, False, False, row(surrogate)
+    )
     return decay, settings
 
 

@@ -40,6 +40,7 @@ COMPILED = {
     "compiled, m": ({"chunk": 3}, "m"),
 }
 GROUPED = {"SLTT-1": {"k": 1}, "auto": {"chunk": "auto"}, "auto, SLTT-2": {"chunk": "auto", "k": 2}}
+WINDOWS = {"windows": {}, "one window": {"k": 1}, "windows, mean": {"loss_on": "mean"}}
 BUFFERS = {"SLTT": {}, "one step": {"schedule": runs.second_step}, "mean": {"loss_on": "mean"}}
 RESHARD = {"resharding": {"reshard_after_forward": True}, "keeping": {"reshard_after_forward": False}}
 EQUAL = {
@@ -56,6 +57,11 @@ OTHERS = {
     **{
         f"fully_shard, m, {name}": (runs.fsdp, (options, RESHARD["resharding"], "m"))
         for name, options in GROUPED.items()
+    },
+    **{
+        f"{wrapper}, {name}": (runs.windows, (wrapper, options))
+        for name, options in WINDOWS.items()
+        for wrapper in runs.WRAPPERS
     },
     **{f"buffers, {name}": (runs.buffers, (options,)) for name, options in BUFFERS.items()},
     "early": (runs.ddp, ({"k": 2, "schedule": "early"},)),
@@ -121,6 +127,16 @@ def test_steps_share_calls(name, wrapper):
     for result in results(2)[f"{wrapper}, m, {name}"]:
         expected = expected_gradients({}, result["steps"][-1])
         assert oracle.relative_error(result["gradients"], expected) < 1e-6
+
+
+@pytest.mark.parametrize("name", sorted(WINDOWS))
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("fully_shard", marks=needs_sharding)])
+def test_windows(name, wrapper):
+    for result in results(2)[f"{wrapper}, {name}"]:
+        options = {**WINDOWS[name], "k": None, "schedule": lambda *_, steps=result["steps"]: steps}
+        alone = runs.trainer(runs.network_through_time(), chunk=2, **options)
+        alone.forward_backward(*runs.batch(0, 1))
+        assert oracle.relative_error(result["gradients"], runs.gradients(alone.net)) < 1e-6
 
 
 @pytest.mark.parametrize(

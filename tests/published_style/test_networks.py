@@ -135,6 +135,14 @@ def test_a_sum_over_time_is_told():
         sltt_ext.over_time(net, time_inside="T")(networks.images())
 
 
+@pytest.mark.parametrize(("cls", "x", "loss"), INSIDE)
+def test_through_time_it_is_the_gradient_of_the_network_as_it_is(cls, x, loss):
+    expected, wanted = backward(made(cls), x(), loss)
+    value, got = backward(sltt_ext.convert(made(cls), temporal="call"), x(), loss)
+    assert torch.equal(value, expected)
+    assert oracle.relative_error(got, wanted) <= (0 if cls in GENERIC else 1e-6)
+
+
 def test_time_outside():
     def run(net, detach):
         torch.manual_seed(3)
