@@ -252,7 +252,7 @@ def lif_backward_through_time(
 def _(
     grad_s_seq: Tensor | None, grad_v: Any, h_seq: Tensor, slopes: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq)
+    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq, dtype=slopes.dtype)
     return grad_x, h_seq.new_empty(() if slopes.numel() else 0), torch.empty_like(h_seq[0])
 
 
