@@ -54,6 +54,7 @@ def _on_host(module):
     return SimpleNamespace(
         forward=functools.partial(module.forward, launch=launch),
         backward=functools.partial(module.backward, launch=launch),
+        backward_through_time=functools.partial(module.backward_through_time, launch=launch),
     )
 
 

@@ -23,31 +23,35 @@ def widths(dtype: torch.dtype) -> list[int]:
 
 def lif_kernels(dtype: torch.dtype, width: int, surrogate: str) -> list[Kernel]:
     """All choices with a given surrogate."""
-    forward = [
-        cuda_lif.forward_kernel(dtype, width, surrogate, charge, soft_reset, True, save_slopes)
-        for charge, soft_reset, save_slopes in itertools.product(CHARGES, BOTH, BOTH)
-        if charge in LEARNABLE_CHARGES or not save_slopes
-    ]
+    forward = _forward_lif_kernels(dtype, width, surrogate, cuda_lif.DERIVATIVES)
     backward = [
-        cuda_lif.backward_kernel(dtype, width, surrogate, soft_reset, reduce)
-        for soft_reset, reduce in itertools.product(BOTH, BOTH)
+        cuda_lif.backward_kernel(dtype, width, surrogate, *choices)
+        for choices in itertools.product(BOTH, BOTH, BOTH)
     ]
     return forward + backward
 
 
 def lif_kernels_without_surrogate(dtype: torch.dtype, width: int) -> list[Kernel]:
-    """All choices where no gradient is asked for."""
+    """All choices where no gradient is asked for, or one through time."""
     return [
-        cuda_lif.forward_kernel(dtype, width, "sigmoid", charge, soft_reset, False, False)
-        for charge, soft_reset in itertools.product(CHARGES, BOTH)
+        *_forward_lif_kernels(dtype, width, "sigmoid", cuda_lif.NOTHING),
+        *_forward_lif_kernels(dtype, width, "sigmoid", cuda_lif.POTENTIALS),
+    ]
+
+
+def _forward_lif_kernels(dtype: torch.dtype, width: int, surrogate: str, saved: int) -> list[Kernel]:
+    return [
+        cuda_lif.forward_kernel(dtype, width, surrogate, charge, soft_reset, saved, save_slopes)
+        for charge, soft_reset, save_slopes in itertools.product(CHARGES, BOTH, BOTH)
+        if not save_slopes or (charge in LEARNABLE_CHARGES and saved)
     ]
 
 
 def leaky_kernels(dtype: torch.dtype, width: int, surrogate: str) -> list[Kernel]:
     """All choices of backward with a given surrogate."""
     return [
-        cuda_leaky.backward_kernel(dtype, width, surrogate, *reset, reduce)
-        for reset, reduce in itertools.product(RESETS, BOTH)
+        cuda_leaky.backward_kernel(dtype, width, surrogate, *reset, reduce, through_time)
+        for reset, reduce, through_time in itertools.product(RESETS, BOTH, BOTH)
     ]
 
 

@@ -197,6 +197,19 @@ TABLES: dict[str, Callable[[], str]] = {
             "times as fast": "times_as_fast",
         },
     ),
+    "through_time": partial(
+        as_measured,
+        "through_time",
+        {
+            "framework": "framework",
+            "neuron": "neuron",
+            "reset": "reset",
+            "contender": "contender",
+            "ms": "milliseconds",
+            "relative to the framework's": "ratio",
+            "saved bytes per byte of input": "saved_bytes_per_input_byte",
+        },
+    ),
     "conversion": partial(as_measured, "conversion", {"operation": "operation", "ms": "median_ms"}),
     "tutorials": partial(
         as_measured,

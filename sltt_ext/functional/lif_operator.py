@@ -111,8 +111,8 @@ def run_lif(
         step_shape(x_seq, single_step)
         v = float(settings.v_reset or 0.0) if v is None else float(v)
     save_slope = decay is not None and decay.requires_grad and torch.is_grad_enabled()
-    learned = x_seq.requires_grad or (isinstance(v, Tensor) and v.requires_grad)
-    save = save_slope or (learned and torch.is_grad_enabled())
+    has_gradient = x_seq.requires_grad or (isinstance(v, Tensor) and v.requires_grad)
+    save = save_slope or (has_gradient and torch.is_grad_enabled())
     if not torch.compiler.is_compiling():
         x_seq, v = plain(x_seq), plain(v)
         kernels = select_kernels(backend, LIF, x_seq)
@@ -254,7 +254,7 @@ def lif_backward_through_time(
 def _(
     grad_s_seq: Tensor | None, grad_v: Any, h_seq: Tensor, slopes: Tensor, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq)
+    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq, dtype=slopes.dtype)
     return grad_x, h_seq.new_empty(() if slopes.numel() else 0), torch.empty_like(h_seq[0])
 
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sltt_ext.kernels import torch_leaky
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
@@ -101,10 +100,7 @@ def backward(
         step.numel(), _STATE_BYTES, (*read, grad_x.data_ptr()), 1 if walk else time_steps,
         MAX_PARTIAL_SUMS if reduce else MAX_BLOCKS,
     )  # fmt: skip
-    sums = [
-        h_seq.new_empty(0 if shape is None else step.shape if whole else geometry.blocks, dtype=torch.float64)
-        for shape, whole in zip((beta_shape, threshold_shape), per_element)
-    ]
+    sums = _room_for_sums(step, (beta_shape, threshold_shape), per_element, geometry.blocks)
     arguments = (
         *read, threshold.data_ptr(), grad_x.data_ptr(), *(tensor.data_ptr() for tensor in sums), step.numel(),
         time_steps, 0 if grad_mem is None else time_steps - grad_mem.shape[0], int(walk), *map(int, per_element),
@@ -135,9 +131,52 @@ def backward_through_time(
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
-    return torch_leaky.backward_through_time(
-        grad_s_seq, grad_mem, h_seq, mem, beta, threshold, settings, learn_beta, learn_threshold
+    beta_shape, threshold_shape = (
+        beta.shape if learn_beta else None,
+        threshold.shape if learn_threshold else None,
     )
+    step, time_steps = h_seq[0], h_seq.shape[0]
+    grad_x, grad_start = torch.empty_like(h_seq), torch.empty_like(step)
+    if not h_seq.numel():
+        nothing = [h_seq.new_zeros(0 if shape is None else shape) for shape in (beta_shape, threshold_shape)]
+        return grad_x, nothing[0], nothing[1], grad_start
+    given = [grad_s_seq, grad_mem, None if mem is None else mem.unsqueeze(0)]
+    sequences = [h_seq, grad_x, *(tensor for tensor in given if tensor is not None)]
+    if not _can_walk(step, sequences, beta, threshold):
+        computed, grad_beta, grad_threshold, start = backward_through_time(
+            None if grad_s_seq is None else grad_s_seq.contiguous(),
+            None if grad_mem is None else grad_mem.contiguous(),
+            h_seq.contiguous(), None if mem is None else mem.contiguous(), beta, threshold, settings, learn_beta,
+            learn_threshold, launch,
+        )  # fmt: skip
+        return grad_x.copy_(computed), grad_beta, grad_threshold, grad_start.copy_(start)
+    beta, *beta_period = _periodic(beta, step.shape)
+    threshold, *threshold_period = _periodic(threshold, step.shape)
+    read = [0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_mem, h_seq, mem)]
+    written = grad_x.data_ptr(), grad_start.data_ptr()
+    reduce = learn_beta or learn_threshold
+    per_element = [shape is not None and math.prod(shape) > 1 for shape in (beta_shape, threshold_shape)]
+    geometry = launch_geometry(
+        step.numel(), _STATE_BYTES, (*read, *written), 1, MAX_PARTIAL_SUMS if reduce else MAX_BLOCKS
+    )
+    sums = _room_for_sums(step, (beta_shape, threshold_shape), per_element, geometry.blocks)
+    surrogate = settings.surrogate
+    arguments = (
+        *read, beta.data_ptr(), threshold.data_ptr(), *written, *(tensor.data_ptr() for tensor in sums), step.numel(),
+        time_steps, 0 if grad_mem is None else time_steps - grad_mem.shape[0], *map(int, per_element), *beta_period,
+        *threshold_period, *constants(surrogate.name, surrogate.parameters),
+    )  # fmt: skip
+    dtype = h_seq.dtype if grad_s_seq is None else grad_s_seq.dtype
+    kernel = backward_kernel(
+        dtype, geometry.width, surrogate.name, settings.reset_mechanism, settings.resets_in_step, reduce,
+        through_time=True,
+    )  # fmt: skip
+    launch(kernel, geometry.blocks, arguments, h_seq.device)
+    grad_beta, grad_threshold = (
+        _summed(tensor, shape, whole).to(h_seq.dtype)
+        for tensor, shape, whole in zip(sums, (beta_shape, threshold_shape), per_element)
+    )
+    return grad_x, grad_beta, grad_threshold, grad_start
 
 
 def forward_kernel(dtype: torch.dtype, width: int, reset_mechanism: str, same_step: bool) -> Kernel:
@@ -148,11 +187,17 @@ def forward_kernel(dtype: torch.dtype, width: int, reset_mechanism: str, same_st
 
 
 def backward_kernel(
-    dtype: torch.dtype, width: int, surrogate: str, reset_mechanism: str, same_step: bool, reduce: bool
+    dtype: torch.dtype,
+    width: int,
+    surrogate: str,
+    reset_mechanism: str,
+    same_step: bool,
+    reduce: bool,
+    through_time: bool = False,
 ) -> Kernel:
     """The backward kernel for the given choices."""
     return make_kernel(
-        "leaky", "backward", dtype, width, surrogate,
+        "leaky", "backward_through_time" if through_time else "backward", dtype, width, surrogate,
         RESET=_RESETS[reset_mechanism], SAME_STEP=int(same_step), REDUCE=int(reduce),
     )  # fmt: skip
 
@@ -176,6 +221,15 @@ def _periodic(numbers: Tensor, shape: torch.Size) -> tuple[Tensor, int, int]:
         return numbers.expand(shape).contiguous(), 1, shape.numel()
     inner = math.prod(shape[len(shape) - (behind - len(sizes)) :]) if behind > len(sizes) else 1
     return numbers.contiguous(), inner, math.prod(sizes)
+
+
+def _room_for_sums(
+    step: Tensor, shapes: Sequence[Sequence[int] | None], per_element: Sequence[bool], blocks: int
+) -> list[Tensor]:
+    return [
+        step.new_empty(0 if shape is None else step.shape if whole else blocks, dtype=torch.float64)
+        for shape, whole in zip(shapes, per_element)
+    ]
 
 
 def _summed(sums: Tensor, shape: Sequence[int] | None, per_element: bool) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sltt_ext.kernels import torch_lif
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
 from sltt_ext.kernels.launch import Launch, launch_on_device
 from sltt_ext.kernels.layout import same_layout
@@ -18,7 +17,9 @@ from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.kernels.source import Kernel, make_kernel
 from sltt_ext.surrogate import constants
 
-_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY, _FACTORED_TAU, _FACTORED_DECAY = range(7)  # as in lif.cu
+# as in lif.cu
+_INTEGRATE, _TAU_INPUT, _TAU, _DECAY_INPUT, _DECAY, _FACTORED_TAU, _FACTORED_DECAY = range(7)
+NOTHING, DERIVATIVES, POTENTIALS = range(3)
 
 
 def forward(
@@ -32,15 +33,17 @@ def forward(
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
-    if settings.through_time:
-        return torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
     s_seq = torch.empty_like(x_seq)
     if overwrite and isinstance(v, Tensor):
         final = v
     else:
         final = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=torch.float32)
-    derivatives = torch.empty_like(x_seq[1:]) if save else x_seq.new_empty(0)
-    h = torch.empty_like(final) if save and not settings.charged else final.new_empty(0)
+    saved = POTENTIALS if save and settings.through_time else DERIVATIVES if save else NOTHING
+    derivatives = torch.empty_like(x_seq[1:]) if saved == DERIVATIVES else x_seq.new_empty(0)
+    if saved == POTENTIALS:
+        h = torch.empty_like(x_seq, dtype=torch.float32)
+    else:
+        h = torch.empty_like(final) if save and not settings.charged else final.new_empty(0)
     slopes = torch.empty_like(x_seq) if save_slope else x_seq.new_empty(0)
     outputs = s_seq, final, derivatives, h, slopes
     if not x_seq.numel():
@@ -57,7 +60,7 @@ def forward(
     geometry = launch_geometry(final.numel(), x_seq.element_size(), (x_at, v_at, *written))
     surrogate = settings.surrogate
     kernel = forward_kernel(
-        x_seq.dtype, geometry.width, surrogate.name, _charge(decay, settings), settings.v_reset is None, save,
+        x_seq.dtype, geometry.width, surrogate.name, _charge(decay, settings), settings.v_reset is None, saved,
         save_slope,
     )  # fmt: skip
     arguments = (
@@ -133,7 +136,36 @@ def backward_through_time(
     launch: Launch = launch_on_device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
-    return torch_lif.backward_through_time(grad_s_seq, grad_v, h_seq, slopes, decay, settings)
+    step, time_steps, reduce = h_seq[0], h_seq.shape[0], slopes.numel() > 0
+    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq, dtype=slopes.dtype)
+    grad_start = torch.empty_like(step)
+    if not grad_x.numel():
+        return grad_x, h_seq.new_empty(0), grad_start
+    given = [grad_s_seq, None if grad_v is None else grad_v.unsqueeze(0), slopes if reduce else None]
+    if not same_layout(step, h_seq, grad_x, *(tensor for tensor in given if tensor is not None)):
+        computed, grad_decay, start = backward_through_time(
+            None if grad_s_seq is None else grad_s_seq.contiguous(),
+            None if grad_v is None else grad_v.contiguous(),
+            h_seq.contiguous(), slopes.contiguous(), decay, settings, launch,
+        )  # fmt: skip
+        return grad_x.copy_(computed), grad_decay, grad_start.copy_(start)
+    read = [0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_v, h_seq, slopes)]
+    written = grad_x.data_ptr(), grad_start.data_ptr()
+    geometry = launch_geometry(
+        step.numel(), grad_x.element_size(), (*read, *written), 1, MAX_PARTIAL_SUMS if reduce else MAX_BLOCKS
+    )
+    partials = h_seq.new_empty(geometry.blocks if reduce else 0, dtype=torch.float64)
+    surrogate = settings.surrogate
+    arguments = (
+        *read, 0 if decay is None else decay.data_ptr(), *written, partials.data_ptr(), step.numel(), time_steps,
+        int(settings.detach_reset), int(settings.decay_input), settings.input_scale, settings.kept,
+        settings.v_threshold, settings.v_reset or 0.0, *constants(surrogate.name, surrogate.parameters),
+    )  # fmt: skip
+    kernel = backward_kernel(
+        grad_x.dtype, geometry.width, surrogate.name, settings.v_reset is None, reduce, through_time=True
+    )
+    launch(kernel, geometry.blocks, arguments, h_seq.device)
+    return grad_x, partials.sum().to(h_seq.dtype) if reduce else h_seq.new_empty(0), grad_start
 
 
 def forward_kernel(
@@ -142,21 +174,27 @@ def forward_kernel(
     surrogate: str,
     charge: int,
     soft_reset: bool,
-    save: bool,
+    saved: int,
     save_slopes: bool,
 ) -> Kernel:
-    """The forward kernel for the given choices; without ``save`` there is nothing of the surrogate in it."""
+    """The forward kernel for the given choices; only where derivatives are saved there is something of the surrogate in it."""
     return make_kernel(
-        "lif", "forward", dtype, width, surrogate if save else None,
-        CHARGE=charge, SOFT_RESET=int(soft_reset), SAVE=int(save), SAVE_SLOPES=int(save_slopes),
+        "lif", "forward", dtype, width, surrogate if saved == DERIVATIVES else None,
+        CHARGE=charge, SOFT_RESET=int(soft_reset), SAVE=saved, SAVE_SLOPES=int(save_slopes),
     )  # fmt: skip
 
 
-def backward_kernel(dtype: torch.dtype, width: int, surrogate: str, soft_reset: bool, reduce: bool) -> Kernel:
+def backward_kernel(
+    dtype: torch.dtype,
+    width: int,
+    surrogate: str,
+    soft_reset: bool,
+    reduce: bool,
+    through_time: bool = False,
+) -> Kernel:
     """The backward kernel for the given choices."""
-    return make_kernel(
-        "lif", "backward", dtype, width, surrogate, SOFT_RESET=int(soft_reset), REDUCE=int(reduce)
-    )
+    entry = "backward_through_time" if through_time else "backward"
+    return make_kernel("lif", entry, dtype, width, surrogate, SOFT_RESET=int(soft_reset), REDUCE=int(reduce))
 
 
 def _tau(settings: LIFSettings) -> float:

@@ -42,7 +42,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
     step = torch.empty_like(v if isinstance(v, Tensor) else x_seq[0], dtype=state_dtype(x_seq.dtype))
-    if step.numel() < 2 or settings.through_time:
+    if step.numel() < 2:
         return torch_lif.forward(x_seq, v, decay, settings, save, save_slope)
     number = partial(torch.full, (), dtype=step.dtype, device=step.device)
     # tensors: Inductor of torch 2.6 divides by constants with another rounding, and any returns x itself for x + 0
@@ -53,12 +53,18 @@ def forward(
         _forward, constants, rows(step, x_seq), flat_v, decay, divisor
     )
     nothing = x_seq.new_empty(0)
-    no_step = torch.empty_like(x_seq[1:]) if save else nothing
+    no_step = torch.empty_like(x_seq[1:]) if save and not settings.through_time else nothing
+    if h is None:
+        h = step.new_empty(0)
+    elif settings.through_time:
+        h = restored(h, step, x_seq)
+    else:
+        h = h.as_strided_(step.shape, step.stride())
     return (
         restored(s_seq, step, x_seq),
         final.as_strided_(step.shape, step.stride()),
         no_step if derivatives is None else restored(derivatives, step, x_seq[1:]),
-        step.new_empty(0) if h is None else h.as_strided_(step.shape, step.stride()),
+        h,
         nothing if slopes is None else restored(slopes, step, x_seq),
     )
 
@@ -93,7 +99,19 @@ def backward_through_time(
     settings: LIFSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
-    return torch_lif.backward_through_time(grad_s_seq, grad_v, h_seq, slopes, decay, settings)
+    step = torch.empty_like(h_seq[0])
+    if step.numel() < 2 or grad_s_seq is None:
+        return torch_lif.backward_through_time(grad_s_seq, grad_v, h_seq, slopes, decay, settings)
+    grad_x, grad_decay, grad_start = run_compiled(
+        _backward_through_time, settings, rows(step, grad_s_seq),
+        None if grad_v is None else rows(step, grad_v.unsqueeze(0))[0], rows(step, h_seq),
+        rows(step, slopes) if slopes.numel() else None, decay,
+    )  # fmt: skip
+    return (
+        restored(grad_x, step, grad_s_seq),
+        step.new_empty(0) if grad_decay is None else grad_decay,
+        grad_start.as_strided_(step.shape, step.stride()),
+    )
 
 
 def _forward(
@@ -105,19 +123,25 @@ def _forward(
         v = torch.ones_like(x_seq[0], dtype=dtype) * v
     elif neuron.charged:
         v = _reset(neuron, v)
-    s_seq, derivatives, slopes = [], [], []
+    s_seq, h_seq, derivatives, slopes = [], [], [], []
     for x in x_seq:
         h, slope = _charge(neuron, x.to(dtype), v, decay, tau)
         v = _reset(neuron, h)
+        h_seq.append(h)
         s_seq.append((h >= neuron.v_threshold).to(x_seq.dtype))
         slopes.append(slope.to(x_seq.dtype))
         derivatives.append(_local_derivative(neuron, h, decay).to(x_seq.dtype))
     save, several = constants.save, len(x_seq) > 1
+    kept: Tensor | None = None
+    if save and neuron.through_time:
+        kept = torch.stack(h_seq)
+    elif save and not neuron.charged:
+        kept = h
     return (
         torch.stack(s_seq),
         h if neuron.charged else v,
-        torch.stack(derivatives[:-1]) if save and several else None,
-        h if save and not neuron.charged else None,
+        torch.stack(derivatives[:-1]) if save and several and not neuron.through_time else None,
+        kept,
         torch.stack(slopes) if constants.save_slope else None,
     )
 
@@ -143,6 +167,36 @@ def _backward(
         return grad_x, None
     grad_decay = (grad_x.to(h.dtype) * slopes).sum(dtype=torch.float64)
     return grad_x, (grad_decay if c is None else grad_decay / c).to(h.dtype)
+
+
+def _backward_through_time(
+    neuron: LIFSettings,
+    grad_s_seq: Tensor,
+    grad_v: Tensor | None,
+    h_seq: Tensor,
+    slopes: Tensor | None,
+    decay: Tensor | None,
+) -> Any:
+    """Gradients of ``x_seq`` ``[T, elements]``, of the decay, or None, and of the initial state."""
+    dtype, surrogate = h_seq.dtype, neuron.surrogate
+    c = decay if neuron.decay_input and decay is not None else neuron.input_scale
+    a = neuron.kept if decay is None else 1 - decay
+    g = torch.zeros_like(h_seq[0]) if grad_v is None else grad_v
+    grad_x, grad_h = [], []
+    for h, grad_s in zip(reversed(h_seq.unbind()), reversed(grad_s_seq.unbind())):
+        by_spike = grad_s.to(dtype)
+        if not neuron.detach_reset:
+            by_spike = by_spike + g * (-neuron.v_threshold if neuron.v_reset is None else neuron.v_reset - h)
+        if neuron.v_reset is not None:
+            g = torch.where(h < neuron.v_threshold, g, 0)
+        local = derivative(h - neuron.v_threshold, surrogate.name, surrogate.parameters)
+        grad_h.append(local * by_spike + g)
+        grad_x.append((grad_h[-1] * c).to(grad_s.dtype))
+        g = grad_h[-1] * a
+    grad_x_seq = torch.stack(grad_x[::-1])
+    if slopes is None:
+        return grad_x_seq, None, g
+    return grad_x_seq, (torch.stack(grad_h[::-1]) * slopes).sum(dtype=torch.float64).to(dtype), g
 
 
 def _charge(

@@ -6,9 +6,9 @@
 // Defined by the launcher, per variant:
 //   KERNEL     name of the kernel           SCALAR   float, float16 or bfloat16: x, spikes, derivatives
 //   THREADS    threads of a block           WIDTH    neighbouring elements a thread handles at once
-//   SURROGATE  body of surrogate(): H'(u) times the scale dh/dx
+//   SURROGATE  body of surrogate(): H'(u) times the scale dh/dx, which is 1 for the gradient through time
 //   SOFT_RESET 1: subtract v_threshold, 0: set to v_reset
-//   forward    CHARGE  how x and v make h    SAVE  keep what backward needs    SAVE_SLOPES  keep dh/ddecay
+//   forward    CHARGE  how x and v make h    SAVE  what backward needs    SAVE_SLOPES  keep dh/ddecay
 //   backward   REDUCE  sum the gradient of the decay
 
 __device__ __forceinline__ float surrogate(float u, float c0, float c1, float c2) { SURROGATE }
@@ -22,6 +22,10 @@ __device__ __forceinline__ float surrogate(float u, float c0, float c1, float c2
 #define DECAY 4          // parametric LIF, not decay_input
 #define FACTORED_TAU 5   // LIF, not decay_input, factored leak; tau is 1 - 1 / tau
 #define FACTORED_DECAY 6 // the same of parametric LIF
+
+#define NOTHING 0
+#define DERIVATIVES 1    // and the last charged potential
+#define POTENTIALS 2     // all charged potentials, for a gradient through time
 
 // The charged potential h; slope is dh/ddecay.
 __device__ __forceinline__ float charge(float x, float v, float tau, float decay, float v_rest, float& slope) {
@@ -48,7 +52,7 @@ __device__ __forceinline__ float reset(float h, bool fires, float v_threshold, f
 
 // One thread walks the T steps for WIDTH neighbouring elements. derivatives [T-1, N], the rest [T, N] or [N];
 // v_first may be null: then every neuron starts from v_start. With charged_in it is the charged potential of the
-// step before, and may be overwritten by h_last. v_last and h_last may be null.
+// step before, and may be overwritten by h_last. v_last and h_last may be null. With POTENTIALS h_last is [T, N].
 extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
     const SCALAR* __restrict__ x_seq, const float* v_first, const float* __restrict__ decay_at,
     SCALAR* __restrict__ s_seq, float* __restrict__ v_last, SCALAR* __restrict__ derivatives,
@@ -80,17 +84,63 @@ extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
                 const bool fires = h.at[k] >= v_threshold;
                 s.at[k] = fires ? 1.0f : 0.0f;
                 v.at[k] = reset(h.at[k], fires, v_threshold, v_reset);
-                if (SAVE && !is_last) {
+                if (SAVE == DERIVATIVES && !is_last) {
                     local.at[k] = surrogate(h.at[k] - v_threshold, c0, c1, c2);
                     if (CHARGE == DECAY_INPUT) local.at[k] *= decay;
                 }
             }
             store<WIDTH>(s_seq, t * packs + i, s);
-            if (SAVE && !is_last) store<WIDTH>(derivatives, t * packs + i, local);
+            if (SAVE == DERIVATIVES && !is_last) store<WIDTH>(derivatives, t * packs + i, local);
+            if (SAVE == POTENTIALS) store<WIDTH>(h_last, t * packs + i, h);
             if (SAVE_SLOPES) store<WIDTH>(slopes, t * packs + i, slope);
         }
         if (v_last) store<WIDTH>(v_last, i, v);
-        if (h_last) store<WIDTH>(h_last, i, h);
+        if (SAVE != POTENTIALS && h_last) store<WIDTH>(h_last, i, h);
+    }
+}
+
+#elif THROUGH_TIME
+
+// One thread walks from the last step to the first for WIDTH neighbouring elements; g is the gradient of v.
+// grad_s [T, N] and grad_v_last [N] may be null, and so may decay. partials [blocks]: sums of grad_h * slopes.
+extern "C" __global__ void __launch_bounds__(THREADS) KERNEL(
+    const SCALAR* __restrict__ grad_s_seq, const float* __restrict__ grad_v_last, const float* __restrict__ h_seq,
+    const SCALAR* __restrict__ slopes, const float* __restrict__ decay_at, SCALAR* __restrict__ grad_x_seq,
+    float* __restrict__ grad_v_first, double* __restrict__ partials, long long elements, long long time_steps,
+    long long detach_reset, long long decay_input, double scale_, double kept_, double v_threshold_, double v_reset_,
+    double c0_, double c1_, double c2_) {
+    const float v_threshold = static_cast<float>(v_threshold_), v_reset = static_cast<float>(v_reset_);
+    const float c0 = static_cast<float>(c0_), c1 = static_cast<float>(c1_), c2 = static_cast<float>(c2_);
+    const float by_x = decay_at && decay_input ? *decay_at : static_cast<float>(scale_);   // dh/dx
+    const float by_v = decay_at ? 1.0f - *decay_at : static_cast<float>(kept_);           // dh/dv
+    const long long packs = elements / WIDTH, stride = static_cast<long long>(gridDim.x) * THREADS;
+    double sum = 0;
+    for (long long i = static_cast<long long>(blockIdx.x) * THREADS + threadIdx.x; i < packs; i += stride) {
+        Pack<float, WIDTH> g = {}, grad_x;
+        if (grad_v_last) g = load<WIDTH>(grad_v_last, i);
+        for (long long t = time_steps - 1; t >= 0; --t) {
+            const Pack<float, WIDTH> h = load<WIDTH>(h_seq, t * packs + i);
+            Pack<float, WIDTH> grad_s = {}, slope = {};
+            if (grad_s_seq) grad_s = load<WIDTH>(grad_s_seq, t * packs + i);
+            if (REDUCE) slope = load<WIDTH>(slopes, t * packs + i);
+#pragma unroll
+            for (int k = 0; k < WIDTH; ++k) {
+                const float local = surrogate(h.at[k] - v_threshold, c0, c1, c2);
+                float by_spike = grad_s.at[k];
+                if (!detach_reset) by_spike = fmaf(SOFT_RESET ? -v_threshold : -(h.at[k] - v_reset), g.at[k], by_spike);
+                if (!SOFT_RESET) g.at[k] *= h.at[k] < v_threshold ? 1.0f : 0.0f;
+                const float grad_h = fmaf(local, by_spike, g.at[k]);
+                if (REDUCE) sum += grad_h * slope.at[k];
+                g.at[k] = grad_h * by_v;
+                grad_x.at[k] = grad_h * by_x;
+            }
+            store<WIDTH>(grad_x_seq, t * packs + i, grad_x);
+        }
+        store<WIDTH>(grad_v_first, i, g);
+    }
+    if (REDUCE) {
+        sum = block_sum<THREADS>(sum);
+        if (threadIdx.x == 0) partials[blockIdx.x] = sum;
     }
 }
 

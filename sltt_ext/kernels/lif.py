@@ -42,6 +42,11 @@ class LIFSettings(NamedTuple):
         """``dh/dx``, but for a learnable decay."""
         return 1 / self.tau if self.tau is not None and self.decay_input else 1.0
 
+    @property
+    def kept(self) -> float:
+        """``dh/dv``, but for a learnable decay."""
+        return 1.0 if self.tau is None else 1 - 1 / self.tau
+
 
 class LIFKernels(Protocol):
     """How a backend runs these neurons, forward and backward."""
@@ -109,7 +114,7 @@ class LIFKernels(Protocol):
             grad_s_seq: Gradient of the spikes ``[T, N, ...]``.
             grad_v: Gradient of the final state ``[N, ...]``.
             h_seq: Charged potentials ``[T, N, ...]``.
-            slopes: ``dh/ddecay`` ``[T, N, ...]``, or empty.
+            slopes: ``dh/ddecay`` ``[T, N, ...]``, or empty; always in the dtype of ``x_seq``.
             decay: The learnable decay.
             settings: The layer's.
         """

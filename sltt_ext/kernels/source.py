@@ -49,6 +49,7 @@ def make_kernel(
         "WIDTH": width,
         "SURROGATE": "return 0;" if surrogate is None else SURROGATES[surrogate].cuda,
         "FORWARD": int(entry == "forward"),
+        "THROUGH_TIME": int(entry == "backward_through_time"),
         **choices,
     }
     return Kernel(name, file, tuple(defined.items()))

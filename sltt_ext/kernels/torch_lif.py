@@ -140,8 +140,8 @@ def backward_through_time(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     c = decay if settings.decay_input and decay is not None else settings.input_scale
-    a = 1 - decay if decay is not None else 1.0 if settings.tau is None else 1 - 1 / settings.tau
-    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq)
+    a = settings.kept if decay is None else 1 - decay
+    grad_x = torch.empty_like(h_seq if grad_s_seq is None else grad_s_seq, dtype=slopes.dtype)
     grad_decay = h_seq.new_zeros((), dtype=torch.float64)
     room = torch.empty_like(h_seq[0])
     g = torch.zeros_like(room) if grad_v is None else torch.empty_like(room).copy_(grad_v)

@@ -37,6 +37,10 @@ NEURONS = [
     "plif not decay_input",
     "leaky",
     "leaky at once",
+    *(
+        f"{neuron} through time"
+        for neuron in ("if", "lif", "plif", "plif not decay_input", "leaky", "leaky at once")
+    ),
 ]
 
 
@@ -50,10 +54,16 @@ def parameter_of(neuron, device, learn=True):
 
 
 def call(neuron, x_seq, v, parameter, v_reset, **options):
+    options["through_time"] = neuron.endswith("through time")
     if neuron.startswith("leaky"):
         mechanism = "subtract" if v_reset is None else "zero"
         return multi_step_leaky(
-            x_seq, v, beta=parameter, reset_mechanism=mechanism, reset_delay=neuron == "leaky", **options
+            x_seq,
+            v,
+            beta=parameter,
+            reset_mechanism=mechanism,
+            reset_delay="at once" not in neuron,
+            **options,
         )
     options |= {"v_reset": v_reset, "charged": "charged" in neuron}
     v = None if v is None else v.clone()  # a charged one is overwritten
@@ -66,12 +76,13 @@ def call(neuron, x_seq, v, parameter, v_reset, **options):
 
 
 def run(neuron, x_seq, v, v_reset=None, grads=None, learn=True, **options):
-    """Spikes, state, gradient of x, and of the decay where there is one, on the CPU."""
-    x_seq = x_seq.detach().requires_grad_()
+    """Spikes, state, gradient of x after that of ``v`` if it has one, and of the decay where there is one, on the CPU."""
+    x_seq, v = x_seq.detach().requires_grad_(), v.detach().requires_grad_(neuron.endswith("through time"))
     parameter = parameter_of(neuron, x_seq.device, learn)
     s_seq, v_next = call(neuron, x_seq, v, parameter, v_reset, **options)
     torch.autograd.backward([s_seq, v_next], grads or [torch.ones_like(s_seq), torch.ones_like(v_next)])
-    results = [s_seq, v_next, x_seq.grad, *([] if parameter.grad is None else [parameter.grad])]
+    grad = x_seq.grad if v.grad is None else torch.cat([v.grad.unsqueeze(0).to(x_seq.dtype), x_seq.grad])
+    results = [s_seq, v_next, grad, *([] if parameter.grad is None else [parameter.grad])]
     return [tensor.detach().cpu() for tensor in results]
 
 

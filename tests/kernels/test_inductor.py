@@ -1,5 +1,6 @@
 """The compiled backend against the torch backend."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -36,13 +37,17 @@ def call(kind, x_seq, v, w, **options):
 def run(backend, kind, x_seq, v=0.1, **options):
     """Spikes, state and gradients; the loss reads the state as well."""
     x_seq, w = x_seq.detach().requires_grad_(), torch.tensor(0.3, requires_grad=True)
-    v = v.clone() if isinstance(v, torch.Tensor) else v  # a charged one is overwritten
+    through_time = options.get("through_time", False)
+    if isinstance(v, torch.Tensor):
+        v = v.clone().requires_grad_(through_time)  # a charged one is overwritten
     s_seq, v_next = call(kind, x_seq, v, w, backend=backend, **options)
     weight = torch.linspace(-1, 1, x_seq.numel()).view(x_seq.shape).to(x_seq.dtype)
     (
         (s_seq * weight).sum() + (v_next * weight.flatten()[: v_next.numel()].view(v_next.shape)).sum()
     ).backward()
     gradients = [x_seq.grad] if w.grad is None else [x_seq.grad, w.grad]
+    if through_time and isinstance(v, torch.Tensor):
+        gradients.append(v.grad)
     return [s_seq.detach(), v_next.detach(), *gradients]
 
 
@@ -72,8 +77,10 @@ def compare(kind, x_seq, v=0.1, **options):
         ("plif factored", 0.0, 3),
     ],
 )
-def test_every_neuron(kind, v_reset, time_steps):
-    compare(kind, 2 * torch.randn(time_steps, 4, 37), torch.randn(4, 37), v_reset=v_reset)
+@pytest.mark.parametrize("through_time", [False, True])
+def test_every_neuron(kind, v_reset, time_steps, through_time):
+    x_seq, v = 2 * torch.randn(time_steps, 4, 37), torch.randn(4, 37)
+    compare(kind, x_seq, v, v_reset=v_reset, through_time=through_time)
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -84,8 +91,9 @@ def test_every_surrogate(name):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["lif", "plif decay_input"])
-def test_dtypes(kind, dtype):
-    compare(kind, (2 * torch.randn(3, 100)).to(dtype))
+@pytest.mark.parametrize("through_time", [False, True])
+def test_dtypes(kind, dtype, through_time):
+    compare(kind, (2 * torch.randn(3, 100)).to(dtype), through_time=through_time)
 
 
 def test_charged():
@@ -101,17 +109,19 @@ def test_layouts_and_sizes_compile_nothing_new():
         base[..., ::2],
         base[:1].expand_as(base),
     ]
-    compare("lif", layouts[0])
+    for through_time in (False, True):
+        compare("lif", layouts[0], through_time=through_time)
     before = len(inductor._COMPILED)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for x_seq in layouts:
-            compare("lif", x_seq)
+        for x_seq, through_time in itertools.product(layouts, (False, True)):
+            compare("lif", x_seq, through_time=through_time)
     assert len(inductor._COMPILED) == before
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (2, 1), (1, 1, 1)])
 def test_hardly_any_elements(shape):
     compare("lif", torch.randn(shape))
+    compare("lif", torch.randn(shape), through_time=True)
 
 
 def test_inside_autocast_and_no_grad():

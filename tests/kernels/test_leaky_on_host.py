@@ -73,6 +73,7 @@ def compare(
             ((grad_s, grad_mem), *(() if all_kept else ((grad_s, None), (None, grad_mem)))),
             ((False, False), (True, True), (True, False), (False, True)),
         ):
+            compare_through_time(*grads, h_seq, mem, beta, threshold, settings, learn)
             needed = mem if settings.resets_in_step or any(learn) else None
             learned = beta.shape if learn[0] else None, learn[1]
             given = (*grads, h_seq, needed, threshold, settings, *learned)
@@ -83,6 +84,22 @@ def compare(
             assert_match(got_grads[0], want_grads[0], 1e-6 * largest if surrogate in EXPONENTIAL else 0)
             assert_match(got_grads[1], want_grads[1], 1e-7 * terms, 1e-6)
             assert_match(got_grads[2], want_grads[2], 1e-7 * terms, 1e-6)
+
+
+def compare_through_time(grad_s, grad_mem, h_seq, mem, beta, threshold, settings, learn):
+    """The gradient through time on both backends."""
+    settings = settings._replace(through_time=True)
+    needs_mem = settings.resets_in_step or any(learn) or settings.reset_mechanism == "zero"
+    given = (grad_s, grad_mem, h_seq, mem if needs_mem else None, beta, threshold, settings, *learn)
+    want = torch_leaky.backward_through_time(*given)
+    got = ON_HOST.backward_through_time(*given)
+    exponential = settings.surrogate.name in EXPONENTIAL
+    for k in (0, 3):
+        largest = want[k].abs().nan_to_num(0, 0, 0).amax().item()
+        assert_match(got[k], want[k], 1e-5 * largest if exponential else 0)
+    terms = h_seq.abs().nan_to_num(0, 0, 0).amax() * want[0].abs().nan_to_num(0, 0, 0).sum()
+    for k in (1, 2):
+        assert_match(got[k], want[k], 1e-6 * terms.item(), 1e-5)
 
 
 def compare_random(dtype, shape, beta_shape, threshold_shape, *settings, **options):

@@ -101,6 +101,25 @@ def compare(x_seq, v, decay, settings, grad_s, grad_v):
             assert_same_kind(got_decay, want_decay)
             terms = want_grad.float().abs().nan_to_num(0, 0, 0).sum().item() if save_slope else 0
             torch.testing.assert_close(got_decay, want_decay, rtol=1e-6, atol=1e-6 * terms, equal_nan=True)
+    compare_through_time(x_seq, v, decay, settings._replace(charged=False, through_time=True), grad_s, grad_v)
+
+
+def compare_through_time(x_seq, v, decay, settings, grad_s, grad_v):
+    """The same of the gradient through time."""
+    for save_slope in {False, decay is not None}:
+        want = torch_lif.forward(x_seq, v, decay, settings, True, save_slope)
+        assert_outputs_match(ON_HOST.forward(x_seq, v, decay, settings, True, save_slope), want, settings)
+        for grads in ((grad_s, grad_v), (grad_s, None), (None, grad_v)):
+            given = (*grads, want[3], want[4], decay, settings)
+            want_grads = torch_lif.backward_through_time(*given)
+            got_grads = ON_HOST.backward_through_time(*given)
+            for k in (0, 2):
+                assert_derivatives_match(got_grads[k], want_grads[k], settings.surrogate.name)
+            assert_same_kind(got_grads[1], want_grads[1])
+            terms = (want_grads[0].float() * want[4]).abs().nan_to_num(0, 0, 0).sum() if save_slope else 0
+            torch.testing.assert_close(
+                got_grads[1], want_grads[1], rtol=1e-6, atol=1e-5 * float(terms), equal_nan=True
+            )
 
 
 def assert_outputs_match(got, want, settings):

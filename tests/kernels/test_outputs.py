@@ -16,6 +16,8 @@ NEURONS = {
     "if charged": lambda x, **options: multi_step_if(x, charged=True, **options),
     "lif": lambda x, **options: multi_step_lif(x, v_reset=None, **options),
     "plif": lambda x, **options: multi_step_plif(x, torch.tensor(0.3, device=x.device), **options),
+    "lif through time": lambda x, **options: multi_step_lif(x, through_time=True, **options),
+    "leaky through time": lambda x, **options: multi_step_leaky(x, beta=0.9, through_time=True, **options),
     "leaky": lambda x, **options: multi_step_leaky(x, beta=0.9, **options),
     "leaky at once": lambda x, **options: multi_step_leaky(x, beta=0.9, reset_delay=False, **options),
 }
@@ -72,12 +74,13 @@ def test_the_input_may_be_changed_in_place(single_step, backend):
 
 def test_no_output_shares_memory(backend):
     kernels = selection._REGISTERED[backend].kernels[LIF]
-    for charged, start, v_reset, v_threshold, time_steps, save in itertools.product(
-        (False, True), (0.0, torch.zeros(40)), (None, 0.0), (0.0, 1.0), (1, 3), (False, True)
+    kinds = {}, {"charged": True}, {"through_time": True}
+    for kind, start, v_reset, v_threshold, time_steps, save in itertools.product(
+        kinds, (0.0, torch.zeros(40)), (None, 0.0), (0.0, 1.0), (1, 3), (False, True)
     ):
         settings = lif_settings(
-            v_threshold=v_threshold, v_reset=v_reset, detach_reset=False, charged=charged, surrogate=Surrogate()
-        )  # fmt: skip
+            v_threshold=v_threshold, v_reset=v_reset, detach_reset=False, surrogate=Surrogate(), **kind
+        )
         x_seq = torch.randn(time_steps, 40)
         outputs = kernels.forward(x_seq, start, None, settings, save, False)
         given = [x_seq, start] if isinstance(start, torch.Tensor) else [x_seq]
