@@ -45,7 +45,9 @@ def each_step(neurons: Sequence[StatefulModule], run: Callable[[Any], Any]) -> C
                 neuron.begin_step()
             with one_call(stepwise, 1):
                 returned.append(run(frame))
-            detach(stepwise)
+            detach(
+                stepwise
+            )  # though they cut what they have left: a graph that is compiled cannot be asked for it
         return returned
 
     return run_all
