@@ -171,7 +171,11 @@ def _library(case: Case, fresh_trainers: bool) -> _Run:
     iterations: list[Iteration] = []
     steps: list[tuple[int, ...]] = []
     selected = case.options.select
-    first = selected if isinstance(selected, tuple) else tuple(range(selected or case.options.time_steps))
+    last = min(
+        (selected if isinstance(selected, int) else case.options.time_steps) * case.options.window,
+        case.options.time_steps,
+    )
+    first = selected if isinstance(selected, tuple) else tuple(range(last))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", SLTTWarning)
