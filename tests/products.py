@@ -22,4 +22,4 @@ def spread(first: Iterable[Any], second: Iterable[Any], each: int = 1) -> list[A
 
 
 def _named(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(str, value)) if type(value) is tuple else str(value)

@@ -76,6 +76,8 @@ def _through_time(draw: random.Random, case: Case) -> Case:
     options = case.options
     if options.chunk == "auto" or options.inside or draw.random() < 0.8:
         return case
+    if options.loss.startswith("saliency"):  # of one step: hooks on gradients see zeros at the others
+        return case
     steps = options.time_steps
     chunk = min(options.chunk, steps) if case.form == "multi" else draw.choice([1, 2, 3, steps, steps])
     options = replace(options, temporal="call", chunk=min(chunk, steps))

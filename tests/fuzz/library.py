@@ -90,7 +90,8 @@ def run(case: Case, fresh: bool) -> Run:
 def _first_steps(case: Case) -> tuple[int, ...]:
     """Some steps that an iteration may select."""
     select, time_steps = case.options.select, case.options.time_steps
-    first = select if isinstance(select, tuple) else range(select or time_steps)
+    drawn = (select or time_steps) * case.options.window if isinstance(select, int) else time_steps
+    first = select if isinstance(select, tuple) else range(min(drawn, time_steps))
     return tuple(call * time_steps + t for call in range(case.options.calls) for t in first)
 
 
