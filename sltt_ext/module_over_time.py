@@ -19,7 +19,7 @@ from sltt_ext.online.heads import Returns
 from sltt_ext.online.inputs import TimeDims
 from sltt_ext.online.schedule import Schedule
 from sltt_ext.online.time_inside import TimeInside
-from sltt_ext.online.time_loop import Forward, Settings, TimeLoop
+from sltt_ext.online.time_loop import Forward, Norms, Settings, TimeLoop
 
 __all__ = ["over_time"]
 
@@ -32,6 +32,7 @@ def over_time(
     *,
     k: int | None = None,
     chunk: int = 1,
+    norms: Norms = "step",
     time_dim: TimeDims = None,
     time_inside: str | Sequence[str] | None = None,
     returns: Returns | None = None,
@@ -62,6 +63,10 @@ def over_time(
         time_steps: T, how many steps an input is shown; None takes it from the input (``time_dim``).
         k: None back-propagates every step (SLTT); a number K runs K random ones again (SLTT-K), with T / K of their gradient.
         chunk: How many steps a multi-step network is shown in one call.
+        norms: Which steps the batch norms of a multi-step network in training take their statistics over: ``"step"`` those of
+            a call, ``"sequence"`` all T, as in one call with the whole sequence. Such a call without a graph is then made
+            first, and the gradient through the statistics is that of each call's own samples (see "Norms over time" in
+            the documentation). ``chunk=T`` is exact, with the memory of T steps.
         time_dim: None shows the first argument ``[N, ...]`` at every step; 0 or 1 is its axis of time, ``[T, N, ...]`` or
             ``[N, T, ...]``. A dict says so for arguments by name. All others are passed as they are. An argument may be a
             tensor, or any structure of tensors.
@@ -109,6 +114,7 @@ def over_time(
         k=k,
         schedule=options.selection(k, schedule, steps),
         chunk=options.count("chunk", chunk),
+        norms=options.one_of("norms", norms, ("step", "sequence"), "'step' or 'sequence'"),
         time_dim=options.axes("time_dim", time_dim),
         time_inside=inside,
         returns=returns and options.one_of("returns", returns, ("mean", "sequence"), "'mean' or 'sequence'"),

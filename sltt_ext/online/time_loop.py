@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,15 @@ from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import Found, recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps
+from sltt_ext.online.sequence_norms import NormsOfSequence, statistics_over_time
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
 from sltt_ext.online.time_inside import StepsInside, TimeInside
 
-__all__ = ["Forward", "Settings", "TimeLoop"]
+__all__ = ["Forward", "Norms", "Settings", "TimeLoop"]
 
 Forward = Callable[..., Any]
+Norms = Literal["step", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Settings:
     k: int | None
     schedule: Schedule | None
     chunk: int
+    norms: Norms
     time_dim: TimeDims
     time_inside: TimeInside | None
     returns: Returns | None
@@ -101,7 +104,8 @@ class TimeLoop:
         time_steps = arguments.time_steps(settings.time_steps)
         whole = whole_sequences(neurons, time_steps, settings.chunk, settings.schedule is not None)
         part = time_steps if whole else min(settings.chunk, time_steps)
-        if multi_step and part < time_steps:
+        of_sequence = settings.norms == "sequence" and part < time_steps and bool(norms_over_time(net))
+        if multi_step and part < time_steps and settings.norms == "step":
             self._say_what_norms_see(net, part)
         source = partial(
             arguments.frames,
@@ -135,9 +139,12 @@ class TimeLoop:
         with explaining_steps(
             net, _first(arguments.tensors), time_steps, _axis(settings.time_dim), multi_step
         ):
-            outputs = recorded(
-                one, heads, arguments.tensors, source, partial(self._speed_ups, net), wanting, found
-            )
+            around = self._around(net)
+            if of_sequence:
+                looking = replace(one, source=source(arguments.tensors))
+                around = (*around, NormsOfSequence(statistics_over_time(looking, (*around, self._kept))))
+            speed_ups = partial(self._speed_ups, around)
+            outputs = recorded(one, heads, arguments.tensors, source, speed_ups, wanting, found)
         if inside and settings.returns is None:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
         return heads.rebuild(outputs)
@@ -176,15 +183,19 @@ class TimeLoop:
             options.count("k", self.settings.k, at_most=time_steps)
         return selected_steps(self.settings.schedule, time_steps, self.settings.generator)
 
-    def _speed_ups(self, net: nn.Module, one: Pass) -> Sequence[SpeedUp]:
+    def _around(self, net: nn.Module) -> tuple[SpeedUp, ...]:
+        """What a pass through the network cannot be without."""
+        inside = self.settings.time_inside
+        return (Alone(),) if inside is None else (Alone(), StepsInside(inside, net))
+
+    def _speed_ups(self, around: Sequence[SpeedUp], one: Pass) -> Sequence[SpeedUp]:
         settings = self.settings
-        inside = [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
         speed_ups, _ = speed_ups_of(
-            one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
+            one.sizes, tried=SpeedUp() if settings.time_inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
             modules=self._modules, caches=settings.cache_invariant and not torch.is_inference_mode_enabled(),
             keeps_graphs=True, packs=settings.pack_spikes, charges=one.again or one.keeps_from is None,
         )  # fmt: skip
-        return Alone(), *inside, *speed_ups
+        return *around, *speed_ups
 
     def _say_what_norms_see(self, net: nn.Module, part: int) -> None:
         """Warn, once, of norms whose statistics are of fewer steps than the network had in one call."""
@@ -193,7 +204,8 @@ class TimeLoop:
             self._told = True
             message = (
                 f"batch norms take their statistics over {part} step{'s' * (part > 1)} at a time, and not over all T steps at once, "
-                "as in a call with the whole sequence (chunk=T keeps them, with the memory of T steps):"
+                "as in a call with the whole sequence (norms='sequence' keeps the statistics, with one more pass without a graph; "
+                "chunk=T the gradient through them, too, with the memory of T steps):"
             )
             warnings.warn(listed(message, norms), SLTTWarning, stacklevel=5)
 
