@@ -2,11 +2,12 @@
 
 python benchmarks/norms_over_time.py gradients --data FOLDER
 python benchmarks/norms_over_time.py accuracy --data FOLDER     FOLDER/{train,test}/<class>/*.jpg
+python benchmarks/norms_over_time.py memory                     of `over_time` itself
 
-Writes `results/norms_over_time.csv` and `results/norms_over_time_accuracy.csv`. The gradient that all are compared with
+Writes `results/norms_over_time.csv`, `norms_over_time_accuracy.csv` and `norms_over_time_memory.csv`. The gradient that all are compared with
 is SLTT's of the network as it was, with norms over all T N samples (`chunk=T`). What the methods are is in `step_norms`;
-the networks are small (`published_style`), images and frames have 16 x 16 pixels. Accuracies are appended run by run,
-and runs that are in the file are not repeated.
+the networks are small (`published_style`), images and frames have 16 x 16 pixels. Rows are appended
+as soon as they are there, and what is in the files is not repeated.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,15 @@ from torch.nn import functional as F
 from torchvision import datasets, transforms
 
 import sltt_ext
+from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.analysis.timing import device_name
 from sltt_ext.data import load_event_digits
 
-BATCHES = {2: 6, 8: 4, 32: 2, 128: 1}
+BATCHES = {2: 4, 8: 2, 32: 1, 128: 1}
 """Samples of a batch -> how many batches are measured."""
-WARM_UP = 60
+WARM_UP = 40
 COMPARED = (*METHODS, TWICE)
+VERSIONS = {"device": device_name(), "torch": torch.__version__, "spikingjelly": version_of("spikingjelly")}
 IMAGES = {"train": 200, "test": 50}
 """Of each class; a subset of the folder's."""
 
@@ -105,28 +110,44 @@ def started(name: str, data: Data, trained: bool) -> nn.Module:
     return norms.net
 
 
-def gradients(sets: dict[str, Data]) -> Iterator[dict[str, Any]]:
-    for set_name, data in sets.items():
-        for network in NETWORKS:
-            for trained in (False, True):
-                net = started(network, data, trained)
-                for size in BATCHES:
-                    for method, values in compared(net, data, size, trained).items():
-                        cosines, ratios, outputs = zip(*values, strict=True)
-                        yield {
-                            "set": set_name,
-                            "network": network,
-                            "trained": trained,
-                            "time_steps": data.time_steps,
-                            "batch": size,
-                            "method": method,
-                            "batches": len(values),
-                            "cosine": round(statistics.mean(cosines), 4),
-                            "cosine_lowest": round(min(cosines), 4),
-                            "cosine_highest": round(max(cosines), 4),
-                            "norm_ratio": round(statistics.mean(ratios), 4),
-                            "output_error": round(statistics.mean(outputs), 4),
-                        }
+def gradients(sets: dict[str, Data]) -> None:
+    path = RESULTS / "norms_over_time.csv"
+    done = recorded(path, ("set", "network", "trained"))
+    for set_name, network, trained in itertools.product(sets, NETWORKS, (True, False)):
+        if (set_name, network, str(trained)) in done:
+            continue
+        data = sets[set_name]
+        net = started(network, data, trained)
+        found = {size: compared(net, data, size, trained) for size in BATCHES}
+        for size, by_method in found.items():
+            for method, values in by_method.items():
+                cosines, ratios, outputs = zip(*values, strict=True)
+                append(
+                    path,
+                    {
+                        "set": set_name,
+                        "network": network,
+                        "trained": trained,
+                        "time_steps": data.time_steps,
+                        "batch": size,
+                        "method": method,
+                        "batches": len(values),
+                        "cosine": round(statistics.mean(cosines), 4),
+                        "cosine_lowest": round(min(cosines), 4),
+                        "cosine_highest": round(max(cosines), 4),
+                        "norm_ratio": round(statistics.mean(ratios), 4),
+                        "output_error": round(statistics.mean(outputs), 4),
+                        **VERSIONS,
+                    },
+                )
+
+
+def recorded(path: Path, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """What is in a file of results, by these columns."""
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        return {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
 
 
 def compared(
@@ -155,11 +176,7 @@ TRAINED_BY = ("chunk=T", "step", "whole pass first")
 
 def accuracy(sets: dict[str, Data]) -> None:
     path = RESULTS / "norms_over_time_accuracy.csv"
-    columns = ("set", "method", "seed")
-    done = set()
-    if path.exists():
-        with path.open() as file:
-            done = {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
+    done = recorded(path, ("set", "method", "seed"))
     for seed in range(SEEDS):
         for set_name, data in sets.items():
             for method in TRAINED_BY:
@@ -178,9 +195,7 @@ def accuracy(sets: dict[str, Data]) -> None:
                         "epochs": EPOCHS,
                         "training_samples": len(data.train),
                         "test_samples": len(data.test),
-                        "device": device_name(),
-                        "torch": torch.__version__,
-                        "spikingjelly": version_of("spikingjelly"),
+                        **VERSIONS,
                     },
                 )
 
@@ -204,18 +219,43 @@ def trained_accuracy(data: Data, method: str, seed: int) -> float:
     return int(torch.stack(correct).sum()) / len(data.test)
 
 
+def memory() -> Iterator[dict[str, Any]]:
+    """Peak memory of activations and gradients of an iteration of `over_time`, N = 8."""
+    x, target = torch.rand(8, 3, 16, 16), torch.arange(8)
+    for time_steps in (4, 16):
+        for name, build in NETWORKS.items():
+            peaks = {}
+            for label, options in LIBRARY.items():
+                chunk = time_steps if label == "chunk=T" else 1
+                net = sltt_ext.over_time(build(3), time_steps, chunk=chunk, **options)
+                peaks[label] = round(peak_activation_bytes(partial(_iteration, net, x, target)) / 1e6, 1)
+            yield {"network": name, "time_steps": time_steps, "batch": len(x), **peaks}
+
+
+LIBRARY: dict[str, dict[str, Any]] = {"step": {}, "sequence": {"norms": "sequence"}, "chunk=T": {}}
+
+
+def _iteration(net: nn.Module, x: Tensor, target: Tensor) -> None:
+    F.cross_entropy(net(x), target).backward()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["gradients", "accuracy"])
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("what", choices=["gradients", "accuracy", "memory"])
+    parser.add_argument("--data", type=Path)
     options = parser.parse_args()
-    sets = {"event digits": event_digits(), "images": images(options.data)}
+    if options.what == "memory":
+        write_results("norms_over_time_memory", memory())
+        return
+    if options.data is None:
+        parser.error("images are read from --data FOLDER, with FOLDER/{train,test}/<class>/*.jpg")
+    sets = {"images": images(options.data), "event digits": event_digits()}
     if options.what == "accuracy":
         accuracy(sets)
     else:
-        write_results("norms_over_time", gradients(sets), show=False)
+        gradients(sets)
 
 
 if __name__ == "__main__":

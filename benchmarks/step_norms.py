@@ -190,11 +190,11 @@ def _channels(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
-def _passes(number: int, first: Rule = of_the_step) -> Callable[[Norms, Tensor], Tensor]:
+def _passes(number: int) -> Callable[[Norms, Tensor], Tensor]:
     """The last of several passes step by step, by the statistics over all steps of the one before it."""
 
     def run(norms: Norms, x_seq: Tensor) -> Tensor:
-        rule = first
+        rule: Rule = of_the_step
         for _ in range(number - 1):
             with torch.no_grad():
                 norms.run(x_seq, rule)
@@ -229,7 +229,6 @@ METHODS: dict[str, Callable[[Norms, Tensor], Tensor]] = {
     "chunk=T/2": lambda norms, x_seq: norms.run(x_seq, chunk=len(x_seq) // 2),
     "first pass in replay": _replayed,
     "two passes": _passes(2),
-    "two passes, first by running": _passes(2, first=running),
     "three passes": _passes(3),
     "running": lambda norms, x_seq: norms.run(x_seq, running),
     "running, no moments": lambda norms, x_seq: norms.run(x_seq, running, "none"),

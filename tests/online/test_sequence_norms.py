@@ -177,13 +177,31 @@ def test_how_steps_are_run_does_not_matter(k, options, memory_budget):
 def test_a_network_with_time_inside_gives_what_it_gave():
     reference, net = Norms(told), Norms(told, inside=True)
     x_seq = X_SEQ[:1].repeat(T, 1, 1, 1, 1)
-    outputs, _ = as_it_is(Norms(told), x_seq)
+    as_it_was = Norms(told)
+    outputs, _ = as_it_is(as_it_was, x_seq)
     sltt_ext.over_time(net, time_inside="T", norms="sequence")
     _, gradients = expected(reference, cross_entropy, x_seq=x_seq)
     output = net(x_seq[0])
     F.cross_entropy(output, TARGET).backward()
     assert torch.allclose(output, outputs.mean(0), atol=1e-12)
+    assert all(map(torch.allclose, buffers(net), buffers(as_it_was)))
     assert oracle.relative_error(oracle.gradients(net), gradients) < 1e-9
+
+
+def test_an_input_that_stays_the_same():
+    """What follows from it is evaluated once, a norm by the statistics of all steps as well."""
+    reference, net = Norms(told), Norms(told)
+    x_seq = X_SEQ[:1].repeat(T, 1, 1, 1, 1)
+    as_it_is(reference, x_seq)
+    before = buffers(reference)
+    _, gradients = expected(Norms(told), cross_entropy, x_seq=x_seq)
+    sltt_ext.over_time(net, T, norms="sequence")
+    for iteration in range(2):
+        net.zero_grad()
+        F.cross_entropy(net(X_SEQ[0]), TARGET).backward()
+        assert oracle.relative_error(oracle.gradients(net), gradients) < 1e-9
+        assert iteration or all(map(torch.allclose, buffers(net), before))
+    assert all(norm.num_batches_tracked == 2 for norm in norms_of(net))
 
 
 def test_a_sequence_that_goes_on_starts_from_where_the_last_one_ended():
