@@ -23,7 +23,7 @@ from sltt_ext.online.inputs import TimeDims
 from sltt_ext.online.network import goes_through_time
 from sltt_ext.online.schedule import Schedule
 from sltt_ext.online.time_inside import TimeInside
-from sltt_ext.online.time_loop import Forward, Settings, TimeLoop
+from sltt_ext.online.time_loop import Forward, Norms, Settings, TimeLoop
 
 __all__ = ["over_time"]
 
@@ -36,6 +36,7 @@ def over_time(
     *,
     k: int | None = None,
     chunk: int = 1,
+    norms: Norms = "step",
     time_dim: TimeDims = None,
     time_inside: str | Sequence[str] | None = None,
     returns: Returns | None = None,
@@ -68,6 +69,10 @@ def over_time(
         k: None back-propagates every step (SLTT); a number K runs K of them again (SLTT-K), with T / K times their gradient.
             With ``temporal="call"``, K windows of ``chunk`` steps.
         chunk: How many steps a multi-step network is shown in one call; with ``temporal="call"``, any network.
+        norms: Which steps the batch norms of a multi-step network in training take their statistics over: ``"step"`` those of
+            a call, ``"sequence"`` all T, as in one call with the whole sequence. Such a call without a graph is then made
+            first, and the gradient through the statistics is that of each call's own samples (see "Norms over time" in
+            the documentation). ``chunk=T`` is exact, with the memory of T steps.
         time_dim: None shows the first argument ``[N, ...]`` at every step; 0 or 1 is its axis of time, ``[T, N, ...]`` or
             ``[N, T, ...]``. A dict says so for arguments by name. All others are passed as they are. An argument may be a
             tensor, or any structure of tensors.
@@ -122,6 +127,7 @@ def over_time(
         schedule=options.selection(k, schedule, steps, window or 1),
         chunk=chunk,
         window=window,
+        norms=options.one_of("norms", norms, ("step", "sequence"), "'step' or 'sequence'"),
         time_dim=options.axes("time_dim", time_dim),
         time_inside=inside,
         returns=returns and options.one_of("returns", returns, ("mean", "sequence"), "'mean' or 'sequence'"),

@@ -1,3 +1,4 @@
+import copy
 import csv
 import itertools
 import subprocess
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import networks as small_networks
 import oracle
+import published_style
 import pytest
+import step_norms
 import torch
 from peers import claims, measurements, tables
 from peers.contenders import contenders
@@ -15,8 +18,10 @@ from peers.networks import CLASSES, Network, alive, networks, spikformer
 from peers.rate_based import RateLIFNode, _RateNorm, rate_gradients
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import sltt_ext
 from sltt_ext.models.nf_resnet import BasicBlock, NFResNet
 from sltt_ext.models.preact_resnet import PreActResNet
 from sltt_ext.models.vgg import VGG
@@ -281,6 +286,32 @@ def test_the_tables_in_the_docs_are_the_measured_ones():
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert tables.MARKED.search(page)
     assert page == tables.with_tables(page)
+
+
+@pytest.mark.filterwarnings("ignore:batch norms take their statistics")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("step", {}), ("chunk=T", {"chunk": T}), ("whole pass first", {"norms": "sequence"})],
+)
+@pytest.mark.parametrize(
+    ("network", "sizes"),
+    [
+        (published_style.SEWResNet, (4,)),
+        (published_style.Spikformer, (8, 1)),
+        (published_style.SpikeDrivenTransformer, (8, 1)),
+    ],
+)
+def test_prototypes_of_norms_over_time_are_what_the_library_does(network, sizes, method, options):
+    torch.manual_seed(0)
+    net = network(2, *sizes).double()
+    x_seq, target = torch.randn(T, 2, 2, 16, 16, dtype=torch.float64), torch.tensor([0, 3])
+    norms = step_norms.Norms(sltt_ext.convert(copy.deepcopy(net)))
+    expected, output = step_norms.gradient(norms, (x_seq, target), method, F.cross_entropy)
+    actual = sltt_ext.over_time(net, time_dim=0, **options)(x_seq)
+    F.cross_entropy(actual, target).backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
+    assert torch.allclose(actual, output, atol=1e-9)
+    assert oracle.relative_error([gradient], [expected]) < 1e-6
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.forwards import Layer
@@ -20,7 +21,7 @@ from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import folds_time, is_batch_norm
 
-__all__ = ["NormsInParts", "norms_over_time", "untold_norm"]
+__all__ = ["NormsInParts", "norms_of_batches", "norms_over_time", "takes_sequences", "untold_norm"]
 
 
 class NormsInParts(SpeedUp):
@@ -39,7 +40,7 @@ class NormsInParts(SpeedUp):
         """Stand in for the forward of every norm that reads batch statistics."""
         shares = max(one.sizes.chunk, one.sizes.group) > one.sizes.part
         for _, norm, folded in _norms(one.net) if shares else ():
-            if folded or _takes_sequences(norm):
+            if folded or takes_sequences(norm):
                 one.replaced.forward(norm, Layer.PARTS, self._folded if folded else self._sequence)
         yield
 
@@ -61,7 +62,7 @@ class NormsInParts(SpeedUp):
         call = self._call
         if call is None or len(call.parts) == 1 or self._evaluated_once(norm, x):
             return forward(x)
-        if len(x) % call.steps or (_takes_sequences(norm) and len(x) != call.steps):
+        if len(x) % call.steps or (takes_sequences(norm) and len(x) != call.steps):
             raise ConfigurationError(
                 f"{call.steps} steps share a call of the network, and a {type(norm).__name__} is called with shape "
                 f"{list(x.shape)}, which does not have time in front: give chunk=1, and no k"
@@ -72,15 +73,25 @@ class NormsInParts(SpeedUp):
 
 def untold_norm(net: nn.Module) -> str | None:
     """The path of a norm that reads batch statistics, and nobody tells where it has its time; None if there is none."""
-    return next((path for path, norm, folded in _norms(net) if not (folded or _takes_sequences(norm))), None)
+    return next((path for path, norm, folded in _norms(net) if not (folded or takes_sequences(norm))), None)
 
 
 def norms_over_time(net: nn.Module) -> dict[str, str]:
     """The norms that read the batch statistics of all steps of a call at once, by path."""
-    return {path: f"a {type(norm).__name__}" for path, norm, _ in _norms(net)}
+    return {path: f"a {type(norm).__name__}" for path, norm, _ in norms_of_batches(net)}
+
+
+def takes_sequences(norm: nn.Module) -> bool:
+    """Whether a norm has time in front of the batch."""
+    return getattr(norm, "step_mode", None) == "m"
 
 
 def _norms(net: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Paths of the norms of a known kind that read batch statistics, and whether they read time folded into the batch."""
+    return (entry for entry in norms_of_batches(net) if is_batch_norm(entry[1]))
+
+
+def norms_of_batches(net: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
     """Paths of the norms that read batch statistics, and whether they read time folded into the batch.
 
     Those of modules that keep the steps of a call apart are left out.
@@ -95,9 +106,7 @@ def _norms(net: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
         folded = folded or folds_time(module)
         children = module.named_children()
         waiting += [(f"{path}.{name}" if path else name, child, folded) for name, child in children]
-        if is_batch_norm(module) and (module.training or module._buffers.get("running_mean") is None):
+        if isinstance(module, _BatchNorm) and (
+            module.training or module._buffers.get("running_mean") is None
+        ):
             yield path, module, folded
-
-
-def _takes_sequences(norm: nn.Module) -> bool:
-    return getattr(norm, "step_mode", None) == "m"

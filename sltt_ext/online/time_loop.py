@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +40,16 @@ from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import Found, recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps
+from sltt_ext.online.sequence_norms import NormsOfSequence, statistics_over_time
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import is_leaf, outer_tensors
 from sltt_ext.online.time_inside import StepsInside, TimeInside
 from sltt_ext.online.windows import each_frame, each_step, read_each
 
-__all__ = ["Forward", "Settings", "TimeLoop"]
+__all__ = ["Forward", "Norms", "Settings", "TimeLoop"]
 
 Forward = Callable[..., Any]
+Norms = Literal["step", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Settings:
     schedule: Schedule | None
     chunk: int
     window: int | None
+    norms: Norms
     time_dim: TimeDims
     time_inside: TimeInside | None
     returns: Returns | None
@@ -126,7 +129,8 @@ class TimeLoop:
         whole = whole_sequences(neurons, time_steps, settings.chunk, settings.schedule is not None)
         part = time_steps if whole else min(settings.chunk, time_steps)
         windows = part > 1 and not (multi_step or inside)
-        if multi_step and part < time_steps:
+        of_sequence = settings.norms == "sequence" and part < time_steps and bool(norms_over_time(net))
+        if multi_step and part < time_steps and settings.norms == "step":
             self._say_what_norms_see(net, part)
 
         def source(tensors: Sequence[Tensor]) -> Frames:
@@ -168,9 +172,12 @@ class TimeLoop:
         with explaining_steps(
             net, _first(arguments.tensors), time_steps, _axis(settings.time_dim), multi_step
         ):
-            outputs = recorded(
-                one, heads, arguments.tensors, source, partial(self._speed_ups, net, windows), wanting, found
-            )
+            norms: tuple[SpeedUp, ...] = ()
+            if of_sequence:
+                looking = replace(one, source=source(arguments.tensors))
+                norms = (NormsOfSequence(statistics_over_time(looking, (*self._around(net), self._kept))),)
+            speed_ups = partial(self._speed_ups, net, norms, windows)
+            outputs = recorded(one, heads, arguments.tensors, source, speed_ups, wanting, found)
         if inside and settings.returns is None:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
         return heads.rebuild(outputs)
@@ -238,20 +245,25 @@ class TimeLoop:
             self._common = common_generator(net, self.settings.generator)
         return selected_steps(self.settings.schedule, time_steps, self._common or self.settings.generator)
 
+    def _around(self, net: nn.Module) -> tuple[SpeedUp, ...]:
+        """What a pass through the network cannot be without."""
+        inside = self.settings.time_inside
+        return (
+            Alone(),
+            *([Sharded(net)] if is_sharded(net) else []),
+            *([] if inside is None else [StepsInside(inside, net)]),
+        )
+
     def _speed_ups(
-        self, net: nn.Module, windows: bool, one: Pass, once: EvaluatedOnce | None
+        self, net: nn.Module, norms: Sequence[SpeedUp], windows: bool, one: Pass, once: EvaluatedOnce | None
     ) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
         settings = self.settings
-        inside: list[SpeedUp] = (
-            [] if settings.time_inside is None else [StepsInside(settings.time_inside, net)]
-        )
-        sharded = is_sharded(net)
         speed_ups, once = speed_ups_of(
-            one.sizes, tried=SpeedUp() if inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
+            one.sizes, tried=SpeedUp() if settings.time_inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
             modules=self._modules, caches=settings.cache_invariant and not (windows or torch.is_inference_mode_enabled()),
-            keeps_graphs=not sharded, packs=settings.pack_spikes, once=once, charges=not windows,
+            keeps_graphs=not is_sharded(net), packs=settings.pack_spikes, once=once, charges=not windows,
         )  # fmt: skip
-        return (Alone(), *([Sharded(net)] if sharded else []), *inside, *speed_ups), once
+        return (*self._around(net), *norms, *speed_ups), once
 
     def _say_what_norms_see(self, net: nn.Module, part: int) -> None:
         """Warn, once, of norms whose statistics are of fewer steps than the network had in one call."""
@@ -260,7 +272,8 @@ class TimeLoop:
             self._told = True
             message = (
                 f"batch norms take their statistics over {part} step{'s' * (part > 1)} at a time, and not over all T steps at once, "
-                "as in a call with the whole sequence (chunk=T keeps them, with the memory of T steps):"
+                "as in a call with the whole sequence (norms='sequence' keeps the statistics, with one more pass without a graph; "
+                "chunk=T the gradient through them, too, with the memory of T steps):"
             )
             warnings.warn(listed(message, norms), SLTTWarning, stacklevel=5)
 
