@@ -4,9 +4,9 @@ python benchmarks/norms_over_time.py gradients --data FOLDER
 python benchmarks/norms_over_time.py accuracy --data FOLDER     FOLDER/{train,test}/<class>/*.jpg
 python benchmarks/norms_over_time.py memory                     of `over_time` itself
 
-Writes `results/norms_over_time.csv`, `norms_over_time_accuracy.csv` and `norms_over_time_memory.csv`. The gradient that all are compared with
-is SLTT's of the network as it was, with norms over all T N samples (`chunk=T`). What the methods are is in `step_norms`;
-the networks are small (`published_style`), images and frames have 16 x 16 pixels. Rows are appended
+Writes `norms_over_time.csv`, `norms_over_time_accuracy.csv` and `norms_over_time_memory.csv` in `results`. The gradient
+that all are compared with is SLTT's of the network as it was, with norms over all T N samples (`chunk=T`). What the methods
+are is in `step_norms`; the networks are small (`published_style`), images and frames have 16 x 16 pixels. Rows are appended
 as soon as they are there, and what is in the files is not repeated.
 """
 

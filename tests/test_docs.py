@@ -167,6 +167,85 @@ def test_times_and_memory_of_the_papers_methods_in_the_docs_are_the_measured_one
         assert " | ".join([f"| {ACCURACY_SETS[row['set']]}", *(row[key] for key in columns)]) in page
 
 
+REMEDIES = {
+    "step": "each step's own statistics", "chunk=T/2": "`chunk=T/2`", "first pass in replay": "those over all steps of the first pass, in backward only",
+    "two passes": "two passes", "three passes": "three passes", "seen so far": "steps seen so far", "half-life of a step": "moving average over steps",
+    "running": "running statistics", "running, no moments": "running statistics, no gradient through them", "latest iteration": "latest iteration",
+    "whole pass first": "`norms=\"sequence\"`", "whole pass first, no moments": "the same, no gradient through the statistics",
+    "whole pass first, two backward": "the same, two backward passes",
+}  # fmt: skip
+NORMS = ("step", "two passes", "seen so far", "running", "whole pass first")
+
+
+def norms_over_time_tables():
+    """Rows of the tables of "Norms over time"."""
+    cosines = {}
+    for row in results("norms_over_time"):
+        key = row["network"], row["batch"], row["method"]
+        if row["set"] == "images":
+            cosines.setdefault(key, {})[row["trained"]] = float(row["cosine"])
+    places = dict.fromkeys(key[:2] for key in cosines)
+    pairs = {key: f"{both['False']:.3f}; {both['True']:.3f}" for key, both in cosines.items()}
+    gradients = [[*place, *(pairs[(*place, method)] for method in NORMS)] for place in places]
+    memory = [
+        [row[column] for column in ("network", "time_steps", "step", "sequence", "chunk=T")]
+        for row in results("norms_over_time_memory")
+    ]
+    runs = {}
+    for row in results("norms_over_time_accuracy"):
+        runs.setdefault((row["set"], row["method"]), []).append(100 * float(row["test_accuracy"]))
+    reached = {
+        key: f"{statistics.mean(values):.1f} ({min(values):.1f}-{max(values):.1f})"
+        for key, values in runs.items()
+    }
+    accuracy = [
+        [
+            label,
+            str(len(runs[name, "step"])),
+            *(reached[name, method] for method in ("step", "whole pass first", "chunk=T")),
+        ]
+        for name, label in {"event digits": "event digits", "images": "CIFAR-10"}.items()
+    ]
+    by_method = {}
+    for row in results("norms_over_time"):
+        by_method.setdefault(row["method"], []).append(float(row["cosine"]))
+    remedies = [
+        [
+            label,
+            f"{sum(a > b for a, b in zip(by_method[name], by_method['step'], strict=True))} of {len(by_method[name])}",
+            f"{statistics.median(by_method[name]):.3f}",
+            f"{min(by_method[name]):.3f}",
+        ]
+        for name, label in REMEDIES.items()
+    ]
+    return {"gradients": gradients, "remedies": remedies, "memory": memory, "accuracy": accuracy}
+
+
+@pytest.mark.parametrize("table", ["gradients", "remedies", "memory", "accuracy"])
+def test_figures_of_norms_over_time_in_the_docs_are_the_measured_ones(table):
+    page = (ROOT / "docs" / "over-time.md").read_text()
+    marked = re.search(rf"<!-- norms: {table} -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]
+    rows = [f"| {' | '.join(row)} |" for row in norms_over_time_tables()[table]]
+    assert marked.strip().splitlines()[2:] == rows
+
+
+def test_statistics_of_all_steps_bring_the_gradient_nearer():
+    """But for the smallest batch of one network."""
+    page = (ROOT / "docs" / "over-time.md").read_text()
+    errors = {"step": [], "whole pass first": []}
+    for row in results("norms_over_time"):
+        errors.get(row["method"], []).append(100 * float(row["output_error"]))
+    assert f"{min(errors['step']):.0f} to {max(errors['step']):.0f} % off" in page
+    assert not any(errors["whole pass first"])
+    cosines = {}
+    for row in results("norms_over_time"):
+        key = row["set"], row["network"], row["trained"], row["batch"]
+        cosines.setdefault(row["method"], {})[key] = float(row["cosine"])
+    nearer = [cosines["whole pass first"][key] > cosine for key, cosine in cosines["step"].items()]
+    assert sum(nearer) >= len(nearer) - 1
+    assert min(cosines["whole pass first"].values()) > 0.94
+
+
 def test_the_trainer_costs_next_to_nothing():
     assert all(float(row["median_ratio"]) <= 1.02 for row in results("trainer_overhead"))
 
