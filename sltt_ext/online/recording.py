@@ -62,6 +62,13 @@ class Found:
         self.compares = True
         self.holding: WeakSet[_Graphs] = WeakSet()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is alive in this process."""
+        return {**vars(self), "holding": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, holding=WeakSet())
+
     def is_held(self) -> bool:
         """Whether a recording still keeps a graph for its backward pass."""
         return any(graphs.kept for graphs in self.holding)

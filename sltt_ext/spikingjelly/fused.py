@@ -172,7 +172,7 @@ class FusedNode(StepwiseNode):
     ) -> tuple[Tensor, Tensor]:
         """Spikes and final potential for ``x`` ``[N, ...]`` (single-step) or ``[T, N, ...]``."""
         return run_lif(
-            x, v, self._decay(x), settings, backend=self.sltt_backend, single_step=single_step, overwrites=self._overwrites
+            x, v, self._decay(x), settings, backend=self.sltt_backend, single_step=single_step, overwrites=torch.compiler.is_compiling() or self._overwrites
         )  # fmt: skip
 
     def _settings(self, surrogate: Surrogate, charged: bool = False) -> LIFSettings:

@@ -296,6 +296,6 @@ def test_the_names_copy_with_the_network():
     net = sltt_ext.over_time(nn.Sequential(*networks.conv_net()), 6, k=2, schedule="early")
     copied = copy.deepcopy(net)
     torch.manual_seed(0)
-    expected = net._sltt_time_loop._steps(6)
+    expected = net._sltt_time_loop._steps(net, 6)
     torch.manual_seed(0)
-    assert copied._sltt_time_loop._steps(6) == expected
+    assert copied._sltt_time_loop._steps(copied, 6) == expected
