@@ -13,65 +13,32 @@ where there is room.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from sltt_ext.errors import InputError, LossError, SLTTWarning
+from sltt_ext.errors import InputError, LossError
 from sltt_ext.forwards import Replacements
-from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.conditions import Conditions
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariants import EvaluatedOnce
-from sltt_ext.online.outputs import Outputs
-from sltt_ext.online.packing import leave_saving_contexts
+from sltt_ext.online.kept_graphs import Found, Graphs, Opening
+from sltt_ext.online.moments import Again, Moments
+from sltt_ext.online.one_backward import RunAgain
 from sltt_ext.online.passes import Call, Objective, Pass, SpeedUp, through_time
-from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.stand_ins import StandIns, is_leaf, outer_tensors
-from sltt_ext.online.states import keep_charged
 
-__all__ = ["Found", "recorded"]
+__all__ = ["recorded"]
 
 SpeedUps = Callable[[Pass, EvaluatedOnce | None], tuple[Sequence[SpeedUp], EvaluatedOnce]]
 """Those of a pass, and the one among them that evaluates once, which may be that of the first run."""
 
 Source = Callable[[Sequence[Tensor]], Frames]
 """``tensors -> `` the network's input over time, with these in the place of the tensors in its arguments."""
-
-
-class Found:
-    """What recordings of one network have found out.
-
-    Attributes:
-        bytes: How much autograd has saved in a call, at most.
-        compares: Whether outputs of the second run are still compared with those of the first.
-    """
-
-    def __init__(self) -> None:
-        self.bytes = 0
-        self.again = 0
-        self.compares = True
-        self.holding: WeakSet[_Graphs] = WeakSet()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is alive in this process."""
-        return {**vars(self), "holding": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, holding=WeakSet())
-
-    def is_held(self) -> bool:
-        """Whether a recording still keeps a graph for its backward pass."""
-        return any(graphs.kept for graphs in self.holding)
 
 
 def recorded(
@@ -98,7 +65,7 @@ def recorded(
         The outputs, as autograd's function of ``wanting``.
     """
     versions = [_version(tensor) for tensor in inputs]
-    opening = _Opening()
+    opening = Opening()
     stand_ins = None if one.keeps_from is None else StandIns(one.net, wanting, opening)
     if stand_ins is not None:
         one = replace(one, source=source([stand_ins.of(tensor) for tensor in inputs]))
@@ -114,7 +81,7 @@ def recorded(
         )
     wanting = _still_there(one.net, inputs, wanting)
     others = [tensor for tensor in inputs if all(tensor is not one for one in wanting)]
-    return list(_RunAgain.apply(recording, inputs, outputs, *others, *wanting))
+    return list(RunAgain.apply(recording, inputs, outputs, *others, *wanting))
 
 
 class _Recording:
@@ -138,7 +105,7 @@ class _Recording:
         source: Source,
         speed_ups: SpeedUps,
         found: Found,
-        opening: _Opening,
+        opening: Opening,
     ) -> None:
         self._pass = one
         self._heads = heads
@@ -146,8 +113,8 @@ class _Recording:
         self._source = source
         self._speed_ups = speed_ups
         self._opening = opening
-        self._moments = _Moments()
-        self._graphs = _Graphs(heads.outputs, found)
+        self._moments = Moments()
+        self._graphs = Graphs(heads.outputs, found)
         self._once: EvaluatedOnce | None = None  # which holds what the kept graphs have read
 
     def run(self) -> None:
@@ -218,7 +185,7 @@ class _Recording:
         )
         with self._conditions.restored():
             speed_ups, _ = self._speed_ups(one, self._once)
-            around = (stand_ins, _Again(self._moments), *speed_ups)
+            around = (stand_ins, Again(self._moments), *speed_ups)
             before = stand_ins.sums() if self._graphs.compares else []
             through_time(one, objective, around, self._graphs.comparison())
             if before and any(map(torch.ne, before, stand_ins.sums())):
@@ -229,273 +196,9 @@ class _Recording:
                 )
 
 
-class _Graphs(SpeedUp, Outputs):
-    """Graphs of calls that run again are dropped; what autograd saves for them is counted. The others are kept.
-
-    Calls that run again have a graph the first time, too: so they compute the same.
-
-    Args:
-        outputs: Where the outputs go.
-        found: What was found out.
-
-    Attributes:
-        kept: Calls whose graphs are kept, with their outputs.
-    """
-
-    def __init__(self, outputs: Outputs, found: Found) -> None:
-        self.kept: list[tuple[Call, Any]] = []
-        self._outputs = outputs
-        self._found = found
-        self._neurons: Sequence[StatefulModule] = ()
-        self._call: Call | None = None
-        self._first_run: list[list[Tensor]] = []
-        self._weights: set[int] = set()
-        self._saved = _Saved(self._weights)
-
-    @contextmanager
-    def around_pass(self, one: Pass) -> Iterator[None]:
-        """See what is saved anyway."""
-        one.replaced.if_cut_short(lambda: leave_saving_contexts(self._saved.is_asked))
-        self._neurons = one.neurons
-        self._weights = {_storage(parameter) for parameter in one.net.parameters()}
-        yield
-
-    @contextmanager
-    def around_call(self, call: Call) -> Iterator[None]:
-        """Drop what autograd saves, or keep it."""
-        self._call = call
-        if call.keeps_graph:
-            keep_charged(self._neurons)
-        dropping: AbstractContextManager[Any] = nullcontext()
-        saved = self._saved = _Saved(self._weights)
-        if call.differentiable and not call.keeps_graph:
-            dropping = saved_tensors_hooks(saved.drop, _refuse)
-        with dropping:
-            yield
-        self._found.bytes = max(self._found.bytes, saved.bytes)
-
-    def add(self, output_seq: Any) -> None:
-        """Take in the outputs of the call."""
-        call = self._call
-        assert call is not None
-        if call.keeps_graph:
-            self.kept.append((call, output_seq))
-            self._found.holding.add(self)
-        elif call.differentiable and self._found.compares:
-            self._first_run.append([head_seq.detach() for head_seq in output_seq])
-        self._outputs.add(output_seq)
-
-    @property
-    def compares(self) -> bool:
-        """Whether the second run is still compared with the first."""
-        return self._found.compares
-
-    def comparison(self) -> Outputs:
-        """Where the outputs of the second run go."""
-        first_run, self._first_run = self._first_run, []
-        self._found.again += 1
-        self._found.compares = False
-        return _Compared(first_run)
-
-
-class _Saved:
-    """What autograd would save in a call.
-
-    Args:
-        weights: Memory that does not count.
-    """
-
-    def __init__(self, weights: set[int]) -> None:
-        self.bytes = 0
-        self._seen = set(weights)
-        self._asked = False
-
-    def is_asked(self) -> bool:
-        """Whether a tensor was dropped since it was asked last."""
-        asked, self._asked = self._asked, False
-        return asked
-
-    def drop(self, tensor: Tensor) -> None:
-        """Count a tensor, and let it go."""
-        self._asked = True
-        storage = _storage(tensor)
-        if storage not in self._seen:
-            self._seen.add(storage)
-            self.bytes += tensor.untyped_storage().nbytes() if storage else tensor.numel() * tensor.itemsize
-
-
-class _Opening:
-    """A hook that asks whether gradients may come to what the kept graphs start from: only through the outputs of the network."""
-
-    def __init__(self) -> None:
-        self._is_open = False
-
-    def __enter__(self) -> None:
-        self._is_open = True
-
-    def __exit__(self, *details: Any) -> None:
-        self._is_open = False
-
-    def __call__(self, gradient: Tensor) -> None:
-        """See a gradient come.
-
-        Raises:
-            LossError: If it comes past the outputs.
-        """
-        if not self._is_open:
-            _refuse()
-
-
-def _refuse(dropped: None = None) -> Tensor:
-    raise LossError(
-        "the loss follows from a tensor that the network left on the side while it ran over time (a forward hook or an "
-        "attribute has gathered it), whose graph is not kept: return it as a part of the output, in a dict or tuple, or use "
-        "an OnlineTrainer with a loss of each step (loss_on='step')"
-    )
-
-
-class _Compared(Outputs):
-    """The outputs of a second run, which have to be those of the first.
-
-    Args:
-        first_run: Those.
-    """
-
-    def __init__(self, first_run: Sequence[Sequence[Tensor]]) -> None:
-        self._first_run = iter(first_run)
-
-    def add(self, output_seq: Any) -> None:
-        """Compare the outputs of the next call."""
-        for first, second in zip(next(self._first_run, ()), output_seq):
-            if isinstance(first, FakeTensor) or first.shape != second.shape:
-                continue
-            tolerance = 1e-3 * float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
-            if not torch.allclose(first, second.detach(), atol=tolerance, rtol=0.0, equal_nan=True):
-                warnings.warn(
-                    "the network computes something else when its time steps run again in backward, so that the gradient is "
-                    "that of other outputs: have it draw from torch's, NumPy's or Python's own generators, and leave nothing "
-                    "in places that are not the network's own",
-                    SLTTWarning,
-                    stacklevel=2,
-                )
-                self._first_run = iter(())
-                return
-
-
-class _Moments(SpeedUp):
-    """What the network held before each call that runs again, unless the call before it does."""
-
-    def __init__(self) -> None:
-        self._net: Any = None
-        self._next = -1
-        self._before: dict[int, Snapshot] = {}
-
-    @contextmanager
-    def around_pass(self, one: Pass) -> Iterator[None]:
-        """See which network it is."""
-        self._net = one.net
-        yield
-
-    @contextmanager
-    def around_call(self, call: Call) -> Iterator[None]:
-        """Take a snapshot where one is needed."""
-        if call.differentiable and not call.keeps_graph:
-            if call.start != self._next:
-                self._before[call.start] = Snapshot(self._net, but_given=True)
-            self._next = call.stop
-        yield
-
-    def written(self) -> set[int]:
-        """The tensors that going back writes to."""
-        return {tensor for before in self._before.values() for tensor in before.tensors}
-
-    def return_to(self, call: Call) -> None:
-        """Have the network hold what it held before a call, if it does not after the one before."""
-        if call.start in self._before:
-            self._before[call.start].restore()
-
-
-class _Again(SpeedUp):
-    """The calls of a second run start from what they started from in the first, and leave no trace."""
-
-    def __init__(self, moments: _Moments) -> None:
-        self._moments = moments
-
-    @contextmanager
-    def around_pass(self, one: Pass) -> Iterator[None]:
-        """Put everything back at the end."""
-        one.replaced.at_end(Snapshot(one.net, written=self._moments.written()).restore)
-        yield
-
-    @contextmanager
-    def around_call(self, call: Call) -> Iterator[None]:
-        """Go back to the moment of the first run."""
-        self._moments.return_to(call)
-        yield
-
-
 def _back_propagate(product: Tensor) -> None:
     if product.requires_grad:
         product.backward()
-
-
-_BEFORE_TENSORS = 3  # arguments of the function below
-
-
-class _RunAgain(torch.autograd.Function):
-    """The outputs of a recording; backward runs it again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, recording: _Recording, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *read: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.recording = recording
-        ctx.places = [next(i for i, tensor in enumerate(read) if tensor is one) for one in inputs]
-        ctx.save_for_backward(*read)  # by which autograd sees that they stay as they are
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(
-            *(one for one in outputs if not (one.is_floating_point() or one.is_complex()))
-        )
-        return tuple(
-            outputs
-        )  # in a list until here: they are no views, which a loss could not change in place
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise LossError(
-                "create_graph=True asks for the gradient of a gradient, and the time steps are run again without it: use "
-                "torch's own loop over time for such a loss"
-            )
-        read = _unchanged(ctx)
-        wanted = ctx.needs_input_grad[_BEFORE_TENSORS:]
-        wanting = [tensor for tensor, wants in zip(read, wanted) if wants]
-        inputs = [read[place] for place in ctx.places]
-        once = not torch._C._autograd._get_current_graph_task_keep_graph()
-        found = iter(ctx.recording.gradients(inputs, wanting, gradients, once))
-        return *([None] * _BEFORE_TENSORS), *(next(found) if wants else None for wants in wanted)
-
-
-def _unchanged(ctx: Any) -> Sequence[Tensor]:
-    """The tensors that the network has read.
-
-    Raises:
-        LossError: If they are no longer what they were, or backward has run before.
-    """
-    try:
-        saved: Sequence[Tensor] = ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" in str(error):
-            raise LossError(
-                "an input or a weight was changed in place between forward and backward, which runs the time steps again: call "
-                "backward() before optimizer.step(), and leave the input as it is"
-            ) from error
-        if "second time" in str(error):
-            raise LossError(
-                "backward() has run through this output before: say retain_graph=True the first time, or call the network again"
-            ) from error
-        raise
-    return saved
 
 
 def _still_there(net: nn.Module, inputs: Sequence[Tensor], wanting: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -505,14 +208,6 @@ def _still_there(net: nn.Module, inputs: Sequence[Tensor], wanting: Sequence[Ten
         return wanting
     held = {*given, *map(id, outer_tensors(net))}
     return [tensor for tensor in wanting if is_leaf(tensor) or id(tensor) in held]
-
-
-def _storage(tensor: Tensor) -> int:
-    """The identity of a tensor's memory; 0 where it has none of its own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # a tensor of other tensors
-        return 0
 
 
 def _version(tensor: Tensor) -> int:

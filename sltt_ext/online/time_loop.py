@@ -33,12 +33,13 @@ from sltt_ext.online.heads import Heads, Read, Returns, tensors_over_time
 from sltt_ext.online.inputs import Arguments, TimeDims
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.kept_graphs import Found
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
-from sltt_ext.online.recording import Found, recorded
+from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps
 from sltt_ext.online.sequence_norms import NormsOfSequence, statistics_over_time
 from sltt_ext.online.speed_ups import speed_ups_of

@@ -36,6 +36,7 @@ from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay
 from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
+from sltt_ext.online.kept_graphs import Found
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.objective import (
@@ -51,7 +52,7 @@ from sltt_ext.online.objective import (
 from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
-from sltt_ext.online.recording import Found, recorded
+from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
