@@ -207,7 +207,7 @@ def snntorch_case(cls, kwargs, shape):
     return net, x_seq, torch.randn(T, *output.shape)
 
 
-SNNTORCH_MODES = [(form, window) for form in ("single", "multi") for window in WINDOWS]
+SNNTORCH_MODES = [(form, window) for form in ("single", "multi") for window in (1, 4, 6)]
 
 
 class Named(tuple):
