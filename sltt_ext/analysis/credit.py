@@ -87,11 +87,14 @@ class TemporalCredit:
     def advice(self, cosine: float = 0.99) -> str:
         """In one sentence, which window keeps so much of the gradient's direction, and at which memory."""
         row = self.smallest(cosine)
-        if row is None:
-            return f"No window that was measured keeps {cosine:g} of the direction of BPTT's gradient."
-        called = {1: ", which is SLTT,", self.time_steps: ", which is BPTT,"}.get(row.window, "")
+        if row is None or row.window == self.time_steps > 1:
+            return (
+                f"No measured window shorter than all {self.time_steps} time steps keeps {cosine:g} of the direction of "
+                "BPTT's gradient."
+            )
+        sltt = ", which is SLTT," if row.window == 1 else ""
         return (
-            f"Windows of {row.window} of the {self.time_steps} time steps{called} keep {row.cosine:.4f} of the direction of "
+            f"Windows of {row.window} of the {self.time_steps} time steps{sltt} keep {row.cosine:.4f} of the direction of "
             f"BPTT's gradient at {self.memory_ratio(row):.2f} of its memory."
         )
 
