@@ -1,6 +1,7 @@
 """What SLTT does to a network, measured."""
 
 from sltt_ext.analysis.activity import dead_neurons, firing_rates
+from sltt_ext.analysis.credit import temporal_credit
 from sltt_ext.analysis.memory import ActivationMeter, peak_activation_bytes
 from sltt_ext.analysis.memory_profile import memory_profile
 from sltt_ext.analysis.operations import operation_counts
@@ -14,4 +15,5 @@ __all__ = [
     "memory_profile",
     "operation_counts",
     "peak_activation_bytes",
+    "temporal_credit",
 ]

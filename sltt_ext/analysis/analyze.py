@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sltt_ext
 from sltt_ext.analysis.activity import FiringRates, firing_rates
+from sltt_ext.analysis.credit import TemporalCredit, doublings, temporal_credit
 from sltt_ext.analysis.memory_profile import MemoryProfile, memory_profile
 from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.analysis.operations import OperationCounts, operation_counts
@@ -40,6 +41,7 @@ class Analysis:
         about: What was analysed, how and on what, by name.
         notes: What a reader of the numbers has to know.
         similarity: Gradient similarity; None where BPTT does not fit into memory.
+        credit: What windows keep of BPTT's gradient, for the first batch; None where it does not fit.
         operations: Operation counts of every method.
         memory: Peak memory over T, and by layer.
         activity: Firing rates and dead neurons.
@@ -48,6 +50,7 @@ class Analysis:
     about: dict[str, str]
     notes: tuple[str, ...]
     similarity: GradientSimilarity | None
+    credit: TemporalCredit | None
     operations: tuple[OperationCounts, ...]
     memory: MemoryProfile
     activity: FiringRates
@@ -58,6 +61,7 @@ class Analysis:
             "about": self.about,
             "notes": list(self.notes),
             "gradient_similarity": _jsonable(self.similarity),
+            "temporal_credit": _jsonable(self.credit),
             "operations": _jsonable(self.operations),
             "memory": _jsonable(self.memory),
             "activity": _jsonable(self.activity),
@@ -79,11 +83,11 @@ def analyze(
     notes: Iterable[str] = (),
     on_progress: Callable[[str], Any] = lambda name: None,
 ) -> Analysis:
-    """Gradient similarity, memory, operations and activity of one network, which is left as it was.
+    """Gradient similarity, temporal credit, memory, operations and activity of one network, which is left as it was.
 
     BPTT needs the memory of T steps. It is counted beforehand, with fake tensors. Where it is more than
-    ``max_memory``, the batches are cut to fewer samples until it fits; where one sample does not, the gradient
-    similarity is left out. ``notes`` says so.
+    ``max_memory``, the batches are cut to fewer samples until it fits; where one sample does not, what compares gradients
+    is left out. ``notes`` says so.
 
     Args:
         net: A network that `convert` knows, converted or not.
@@ -121,10 +125,10 @@ def analyze(
     on_progress("operations")
     counts = [operation_counts(net, x, m, time_steps, time_dim=time_dim, output=output) for m in METHODS]
     on_progress("memory")
-    lengths = sorted({2**i for i in range(time_steps.bit_length())} | {time_steps})
+    lengths = doublings(time_steps)
     memory = memory_profile(net, x, METHODS[:2], lengths, fake=not fits, time_dim=time_dim, output=output)
     on_progress("gradient similarity")
-    similarity = None
+    similarity, credit = None, None
     if fits:
         similarity = gradient_similarity(
             net, x, target, loss_fn, time_steps,
@@ -135,13 +139,15 @@ def analyze(
                 f"The two runs of the network differ by up to {similarity.output_difference:.2g} in their output: it "
                 "does not compute the same twice, and the gradients are not of the same spikes."
             )
+        on_progress("temporal credit")
+        credit = temporal_credit(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
     if counts[0].assumed:
         notes.append(
             f"No operation formula is known for the neurons {', '.join(counts[0].assumed)}: they are counted as LIF "
             "neurons with soft reset."
         )
     about = _about(net, x, time_steps, len(batches))
-    return Analysis(about, tuple(notes), similarity, tuple(counts), memory, activity)
+    return Analysis(about, tuple(notes), similarity, credit, tuple(counts), memory, activity)
 
 
 def check_runs(
@@ -205,7 +211,7 @@ def _samples_that_fit(
         return samples, needed, []
     asks = f"BPTT at T = {time_steps} with {asked} samples would take {first / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed"
     if needed > limit:
-        left_out = f"{asks}, and one sample would take {needed / 1e9:.2f} GB: the gradient similarity is left out, and "
+        left_out = f"{asks}, and one sample would take {needed / 1e9:.2f} GB: the gradient similarity and the temporal credit are left out, and "
         return 1, needed, [left_out + "memory is counted with fake tensors."]
     return samples, needed, [f"{asks}: every batch was cut to {samples} samples."]
 

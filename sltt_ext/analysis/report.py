@@ -51,7 +51,8 @@ def html_report(analysis: Analysis) -> str:
     jinja2 = require("jinja2", extra="analysis")
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    sections = [_similarity(analysis), _memory(analysis), _operations(analysis), _activity(analysis)]
+    parts = (_similarity, _credit, _memory, _operations, _activity)
+    sections = [part(analysis) for part in parts]
     inline = _InlineSVG()
     rendered: str = environment.from_string(template).render(
         title=f"What SLTT does to {analysis.about['network'].partition(',')[0]}",
@@ -126,6 +127,24 @@ def _similarity(analysis: Analysis) -> Section | None:
     if over_time:
         figures.append(("For the loss of each time step", result.plot_over_time()))
     return Section("Gradient similarity", text, figures, tables)
+
+
+def _credit(analysis: Analysis) -> Section | None:
+    result = analysis.credit
+    if result is None:
+        return None
+    layers = list(dict.fromkeys(row.name for row in result.select("layer")))
+    rows = [
+        {
+            "layer": row.name or "(network)",
+            "window": str(row.window),
+            "cosine similarity": _number(row.cosine),
+            "norm ratio": _number(row.norm_ratio),
+        }
+        for row in sorted(result.select("layer"), key=lambda row: layers.index(row.name))
+    ]
+    figures = [("What a window keeps, and its memory", result.plot())]
+    return Section("Temporal credit", result.advice(), figures, [("By layer and window", rows)])
 
 
 def _memory(analysis: Analysis) -> Section:

@@ -21,13 +21,17 @@ def restoring(net: nn.Module) -> Iterator[None]:
     """Whatever happens to ``net`` inside the block is undone at its end, also after an exception.
 
     Its classes (converted or not), attributes, hooks, carried state, gradients and buffers are what they
-    were, and so are torch's random number generators. Inside, gradients are enabled and start as None.
+    were, and so are torch's random number generators. Inside, gradients are enabled and start as None, and hooks on
+    accumulated gradients do not fire: an optimizer may step in one.
     Values of parameters are not kept: nothing in this package changes them.
     """
     snapshot = Snapshot(net)
     modules = [(module, type(module), _kept(vars(module), _DEPTH)) for module in net.modules()]
     gradients = [(parameter, parameter.grad) for parameter in net.parameters()]
+    hooks = [(found, dict(found)) for p in net.parameters() if (found := p._post_accumulate_grad_hooks)]
     try:
+        for firing, _ in hooks:
+            firing.clear()
         for parameter, _ in gradients:
             parameter.grad = None
         with torch.enable_grad():
@@ -38,6 +42,9 @@ def restoring(net: nn.Module) -> Iterator[None]:
             _put_back(attributes)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for firing, before in hooks:
+            firing.clear()
+            firing.update(before)
         snapshot.restore()
 
 

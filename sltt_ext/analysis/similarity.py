@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from statistics import fmean, pstdev
 from typing import Any
@@ -16,14 +17,22 @@ from torch.utils._pytree import tree_leaves
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.analysis.restoring import restoring
+from sltt_ext.conversion import convert
 from sltt_ext.errors import ConfigurationError, InputError
-from sltt_ext.methods import Method, check_time_steps
-from sltt_ext.online.objective import LossFn
+from sltt_ext.methods import GradientTrainer, Method, check_time_steps
+from sltt_ext.online.objective import Backward, LossFn
 from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
 from sltt_ext.optional import require
 
-__all__ = ["Alignment", "GradientSimilarity", "gradient_similarity"]
+__all__ = [
+    "Alignment",
+    "GradientSimilarity",
+    "check_repeatable",
+    "compare",
+    "gradient_similarity",
+    "gradients_by",
+]
 
 _SLTT_TO_BPTT = "SLTT to BPTT (1 = the same)"
 
@@ -165,32 +174,83 @@ def gradient_similarity(
     """
     check_time_steps(time_steps)
     net = without_multi_step(net)
-    names = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    names = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    divisor = time_steps if per_step else None
+
+    def run(method: Method, batch: tuple[Any, Any]) -> tuple[list[list[Tensor]], Any]:
+        trainer_of = partial(
+            _trainer,
+            method,
+            net,
+            time_steps,
+            time_dim=time_dim,
+            target_time_dim=target_time_dim,
+            output=output,
+        )
+        return gradients_by(net, trainer_of, loss_fn, batch, divisor)
+
     measured: dict[tuple[str, str, int | None], list[tuple[float, float]]] = {}
     batches, difference = 0, 0.0
-    for batch_x, batch_target in chain([(x, target)], more_batches):
-        if isinstance(batch_x, Iterator):
-            raise InputError(
-                "every batch goes through the network twice: give a tensor or a list, not an iterator"
-            )
-        runs = []
-        for method in (Method("sltt", chunk="all", cache_invariant=False), Method("bptt")):
-            with restoring(net):  # also between the two: both start from the same buffers and random numbers
-                gradients = _Gradients(list(names.values()), loss_fn, time_steps if per_step else None)
-                trainer = method.trainer(
-                    net, gradients.loss_fn, time_steps, time_dim=time_dim, target_time_dim=target_time_dim,
-                    output=output, backward=gradients.backward,
-                )  # fmt: skip
-                result = trainer.forward_backward(batch_x, batch_target)
-                runs.append((gradients.parts, result.output))
-        (sltt, sltt_output), (bptt, bptt_output) = runs
+    for batch in chain([(x, target)], more_batches):
+        check_repeatable(batch[0])
+        sltt, sltt_output = run(Method("sltt", chunk="all", cache_invariant=False), batch)
+        bptt, bptt_output = run(Method("bptt"), batch)
         for mine, other in zip(tree_leaves(sltt_output), tree_leaves(bptt_output), strict=True):
             difference = max(difference, (mine - other).abs().max().item())
-        for key, alignment in _compare(list(names), sltt, bptt, per_step):
+        for key, alignment in compare(names, sltt, bptt, per_step):
             measured.setdefault(key, []).append(alignment)
         batches += 1
     rows = tuple(_row(key, values) for key, values in measured.items())
     return GradientSimilarity(rows, time_steps, batches, difference)
+
+
+def _trainer(
+    method: Method,
+    net: nn.Module,
+    time_steps: int,
+    loss_fn: LossFn,
+    backward: Backward,
+    **reading: Any,
+) -> GradientTrainer:
+    if not method.is_bptt:
+        convert(net, temporal="step")  # whatever a user has converted it to
+    return method.trainer(net, loss_fn, time_steps, backward=backward, **reading)
+
+
+def check_repeatable(x: Any) -> None:
+    """Raise an InputError if ``x`` can be gone through only once."""
+    if isinstance(x, Iterator):
+        raise InputError(
+            "every batch goes through the network several times: give a tensor or a list, not an iterator"
+        )
+
+
+def gradients_by(
+    net: nn.Module,
+    trainer_of: Callable[[LossFn, Backward], GradientTrainer],
+    loss_fn: LossFn,
+    batch: tuple[Any, Any],
+    divisor: int | None = None,
+) -> tuple[list[list[Tensor]], Any]:
+    """The gradients that a trainer computes of one batch, and the time-mean output; the network is left as it was.
+
+    Every call begins with the same buffers and random numbers.
+
+    Args:
+        net: The network.
+        trainer_of: Makes the trainer.
+        loss_fn: ``(output of one step, target) -> scalar``.
+        batch: ``(x, target)``.
+        divisor: T, for the gradients of each step's loss over T; None for those of the mean of all.
+
+    Returns:
+        The gradients, for each step's loss or for the mean: a tensor for each parameter that is trained; and the output.
+    """
+    with restoring(net):
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        gradients = _Gradients(parameters, loss_fn, divisor)
+        result = trainer_of(gradients.loss_fn, gradients.backward).forward_backward(*batch)
+        return gradients.parts, result.output
 
 
 class _Gradients:
@@ -200,7 +260,7 @@ class _Gradients:
         parts: The gradient of every step's loss, or the one of their mean: a tensor for each parameter.
     """
 
-    def __init__(self, parameters: list[Tensor], loss_fn: LossFn, divisor: int | None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], loss_fn: LossFn, divisor: int | None) -> None:
         self.parts: list[list[Tensor]] = []
         self._parameters = parameters
         self._loss_fn = loss_fn
@@ -230,8 +290,8 @@ class _Gradients:
         ]
 
 
-def _compare(
-    names: list[str], sltt: list[list[Tensor]], bptt: list[list[Tensor]], per_step: bool
+def compare(
+    names: list[str], sltt: list[list[Tensor]], bptt: list[list[Tensor]], per_step: bool = False
 ) -> Iterator[tuple[tuple[str, str, int | None], tuple[float, float]]]:
     """Cosine and norm ratio by level, name and time step."""
     pairs: list[tuple[int | None, list[Tensor], list[Tensor]]] = [(None, _sum(sltt), _sum(bptt))]

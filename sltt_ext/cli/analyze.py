@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
-_PARTS = 6
+_PARTS = 7
 _RANDOM = (
     "The inputs are random numbers from 0 to 1 and the targets random classes: give --data for real ones. Firing "
     "rates and gradients of real data differ."
@@ -36,8 +36,8 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "analyze",
         help="what SLTT does to your network: gradients, memory, operations, firing rates, in one report",
-        description="Compare SLTT with BPTT on your network: how close the gradients are, memory over time steps and "
-        "by layer, scalar operations, firing rates. Writes report.html and report.json.",
+        description="Compare SLTT with BPTT on your network: how close the gradients are, also with a gradient "
+        "through a few time steps, memory over time steps and by layer, scalar operations, firing rates. Writes report.html and report.json.",
         epilog=_EXAMPLES,
         formatter_class=Formatter,
     )
@@ -103,5 +103,7 @@ def _print(analysis: Analysis, console: Any) -> None:
     neurons = sum(row.neurons for row in analysis.activity.rows)
     table.add_row(f"{silent / neurons:.1%}", "of the neurons never fire in the batch")
     console.print(table)
+    if analysis.credit is not None:
+        console.print(analysis.credit.advice(), highlight=False)
     for note in analysis.notes:
         console.print(f"Note: {note}", highlight=False, markup=False)

@@ -16,6 +16,7 @@ from sltt_ext.analysis import (
     gradient_similarity,
     memory_profile,
     operation_counts,
+    temporal_credit,
 )
 from sltt_ext.analysis.restoring import restoring
 
@@ -24,6 +25,7 @@ TOOLS = {
     "gradient_similarity": lambda net, x, y: gradient_similarity(
         net, x, y, F.cross_entropy, T, per_step=True
     ),
+    "temporal_credit": lambda net, x, y: temporal_credit(net, x, y, F.cross_entropy, T),
     "operation_counts": lambda net, x, y: operation_counts(net, x, "bptt", T),
     "memory_profile": lambda net, x, y: memory_profile(net, x, ("bptt", "sltt-1"), (T,)),
     "memory_profile, fake": lambda net, x, y: memory_profile(net, x, ("bptt", "sltt-1"), (T,), fake=True),
@@ -112,12 +114,15 @@ def test_leaves_no_trace(tool, make, converted, fails):
     F.cross_entropy(net(x) + output, target).backward()  # the graph of the step before is intact
 
 
-def test_hooks_on_gradients_do_not_fire_in_gradient_similarity():
+@pytest.mark.parametrize("tool", ["gradient_similarity", "temporal_credit", "memory_profile"])
+def test_hooks_on_accumulated_gradients_do_not_fire(tool):
     net, fired = networks.conv_net(), []
     for parameter in net.parameters():
         parameter.register_post_accumulate_grad_hook(fired.append)
-    gradient_similarity(net, *networks.images(), F.cross_entropy, T)
+    TOOLS[tool](net, *networks.images())
     assert fired == []
+    F.cross_entropy(net(networks.images()[0]), networks.images()[1]).backward()
+    assert len(fired) == len(list(net.parameters()))
 
 
 def spoil(net):

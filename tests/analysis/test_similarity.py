@@ -243,7 +243,7 @@ def test_result_as_dataframe_and_plot():
     [
         ({"time_steps": 0}, ConfigurationError, "time_steps must be a positive integer"),
         ({"net": nn.Linear(2, 2)}, ConversionError, "no spiking neuron"),
-        ({"x": iter([])}, InputError, "through the network twice"),
+        ({"x": iter([])}, InputError, "through the network several times"),
         ({"x": torch.ones(0, 1, 8, 8)}, InputError, "empty"),
     ],
 )

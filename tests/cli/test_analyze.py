@@ -129,13 +129,16 @@ def test_the_page_needs_nothing_else(report):
 def test_the_page_has_every_part(report):
     html, printed = report
     page = Page(html)
-    assert page.tags.count("svg") == 7
-    for heading in ("Gradient similarity", "Memory", "Operations", "Firing rates"):
+    assert page.tags.count("svg") == 8
+    for heading in ("Gradient similarity", "Temporal credit", "Memory", "Operations", "Firing rates"):
         assert heading in page.text
     for layer in ("0", "1", "2", "5", "6", "7", "5.weight"):
         assert layer in page.text
     assert "random numbers" in html
     assert "random numbers" in " ".join(printed.split())
+    advice = r"Windows of \d of the 3 time steps.* keep [01]\.\d{4} of the direction of BPTT's gradient at \d\.\d\d of"
+    assert re.search(advice, " ".join(page.text))
+    assert re.search(advice, " ".join(printed.split()))
     assert 'name="viewport"' in html
     assert "prefers-color-scheme" in html or "light-dark(" in html
 
@@ -147,6 +150,9 @@ def test_json_has_the_numbers_of_the_tools(tmp_path, capsys):
     overall = printed["gradient_similarity"]["rows"][0]
     assert overall["level"] == "network"
     assert 0 < overall["cosine"] <= 1
+    windows = {row["window"]: row for row in printed["temporal_credit"]["rows"] if row["level"] == "network"}
+    assert windows.keys() == {1, 2, 3}
+    assert windows[3]["cosine"] == pytest.approx(1)
     assert [counts["method"] for counts in printed["operations"]] == ["BPTT", "SLTT", "SLTT-1"]
     assert {row["time_steps"] for row in printed["memory"]["rows"]} == {1, 2, 3}
     assert [row["layer"] for row in printed["activity"]["rows"]] == ["2", "6"]
@@ -163,14 +169,18 @@ def test_real_data(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("limit", "note", "samples"),
-    [("60KB", "every batch was cut to ", None), ("1KB", "the gradient similarity is left out", 1)],
+    [
+        ("60KB", "every batch was cut to ", None),
+        ("1KB", "the gradient similarity and the temporal credit are left out", 1),
+    ],
 )
 def test_bptt_that_does_not_fit(limit, note, samples, capsys):
     arguments = ["user_models:build", *SMALL, "--batch", "16", "--bptt-max-memory", limit]
     assert main(["analyze", *arguments, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert any(note in text for text in printed["notes"])
-    assert (printed["gradient_similarity"] is None) == (samples == 1)
+    for part in ("gradient_similarity", "temporal_credit"):
+        assert (printed[part] is None) == (samples == 1)
     bptt = [row["peak_bytes"] for row in printed["memory"]["rows"] if row["method"] == "BPTT"]
     if samples is None:
         assert max(bptt) <= 60_000
@@ -355,4 +365,4 @@ def test_a_browser_opens_the_page_without_complaint(report, tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    assert done.stdout.count("<svg") == 7
+    assert done.stdout.count("<svg") == 8
