@@ -37,6 +37,8 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/tutorials.py
 	$(BIN)/python benchmarks/similarity.py
+	$(BIN)/python benchmarks/memory_tasks.py accuracy
+	$(BIN)/python benchmarks/memory_tasks.py similarity
 	$(BIN)/python benchmarks/accuracy.py digits
 	$(BIN)/python benchmarks/accuracy.py event_digits
 	$(BIN)/python benchmarks/accuracy.py cost

@@ -1,4 +1,4 @@
-"""Bring docs/benchmarks.md up to date: its tables, and the plots beside it, from benchmarks/results.
+"""Bring docs/benchmarks.md and docs/fit.md up to date: their tables, and the plots beside them, from benchmarks/results.
 
 python benchmarks/write_tables.py
 """
@@ -13,8 +13,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
-    page = DOCS / "benchmarks.md"
-    page.write_text(tables.with_tables(page.read_text()))
+    for name in tables.PAGES:
+        page = DOCS / name
+        page.write_text(tables.with_tables(page.read_text()))
     figures.draw(DOCS)
 
 

@@ -3,9 +3,11 @@ import csv
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
+import memory_tasks
 import networks as small_networks
 import oracle
 import published_style
@@ -282,8 +284,9 @@ def test_a_claim_reads_the_figure_that_counts(figure, rows, expected):
     assert figure(rows)[0] == pytest.approx(expected)
 
 
-def test_the_tables_in_the_docs_are_the_measured_ones():
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_the_tables_in_the_docs_are_the_measured_ones(name):
+    page = (ROOT / "docs" / name).read_text()
     assert tables.MARKED.search(page)
     assert page == tables.with_tables(page)
 
@@ -312,6 +315,49 @@ def test_prototypes_of_norms_over_time_are_what_the_library_does(network, sizes,
     gradient = torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
     assert torch.allclose(actual, output, atol=1e-9)
     assert oracle.relative_error([gradient], [expected]) < 1e-6
+
+
+@pytest.mark.parametrize("delay", [5, 10, 20])
+def test_a_cue_is_shown_once_and_asked_for_after_the_delay(delay):
+    x, cue = memory_tasks.store_and_recall(7, delay, torch.Generator().manual_seed(0))
+    window = memory_tasks.covering_window(delay)
+    shown = F.one_hot(cue, memory_tasks.CUES).float()
+    cues, noise, asks = x.split([memory_tasks.CUES, memory_tasks.NOISE, 1], dim=2)
+    assert len(x) == 2 * window
+    assert torch.equal(cues[-2 - delay], shown)
+    assert asks[-1].all()
+    assert cues.sum() == asks.sum() == 7
+    assert abs(noise.mean() - memory_tasks.NOISE_RATE) < 0.1
+    assert window / 2 < delay + 2 <= window
+
+
+@pytest.mark.parametrize("window", [1, 4, 8])
+@pytest.mark.parametrize("neuron", ["Leaky", "RLeaky"])
+def test_a_last_window_has_the_gradient_of_a_loss_on_the_last_step(neuron, window):
+    task = memory_tasks.recall_task(5, neuron, 1, 0.01)
+    x_seq, cue = task.train(torch.Generator().manual_seed(0))
+    net = task.network()
+    by_hand = copy.deepcopy(net)
+    target = memory_tasks.asked_at_the_end(cue, task.time_steps)
+    memory_tasks.trainer(net, task.time_steps, window).forward_backward(x_seq, target)
+    by_hand[1].reset_mem()
+    for t, x in enumerate(x_seq):
+        if t == task.time_steps - window:
+            for name in {"mem", "spk"} & set(by_hand[1]._buffers):
+                setattr(by_hand[1], name, getattr(by_hand[1], name).detach())
+        output = by_hand(x)
+    (F.cross_entropy(output, cue) / task.time_steps).backward()
+    assert oracle.relative_error(oracle.gradients(net), oracle.gradients(by_hand)) < 1e-6
+
+
+def test_a_run_of_a_memory_task_learns_what_a_window_covers():
+    task = replace(memory_tasks.rows_task(), iterations=50)
+    found = memory_tasks.run(task, 4, 0)
+    assert found["test_accuracy"] > 0.2
+    assert (
+        found["peak_activation_kb"]
+        < 0.7 * memory_tasks.run(replace(task, iterations=1), None, 0)["peak_activation_kb"]
+    )
 
 
 @pytest.mark.slow

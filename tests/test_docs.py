@@ -19,7 +19,15 @@ def blocks(page, language):
 
 @pytest.mark.parametrize(
     "page",
-    ["index.md", "over-time.md", "spikingjelly.md", "snntorch.md", "bring-your-code.md", "analysis.md"],
+    [
+        "index.md",
+        "fit.md",
+        "over-time.md",
+        "spikingjelly.md",
+        "snntorch.md",
+        "bring-your-code.md",
+        "analysis.md",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
 def test_examples_run_as_printed_from_top_to_bottom(page):
@@ -244,6 +252,49 @@ def test_statistics_of_all_steps_bring_the_gradient_nearer():
     nearer = [cosines["whole pass first"][key] > cosine for key, cosine in cosines["step"].items()]
     assert sum(nearer) >= len(nearer) - 1
     assert min(cosines["whole pass first"].values()) > 0.94
+
+
+def test_figures_of_where_sltt_fits_are_the_measured_ones():
+    page = " ".join((ROOT / "docs" / "fit.md").read_text().split())
+    for name in ACCURACY_SETS:
+        for method in ("BPTT", "SLTT"):
+            assert f"{accuracy(name, method, 'mean').partition(' ')[0]} %" in page
+    cosines = {
+        row["tau"]: row["cosine"]
+        for row in results("similarity")
+        if (row["time_steps"], row["detach_reset"]) == ("6", "False")
+    }
+    assert f"the cosine is {cosines['1.1']} for tau = 1.1 and {cosines['8.0']} for tau = 8, at T = 6" in page
+    (hidden,) = (row for row in results("memory_tasks_similarity") if row["task"].endswith("delay 20"))
+    figures = (
+        f"{hidden['cosine']} before training, {hidden['cosine_of_first_layer']} for the layer that reads"
+    )
+    assert figures in page
+
+
+def test_where_sltt_is_at_chance_a_window_that_covers_the_delay_learns_with_less_memory():
+    runs = {}
+    for row in results("memory_tasks"):
+        if row["neuron"] == "Leaky" and row["task"].endswith("delay 20"):
+            runs.setdefault(row["method"], []).append(row)
+    accuracy = {method: [float(row["test_accuracy"]) for row in rows] for method, rows in runs.items()}
+    peak = {method: float(rows[0]["peak_activation_kb"]) for method, rows in runs.items()}
+    assert max(accuracy["SLTT"]) < 0.3
+    assert max(accuracy["window 12"]) < 0.35
+    assert min(accuracy["window 24"] + accuracy["BPTT"]) >= 0.95
+    assert peak["window 24"] < 0.6 * peak["BPTT"]
+
+
+def test_runs_of_a_recurrent_network_that_learned_are_counted():
+    page = " ".join((ROOT / "docs" / "fit.md").read_text().split())
+    recurrent = [row for row in results("memory_tasks") if row["neuron"] == "RLeaky"]
+    larger, sltt = (
+        [float(row["test_accuracy"]) for row in recurrent if row["method"] == method]
+        for method in ("window 12", "SLTT")
+    )
+    learned = sum(accuracy >= 0.9 for accuracy in larger)
+    assert f"reaches 90 % in {learned} of {len(larger)} runs" in page
+    assert max(sltt) < 0.3
 
 
 def test_the_trainer_costs_next_to_nothing():

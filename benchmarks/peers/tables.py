@@ -1,9 +1,10 @@
-"""The tables of docs/benchmarks.md, rendered from the results."""
+"""The tables of docs/benchmarks.md and docs/fit.md, rendered from the results."""
 
 from __future__ import annotations
 
 import csv
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from functools import partial
 
@@ -13,6 +14,7 @@ from peers.claims import CLAIMS, Claim
 
 Rows = list[dict[str, str]]
 
+PAGES = ("benchmarks.md", "fit.md")
 MISSING = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- table: ([\w, .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -148,6 +150,26 @@ def _claim(claim: Claim) -> list[str]:
     return [claim.text, claim.target, f"{value:.3g}{'' if claim.holds(value) else ' (missed)'}", name]
 
 
+def memory_tasks() -> str:
+    """Tasks that need memory, a row for each: accuracy over the seeds by every method, and memory relative to BPTT."""
+    runs: dict[tuple[str, ...], dict[str, Rows]] = {}
+    for row in results("memory_tasks"):
+        task = row["task"], row["neuron"], row["time_steps"]
+        runs.setdefault(task, {}).setdefault(row["method"], []).append(row)
+
+    def cell(method: str, by_method: dict[str, Rows]) -> str:
+        percent = [100 * float(row["test_accuracy"]) for row in by_method[method]]
+        peak, bptt = (float(by_method[name][0]["peak_activation_kb"]) for name in (method, "BPTT"))
+        size = f"{method.removeprefix('window ')} steps: " if method.startswith("window") else ""
+        memory = "" if method == "BPTT" else f"; {peak / bptt:.2f}"
+        return f"{size}{statistics.mean(percent):.1f} ({min(percent):.1f}-{max(percent):.1f}){memory}"
+
+    return table(
+        ["task", "neuron", "T", "BPTT", "SLTT", "smaller window", "larger window"],
+        ([*task, *(cell(method, by_method) for method in by_method)] for task, by_method in runs.items()),
+    )
+
+
 def figure(path: str, name: str, text: str) -> str:
     """A plot, once its results are there."""
     return f"![{text}]({path})\n" if results(name) else MISSING
@@ -173,6 +195,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory over time": partial(over_time, "peak_mb"),
     "seconds over time": partial(over_time, "seconds"),
     "memory": memory,
+    "memory tasks": memory_tasks,
     "digits": partial(
         as_measured,
         "digits",

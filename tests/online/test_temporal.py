@@ -7,6 +7,7 @@ some of its layers after every step.
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import modules
 import oracle
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_map
 import sltt_ext
 import sltt_ext.snntorch.neurons
 import sltt_ext.spikingjelly.fused
+from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.clock_driven import neuron as clock_driven
 from sltt_ext.errors import ConfigurationError, LossError, SLTTWarning
 from sltt_ext.legacy_spikingjelly import fused as legacy
@@ -785,3 +787,19 @@ def test_compiled_windows(through_time):
     net = torch.compile(mixed(leaky_net(), *through_time), backend="eager")
     compiled = by_trainer(net, SEQUENCE, CLASSES, F.cross_entropy, chunk=3)
     assert oracle.relative_error(compiled, plain) < 1e-6
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_a_window_needs_the_memory_of_its_steps_whatever_t_is(step_mode):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(module for _ in range(4) for module in (layer.Linear(32, 32), neuron.LIFNode(step_mode=step_mode)))
+    )
+    sltt_ext.convert(net, temporal="call")
+    x = torch.rand(16, 32)
+    peaks = []
+    for time_steps in (8, 32):
+        online = sltt_ext.OnlineTrainer(net, lambda output, _: output.mean(), time_steps, chunk=8)
+        online.forward_backward(x, None)
+        peaks.append(peak_activation_bytes(partial(online.forward_backward, x, None), net))
+    assert peaks[1] <= 1.05 * peaks[0]
