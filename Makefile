@@ -35,6 +35,7 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/conversion.py
 	$(BIN)/python benchmarks/trainer_overhead.py
+	$(BIN)/python benchmarks/over_time.py
 	$(BIN)/python benchmarks/tutorials.py
 	$(BIN)/python benchmarks/similarity.py
 	$(BIN)/python benchmarks/memory_tasks.py accuracy

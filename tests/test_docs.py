@@ -340,3 +340,20 @@ def test_similarity_falls_as_tau_and_t_grow():
         assert cosines == sorted(cosines, reverse=True)
     assert all(cosines == sorted(cosines, reverse=True) for cosines in by_tau.values())
     assert float(through[0]["cosine"]) > 0.99
+
+
+def test_time_and_memory_of_a_network_over_time_are_the_measured_ones():
+    page = " ".join((ROOT / "docs" / "over-time.md").read_text().split())
+    ratios = {row["method"]: float(row["median_ratio"]) for row in results("over_time")}
+    mib = {row["time_steps"]: float(row["peak_mib"]) for row in results("over_time_memory")}
+    everything = ratios["SLTT, room for all graphs"]
+    assert f"takes {ratios['SLTT']:.2f} times as long as `OnlineTrainer`" in page
+    assert (
+        f"with `k=1` {ratios['SLTT-1']:.2f} times, and with room for all graphs {everything:.2f} times"
+        in page
+    )
+    assert f"{mib['1']:.0f} MiB at T = 1, and {mib['2']:.0f} MiB at T = 2, 6 and 32" in page
+    assert mib["2"] == mib["6"] == mib["32"] <= 1.05 * mib["1"]
+    assert ratios["SLTT"] <= 1.35
+    assert ratios["SLTT-1"] <= 1.15
+    assert everything <= 1.05
