@@ -8,6 +8,7 @@ as it is: what is computed of the average has to be linear.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, LossError
+from sltt_ext.errors import ConfigurationError, LossError, SLTTWarning
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.passes import Call, SpeedUp
@@ -149,12 +150,13 @@ class TimeInside:
         finally:
             draw_again()
         self._axes = [_axis(a, b, time_steps) for a, b in zip(whole, parts[0], strict=True)]
+        untold = False  # an average of equal steps tells nothing
         for head, axis in enumerate(self._axes):
             steps = [part[head] for part in parts]
             joined = torch.stack(steps).mean(0) if axis == _AVERAGED else torch.cat(steps, axis)
             scale = float(whole[head].abs().max()) if whole[head].numel() else 0.0
-            if axis == _AVERAGED and any(not torch.equal(step, steps[0]) for step in steps):
-                self._comparisons = 1  # which tells: an average of equal steps does not
+            if axis == _AVERAGED and time_steps > 1:
+                untold |= all(torch.equal(step, steps[0]) for step in steps)
             if not torch.allclose(joined, whole[head], rtol=0.0, atol=tolerance * scale, equal_nan=True):
                 self._axes = None
                 if torch.allclose(time_steps * joined, whole[head], rtol=0.0, atol=1e-6 * scale):
@@ -167,7 +169,15 @@ class TimeInside:
                     "linear of the average over time (put over_time on the part before it), mixes time steps, or resets its "
                     "neurons in forward (convert alone, and a loop of your own, is right for it)"
                 )
-        self._comparisons = self._comparisons - 1 if any(axis == _AVERAGED for axis in self._axes) else 0
+        self._comparisons = self._comparisons - 1 if untold else 0
+        if untold and not self._comparisons:
+            warnings.warn(
+                f"in its first {_COMPARISONS} calls the network has given the same at all time steps (do its neurons fire?), so "
+                "that nobody has seen whether it averages them: where it adds them up, or computes something that is not linear "
+                "of the average, the gradient is not right",
+                SLTTWarning,
+                stacklevel=5,
+            )
 
     def _both(self, net: nn.Module, time_steps: int, run: Run) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What the network returns for all steps at once, and for one after the other."""

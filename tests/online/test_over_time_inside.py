@@ -1,6 +1,7 @@
 """`over_time(time_inside=)`: what the comparison with the network as it is must be able to tell."""
 
 import copy
+import warnings
 
 import oracle
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import spectral_norm
 
 import sltt_ext
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.snntorch import MultiStep
 
 T = 4
@@ -128,6 +129,23 @@ def test_steps_that_count_differently_in_a_call_that_averages(options, named):
     net = sltt_ext.over_time(Inside(spikingjelly_net()), time_inside="T", chunk=2, **options)
     with pytest.raises(ConfigurationError, match=r"asks for each step.*use chunk=1"):
         net(X, **named)
+
+
+def test_a_silent_network_does_not_tell_whether_it_averages():
+    net = Inside(spikingjelly_net())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    sltt_ext.over_time(net, time_inside="T")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            net(X)
+    with pytest.warns(SLTTWarning, match="do its neurons fire"):
+        net(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(X)
 
 
 def test_each_step_of_what_is_averaged_in_a_call():
