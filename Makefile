@@ -31,6 +31,7 @@ docs: $(READY)  ## the documentation site, into site/
 bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/neuron.py
 	$(BIN)/python benchmarks/through_time.py
+	$(BIN)/python benchmarks/windows.py
 	$(BIN)/python benchmarks/against_peers.py
 	$(BIN)/python benchmarks/digits.py
 	$(BIN)/python benchmarks/conversion.py

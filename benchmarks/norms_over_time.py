@@ -6,7 +6,7 @@ python benchmarks/norms_over_time.py memory                     of `over_time` i
 
 Writes `norms_over_time.csv`, `norms_over_time_accuracy.csv` and `norms_over_time_memory.csv` in `results`. The gradient
 that all are compared with is SLTT's of the network as it was, with norms over all T N samples (`chunk=T`). What the methods
-are is in `step_norms`; the networks are small (`published_style`), images and frames have 16 x 16 pixels. Rows are appended
+are is in `step_norms`; the networks are small (`networks_in_one_call`), images and frames have 16 x 16 pixels. Rows are appended
 as soon as they are there, and what is in the files is not repeated.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accuracy import MEAN, STD, append
 from measure import RESULTS, version_of, write_results
-from published_style import NETWORKS, SEWResNet
+from networks_in_one_call import NETWORKS, SEWResNet
 from spikingjelly.activation_based import functional
 from step_norms import METHODS, TWICE, Batch, Norms, gradient
 from torch import Tensor, nn

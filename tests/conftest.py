@@ -2,11 +2,19 @@ import sys
 
 import pytest
 import torch
+from _pytest.doctest import DoctestModule
 
 torch.set_num_threads(1)  # the suite runs in parallel processes
 sys.modules.setdefault(
     "torchaudio", None
 )  # SpikingJelly asks for it; its last release refuses newer torches in transformers
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path, parent):
+    """No doctests in test files: a file that cannot be imported is skipped as one, and its tests with it, in silence."""
+    collectors = yield
+    return [one for one in collectors if not isinstance(one, DoctestModule)]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import memory_tasks
 import networks as small_networks
 import oracle
-import published_style
+import networks_in_one_call
 import pytest
 import step_norms
 import torch
@@ -299,9 +299,9 @@ def test_the_tables_in_the_docs_are_the_measured_ones(name):
 @pytest.mark.parametrize(
     ("network", "sizes"),
     [
-        (published_style.SEWResNet, (4,)),
-        (published_style.Spikformer, (8, 1)),
-        (published_style.SpikeDrivenTransformer, (8, 1)),
+        (networks_in_one_call.SEWResNet, (4,)),
+        (networks_in_one_call.Spikformer, (8, 1)),
+        (networks_in_one_call.SpikeDrivenTransformer, (8, 1)),
     ],
 )
 def test_prototypes_of_norms_over_time_are_what_the_library_does(network, sizes, method, options):

@@ -357,3 +357,14 @@ def test_time_and_memory_of_a_network_over_time_are_the_measured_ones():
     assert ratios["SLTT"] <= 1.35
     assert ratios["SLTT-1"] <= 1.15
     assert everything <= 1.05
+
+
+def test_time_and_memory_of_windows_are_the_measured_ones():
+    page = " ".join((ROOT / "docs" / "training.md").read_text().split())
+    rows = {row["contender"]: row for row in results("windows")}
+    mib = {name: f"{float(row['peak_mib']):.0f}" for name, row in rows.items()}
+    whole, own = float(rows["window 4 (BPTT)"]["ratio"]), mib["the framework's BPTT"]
+    assert f"takes {whole:.2f} of the framework's own time" in page
+    assert f"{mib['window 4 (BPTT)']} MiB in the place of {own};" in page
+    assert f"windows of 2 take {mib['window 2']} MiB, and SLTT {mib['window 1 (SLTT)']}" in page
+    assert whole <= 1.0
