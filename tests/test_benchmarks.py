@@ -9,8 +9,8 @@ from pathlib import Path
 
 import memory_tasks
 import networks as small_networks
-import oracle
 import networks_in_one_call
+import oracle
 import pytest
 import step_norms
 import torch
