@@ -164,8 +164,8 @@ def temporal_credit(
     >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(tau=2.0), layer.Linear(8, 2))
     >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
     >>> credit = temporal_credit(net, x, target, nn.functional.cross_entropy, time_steps=6)
-    >>> [row.window for row in credit.select("network")]
-    [1, 2, 4, 6]
+    >>> tuple(row.window for row in credit.select("network"))
+    (1, 2, 4, 6)
     >>> round(credit.select("network")[-1].cosine, 4)
     1.0
     """
