@@ -145,7 +145,7 @@ class TimeInside:
                     whole, parts = self._both(_copied(net).double(), time_steps, shown(_double))
                     tolerance = 1e-6
                 except RuntimeError:  # float32 is written down in the network, as it is in snnTorch
-                    whole, parts = self._both(_copied(net), time_steps, shown(Tensor.detach))
+                    whole, parts = self._both(_copied(net), time_steps, shown(_copy))
                     tolerance = 1e-3
         finally:
             draw_again()
@@ -262,7 +262,12 @@ def _copied(net: nn.Module) -> nn.Module:
 
 
 def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    return _copy(tensor).double() if tensor.is_floating_point() else _copy(tensor)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, which a network may change in place."""
+    return tensor.detach().clone()
 
 
 @contextmanager

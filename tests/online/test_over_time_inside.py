@@ -173,3 +173,15 @@ def test_batch_norms_without_running_statistics():
     wanted = oracle_gradients(spikingjelly_net(nn.BatchNorm1d(6, track_running_stats=False), step_mode="s"))
     assert oracle.relative_error(oracle.gradients(net.body), wanted) < 1e-6
     assert norm[0].running_mean is None
+
+
+def test_the_comparison_leaves_the_input_alone():
+    class Changing(Inside):
+        def forward(self, x):
+            return super().forward(x.add_(1.0))
+
+    net = sltt_ext.over_time(Changing(spikingjelly_net()).double(), time_inside="T")
+    x = X.double()
+    with torch.no_grad():
+        net(x)
+    assert torch.equal(x, X.double() + T)  # once in each step, and no more
