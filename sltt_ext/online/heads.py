@@ -42,7 +42,7 @@ class Heads:
         returns: Returns,
         time_steps: int,
         counts: Mapping[int, float],
-        divisor: int,
+        divisor: float,
         read: Read,
         keeps_dtype: bool = True,
         weights: Tensor | None = None,

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
 from sltt_ext.errors import LossError
 from sltt_ext.neuron import state_dtype
 from sltt_ext.online.gradient_hooks import gradient_hooks, own
+from sltt_ext.online.storages import storage_of
 from sltt_ext.time_invariant import Time
 
 __all__ = [
@@ -186,7 +186,7 @@ class Reads:
 
     def __init__(self, module: nn.Module, counts: bool = False) -> None:
         self._tensors = _tensors_of(module, counts)
-        self._seen = [(_storage(tensor), _version(tensor)) for tensor in self._tensors]
+        self._seen = [(storage_of(tensor), _version(tensor)) for tensor in self._tensors]
 
     @property
     def usable(self) -> bool:
@@ -218,10 +218,6 @@ def _tensors_of(module: nn.Module, counts: bool) -> list[Tensor]:
             tensors += [tensor for tensor in own["_buffers"].values() if tensor is not None]
         tensors += [value for value in own.values() if isinstance(value, Tensor)]
     return tensors
-
-
-def _storage(tensor: Tensor) -> int:
-    return 0 if is_traceable_wrapper_subclass(tensor) else int(tensor.untyped_storage()._cdata)
 
 
 def _version(tensor: Tensor) -> int:

@@ -19,6 +19,7 @@ from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.packing import leave_saving_contexts
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.online.states import keep_charged
+from sltt_ext.online.storages import storage_of
 
 __all__ = ["Found", "Graphs", "Opening"]
 
@@ -28,7 +29,9 @@ class Found:
 
     Attributes:
         bytes: How much autograd has saved in a call, at most.
+        again: How many backward passes have run steps again.
         compares: Whether outputs of the second run are still compared with those of the first.
+        holding: The recordings that keep graphs.
     """
 
     def __init__(self) -> None:
@@ -77,7 +80,7 @@ class Graphs(SpeedUp, Outputs):
         """See what is saved anyway."""
         one.replaced.if_cut_short(lambda: leave_saving_contexts(self._saved.is_asked))
         self._neurons = one.neurons
-        self._weights = {_storage(parameter) for parameter in one.net.parameters()}
+        self._weights = {storage_of(parameter) for parameter in one.net.parameters()}
         yield
 
     @contextmanager
@@ -138,7 +141,7 @@ class _Saved:
     def drop(self, tensor: Tensor) -> None:
         """Count a tensor, and let it go."""
         self._asked = True
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         if storage not in self._seen:
             self._seen.add(storage)
             self.bytes += tensor.untyped_storage().nbytes() if storage else tensor.numel() * tensor.itemsize
@@ -200,11 +203,3 @@ class _Compared(Outputs):
                 )
                 self._first_run = iter(())
                 return
-
-
-def _storage(tensor: Tensor) -> int:
-    """The identity of a tensor's memory; 0 where it has none of its own."""
-    try:
-        return int(tensor.untyped_storage()._cdata)
-    except NotImplementedError:  # a tensor of other tensors
-        return 0

@@ -36,8 +36,8 @@ class Moments(SpeedUp):
         yield
 
     def written(self) -> set[int]:
-        """The tensors that going back writes to."""
-        return {tensor for before in self._before.values() for tensor in before.tensors}
+        """The storages that going back writes to."""
+        return {storage for before in self._before.values() for storage in before.storages}
 
     def return_to(self, call: Call) -> None:
         """Have the network hold what it held before a call, if it does not after the one before."""

@@ -12,7 +12,7 @@ import torch
 
 from sltt_ext.errors import ConfigurationError
 
-__all__ = ["Schedule", "in_windows", "longest_runs", "runs", "selected_steps"]
+__all__ = ["Schedule", "in_windows", "longest_runs", "runs", "selected_steps", "steps_of_a_draw"]
 
 Schedule = Callable[[int, torch.Generator | None], Iterable[int] | Mapping[int, float]]
 """``(time_steps, generator) -> `` the steps to back-propagate, or ``{step: how many times its loss counts}``."""
@@ -32,6 +32,17 @@ def _steps_of_windows(
         for one, count in selected.items()
         for t in range(one * window, min((one + 1) * window, time_steps))
     }
+
+
+def steps_of_a_draw(selected: Iterable[int], time_steps: int, window: int) -> float:
+    """How many steps so many windows have on average, drawn from all with equal chances.
+
+    The mean over the drawn steps is divided by it: were it by their own number, steps of a shorter last window would count more.
+
+    >>> steps_of_a_draw([4, 5], time_steps=6, window=4)
+    3.0
+    """
+    return len({t // window for t in selected}) * time_steps / -(-time_steps // window)
 
 
 def selected_steps(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.neuron import StatefulModule
+from sltt_ext.online.storages import storage_of
 
 __all__ = ["Snapshot", "random_numbers", "without_modes"]
 
@@ -34,27 +35,32 @@ class Snapshot:
     Args:
         net: The network.
         but_given: Whether to leave alone what has a gradient, for which something else may stand in when it is restored.
-        written: Where others are about to take the place of the states that neurons carry: which tensors are written to
-            meanwhile (by ``id``). The states are not copied then, but for these.
+        written: Where others are about to take the place of the states that neurons carry: which storages are written to
+            meanwhile. The states are not copied then, but for those in them.
 
     Attributes:
-        tensors: Those (by ``id``) that `restore` writes to.
+        storages: Those that `restore` writes to.
     """
 
     def __init__(
         self, net: nn.Module, but_given: bool = False, written: Collection[int] | None = None
     ) -> None:
         self._but_given = but_given
-        self.tensors: set[int] = set()
+        self._written = written
+        self.storages: set[int] = set()
         self._undo: list[Callable[[], Any]] = []
-        for module in net.modules():
+        modules = list(net.modules())
+        stores = [
+            store for module in modules if isinstance(module, StatefulModule) for store in module.stores()
+        ]
+        self._stores = {id(store) for store in stores}
+        for module in modules:
             buffers: Any = module._buffers
             self._keep(buffers, buffers)
             own = vars(module)
             self._keep(own, {name: value for name, value in own.items() if name not in _NOT_TAKEN})
-            if isinstance(module, StatefulModule):
-                for store in module.stores():
-                    self._keep(store, store, written=written)
+        for store in stores:
+            self._keep(store, store, is_state=True)
         self._undo.append(random_numbers(net))
 
     @torch.no_grad()
@@ -64,11 +70,7 @@ class Snapshot:
             undo()
 
     def _keep(
-        self,
-        store: dict[Any, Any],
-        now: dict[Any, Any],
-        depth: int = _DEPTH,
-        written: Collection[int] | None = None,
+        self, store: dict[Any, Any], now: dict[Any, Any], depth: int = _DEPTH, is_state: bool = False
     ) -> None:
         """Take what is ``now`` in a dict."""
         before = {
@@ -77,26 +79,33 @@ class Snapshot:
             if not (self._but_given and isinstance(value, Tensor) and value.requires_grad)
         }
         self._undo.append(partial(_put_back, store, before, {*now}))
-        for value in now.values():
-            if written is None or not isinstance(value, Tensor) or id(value) in written:
-                self._keep_content(value, depth)
+        for name, value in now.items():
+            if not (is_state and isinstance(value, Tensor) and self._stays(value)):
+                self._keep_content(value, partial(store.__setitem__, name), depth)
 
-    def _keep_content(self, value: Any, depth: int) -> None:
+    def _stays(self, state: Tensor) -> bool:
+        return self._written is not None and storage_of(state) not in self._written
+
+    def _keep_content(self, value: Any, put: Callable[[Any], Any], depth: int) -> None:
+        """Take what a value holds; ``put`` exchanges the value."""
         if isinstance(value, Tensor):
             if not isinstance(value, nn.Parameter) and _can_change(value):
-                self.tensors.add(id(value))
-                self._undo.append(partial(_write, value, value.detach().clone()))
+                self.storages.add(storage_of(value))
+                self._undo.append(partial(_write, value, value.detach().clone(), value.requires_grad, put))
         elif isinstance(value, torch.Generator):
             self._undo.append(partial(value.set_state, value.get_state()))
+        elif id(value) in self._stores:
+            return  # which are taken once
         elif depth and type(value) is list:
             self._undo.append(partial(_refill, value, list(value)))
-            for element in value:
-                self._keep_content(element, depth - 1)
+            for place, element in enumerate(value):
+                self._keep_content(element, partial(value.__setitem__, place), depth - 1)
         elif depth and isinstance(value, dict):
             self._keep(value, value, depth - 1)
         elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
             for field in dataclasses.fields(value):
-                self._keep_content(getattr(value, field.name), depth - 1)
+                exchange = partial(object.__setattr__, value, field.name)
+                self._keep_content(getattr(value, field.name), exchange, depth - 1)
 
 
 def random_numbers(net: nn.Module) -> Callable[[], None]:
@@ -133,8 +142,11 @@ def _refill(kept: list[Any], before: list[Any]) -> None:
     kept[:] = before
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
-    tensor.data.copy_(value)  # unseen by autograd: a graph may need the tensor as it was
+def _write(tensor: Tensor, value: Tensor, had_graph: bool, put: Callable[[Any], Any]) -> None:
+    if tensor.requires_grad and not had_graph:  # it was written over, and belongs to a graph since
+        put(value.clone())
+    else:
+        tensor.data.copy_(value)  # unseen by autograd: a graph may need the tensor as it was
 
 
 def _can_change(tensor: Tensor) -> bool:

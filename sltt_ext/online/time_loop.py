@@ -40,7 +40,7 @@ from sltt_ext.online.norms import norms_over_time
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import recorded
-from sltt_ext.online.schedule import Schedule, runs, selected_steps
+from sltt_ext.online.schedule import Schedule, runs, selected_steps, steps_of_a_draw
 from sltt_ext.online.sequence_norms import NormsOfSequence, statistics_over_time
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import is_leaf, outer_tensors
@@ -160,7 +160,7 @@ class TimeLoop:
             returns,
             time_steps,
             counts,
-            max(len(steps), 1),
+            self._divisor(steps, time_steps),
             read_each(read) if windows else read,
             weights=_weights(lengths, time_steps, returns),
         )
@@ -245,6 +245,12 @@ class TimeLoop:
         if self._common is None and (is_distributed(net) or replica(net) is not None):
             self._common = common_generator(net, self.settings.generator)
         return selected_steps(self.settings.schedule, time_steps, self._common or self.settings.generator)
+
+    def _divisor(self, steps: tuple[int, ...], time_steps: int) -> float:
+        """What the sum over the back-propagated steps is divided by."""
+        if self.settings.k is None or not steps:
+            return max(len(steps), 1)
+        return steps_of_a_draw(steps, time_steps, self.settings.window or 1)
 
     def _around(self, net: nn.Module) -> tuple[SpeedUp, ...]:
         """What a pass through the network cannot be without."""

@@ -53,7 +53,7 @@ from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
 from sltt_ext.online.recording import recorded
-from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps
+from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps, steps_of_a_draw
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
 from sltt_ext.online.states import all_or_nothing, reset
@@ -179,6 +179,7 @@ class OnlineTrainer:
         self._through_time = goes_through_time(net.modules())
         self._window = options.window(self.chunk, self.time_steps) if self._through_time else 1
         self.schedule = options.selection(k, schedule, self.time_steps, self._window)
+        self._drawn = self._window if k is not None else None
         self.generator = generator
         self.time_dim = options.axis("time_dim", time_dim)
         self.output = options.reads(output)
@@ -230,7 +231,7 @@ class OnlineTrainer:
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         counts = self._steps()
         steps = tuple(counts)
-        divisor = len(steps) if self.scale == "mean" else self.time_steps
+        divisor = self._divisor(steps)
         stop = self.time_steps if self.full_output or self.loss_on != "step" else steps[-1] + 1
         targets = targets_of_steps(target, self.time_steps, self.target_time_dim)
 
@@ -336,7 +337,7 @@ class OnlineTrainer:
         )  # fmt: skip
 
     def _whole(
-        self, x: Any, target: Any, counts: Mapping[int, float], divisor: int, step: Step
+        self, x: Any, target: Any, counts: Mapping[int, float], divisor: float, step: Step
     ) -> tuple[Tensor, Any]:
         """One loss of the outputs of all steps, and their mean; backward runs the steps again."""
         steps = tuple(counts)
@@ -422,6 +423,12 @@ class OnlineTrainer:
         if self._common is None and is_distributed(net):
             self._common = common_generator(net, self.generator)
         return selected_steps(self.schedule, self.time_steps, self._common or self.generator)
+
+    def _divisor(self, steps: tuple[int, ...]) -> float:
+        """What the sum of the losses is divided by."""
+        if self.scale == "paper":
+            return self.time_steps
+        return len(steps) if self._drawn is None else steps_of_a_draw(steps, self.time_steps, self._drawn)
 
     def _sizes(
         self, neurons: list[StatefulModule], multi_step: bool, elements: int, longest: dict[bool, int]

@@ -125,7 +125,11 @@ class Pass:
         self.call, self.selected, self.update = data, selected, update
         self.loss_on = case.loss_on(iteration)
         options = case.options
-        self.divisor = len(selected) / options.calls if options.scale == "mean" else options.time_steps
+        self.divisor: float = options.time_steps
+        if options.scale == "mean" and options.window > 1 and isinstance(options.select, int):
+            self.divisor *= options.select / -(-options.time_steps // options.window)
+        elif options.scale == "mean":
+            self.divisor = len(selected) / options.calls
         self.loss_fn = loss_fn(case, network.net, around, data.x)
         self.backward = backward(case, network.net) or (lambda loss: loss.backward())
 

@@ -31,6 +31,8 @@ from sltt_ext.clock_driven import neuron as clock_driven
 from sltt_ext.errors import ConfigurationError, LossError, SLTTWarning
 from sltt_ext.legacy_spikingjelly import fused as legacy
 from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.online import options
+from sltt_ext.online.schedule import selected_steps
 from sltt_ext.snntorch import MultiStep, Stateful
 
 pytestmark = pytest.mark.filterwarnings("ignore:Inhibition is an unstable feature")
@@ -512,10 +514,32 @@ def test_k_windows_are_drawn(window, k, full_output, scale, step_mode):
         assert steps == tuple(t for t in range(T) if t // window * window in starts)
         expected = windows_by_hand(
             spiking(), FRAMES, TARGETS, window, F.cross_entropy, selected=starts,
-            divisor=len(steps) if scale == "mean" else T,
+            divisor=k * T / -(-T // window) if scale == "mean" else T,
         )  # fmt: skip
         assert oracle.relative_error(oracle.gradients(net), expected[1:]) < 1e-6
     assert len(seen) > 1 or window == T
+
+
+@shorter
+@pytest.mark.parametrize("way", ["trainer", "over_time"])
+def test_windows_of_unequal_length_count_by_their_length(way):
+    """The mean over all that can be drawn is the gradient of all windows."""
+    drawn = {}
+    for seed, k in ((0, None), *((seed, 1) for seed in range(1, 9))):
+        net, generator = sltt_ext.convert(spiking(), temporal="call"), torch.Generator().manual_seed(seed)
+        if way == "trainer":
+            online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, k, 4, time_dim=0, generator=generator)
+            steps = online.forward_backward(FRAMES, TARGETS[0]).time_steps
+        else:
+            sltt_ext.over_time(net, time_dim=0, chunk=4, k=k, returns="sequence", generator=generator)
+            SHOWN["sequence"](net(FRAMES) / T, TARGETS[0]).backward()
+            generator.manual_seed(seed)
+            steps = range(T) if k is None else selected_steps(options.selection(k, None, T, 4), T, generator)
+        drawn[tuple(steps)] = oracle.gradients(net)
+    whole = drawn.pop(tuple(range(T)))
+    assert drawn.keys() == {(0, 1, 2, 3), (4, 5)}
+    means = [sum(each) / 2 for each in zip(*drawn.values())]
+    assert oracle.relative_error(means, whole) < 1e-6
 
 
 def test_a_schedule_selects_steps_and_windows_begin_with_the_first_of_a_run():
