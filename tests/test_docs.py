@@ -231,7 +231,7 @@ def norms_over_time_tables():
 
 @pytest.mark.parametrize("table", ["gradients", "remedies", "memory", "accuracy"])
 def test_figures_of_norms_over_time_in_the_docs_are_the_measured_ones(table):
-    page = (ROOT / "docs" / "over-time.md").read_text()
+    page = (ROOT / "docs" / "norms.md").read_text()
     marked = re.search(rf"<!-- norms: {table} -->\n(.*?)<!-- end -->", page, re.DOTALL)[1]
     rows = [f"| {' | '.join(row)} |" for row in norms_over_time_tables()[table]]
     assert marked.strip().splitlines()[2:] == rows
@@ -239,7 +239,7 @@ def test_figures_of_norms_over_time_in_the_docs_are_the_measured_ones(table):
 
 def test_statistics_of_all_steps_bring_the_gradient_nearer():
     """But for the smallest batch of one network."""
-    page = (ROOT / "docs" / "over-time.md").read_text()
+    page = (ROOT / "docs" / "norms.md").read_text()
     errors = {"step": [], "whole pass first": []}
     for row in results("norms_over_time"):
         errors.get(row["method"], []).append(100 * float(row["output_error"]))
