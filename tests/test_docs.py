@@ -23,6 +23,7 @@ def blocks(page, language):
         "index.md",
         "fit.md",
         "over-time.md",
+        "recipes.md",
         "spikingjelly.md",
         "snntorch.md",
         "bring-your-code.md",
@@ -35,7 +36,7 @@ def test_examples_run_as_printed_from_top_to_bottom(page):
     if page == "bring-your-code.md" and not hasattr(base.MemoryModule, "single_step_functional_forward"):
         pytest.skip("the old package itself asks for CuPy, and SpikingJelly 0.0.0.0.14 still has it")
     for example in blocks(page, "python"):
-        tools = re.findall(r"^from (accelerate|timm|transformers)\b", example, re.MULTILINE)
+        tools = re.findall(r"^from (accelerate|onnxscript|timm|tonic|transformers)\b", example, re.MULTILINE)
         if all(map(importlib.util.find_spec, tools)):
             exec(example, names)
 
