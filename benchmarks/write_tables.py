@@ -1,4 +1,4 @@
-"""Bring docs/benchmarks.md and docs/fit.md up to date: their tables, and the plots beside them, from benchmarks/results.
+"""Bring README.md and pages of the documentation up to date: their tables and plots, from benchmarks/results.
 
 python benchmarks/write_tables.py
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from peers import figures, tables
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
     for name in tables.PAGES:
-        page = DOCS / name
+        page = ROOT / name
         page.write_text(tables.with_tables(page.read_text()))
-    figures.draw(DOCS)
+    figures.draw(ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peers.tables import Rows, results
-from sltt_ext.analysis.plots import BLUE, COLORS, MARKERS, ORANGE, WIDTH
+from peers.tables import FRONT, Rows, results
+from sltt_ext.analysis.plots import BLUE, COLORS, GREEN, MARKERS, ORANGE, WIDTH
 from sltt_ext.optional import require
 
 LINES = ("-", "--", ":", "-.")
@@ -20,6 +20,41 @@ def draw(folder: Path) -> None:
     ):
         if rows:
             plot(rows).savefig(folder / f"{name}.png")
+    if results("peers_over_time") and results("peers_nf_resnet_34"):
+        front().savefig(folder / "front.png")
+
+
+def front() -> Any:
+    """Memory over T, and the time of an iteration: the picture of the front page."""
+    figure = require("matplotlib.figure", extra="plots").Figure(figsize=(8, 3), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2)
+    shown = {
+        "BPTT, step by step": "BPTT, steps",
+        "BPTT, all steps in one call": "BPTT, sequence",
+        "SLTT": "SLTT, sltt_ext, cache_invariant, pack_spikes",
+    }
+    rows = results("peers_over_time")
+    for index, (label, contender) in enumerate(shown.items()):
+        own = [row for row in rows if row["contender"] == contender]
+        left.plot([int(row["time_steps"]) for row in own], [float(row["peak_mb"]) / 1000 for row in own], label=label,
+                  color=(ORANGE, GREEN, BLUE)[index], marker=MARKERS[index])  # fmt: skip
+    left.set(xlabel="time steps T", ylabel="GB", ylim=(0, None), title="peak memory")
+    left.legend(fontsize=8)
+    times = {
+        row["contender"]: float(row["to_bptt_steps"])
+        for row in results("peers_nf_resnet_34")
+        if row["dtype"] == "float32"
+    }
+    values = [times[fastest] for _, fastest in FRONT.values()]
+    bars = right.barh(list(FRONT), values, color=(ORANGE, GREEN, BLUE, BLUE))
+    right.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
+    right.set(title="time of an iteration, T = 6", xlabel="relative to BPTT, step by step", xlim=(0, 1.15))
+    right.invert_yaxis()
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="both" if axes is left else "x")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def relative(rows: Rows) -> Any:

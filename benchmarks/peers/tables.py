@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and docs/fit.md, rendered from the results."""
+"""The tables of README.md and of pages of the documentation, rendered from the results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peers.claims import CLAIMS, Claim
 
 Rows = list[dict[str, str]]
 
-PAGES = ("benchmarks.md", "fit.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/fit.md")
 MISSING = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- table: ([\w, .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -72,6 +72,49 @@ def iterations(name: str, dtype: str) -> str:
             [row["contender"], *(row[column] for column in COLUMNS.values())]
             for row in rows
             if row["dtype"] == dtype and row["contender"] in shared
+        ),
+    )
+
+
+FRONT = {
+    "BPTT, step by step": ("BPTT, steps", "BPTT, steps"),
+    "BPTT, all steps in one call": ("BPTT, sequence", "BPTT, sequence"),
+    "SLTT": ("SLTT, sltt_ext, pack_spikes", "SLTT, sltt_ext, cache_invariant, chunk=T"),
+    "SLTT-1": ("SLTT, sltt_ext, pack_spikes", "SLTT-1, tail skipped, sltt_ext, cache_invariant, chunk=T"),
+}
+"""Method on the front page -> the contenders whose memory and whose time it shows: the leanest, and the fastest."""
+
+
+def front() -> str:
+    """What counts, in three numbers: memory, time and accuracy."""
+    peaks = {
+        row["contender"]: row
+        for row in results("peers_memory")
+        if row["tensors"] == "fake" and row["network"] == "NF-ResNet-34"
+    }
+    times = {row["contender"]: row for row in results("peers_nf_resnet_34") if row["dtype"] == "float32"}
+
+    def accuracy(method: str) -> str:
+        runs = [
+            row for row in results("accuracy_digits") if (row["method"], row["scale"]) == (method, "mean")
+        ]
+        return f"{100 * statistics.mean(float(row['test_accuracy']) for row in runs):.1f} %" if runs else ""
+
+    return table(
+        [
+            "",
+            "peak memory: NF-ResNet-34, 256 images of 224 px, T = 6",
+            "time of an iteration: NF-ResNet-34, T = 6",
+            "test accuracy: digits",
+        ],
+        (
+            [
+                method,
+                f"{float(peaks[leanest]['peak_gib']):.1f} GiB",
+                f"{float(times[fastest]['to_bptt_steps']):.2f}",
+                accuracy(method.partition(",")[0]),
+            ]
+            for method, (leanest, fastest) in FRONT.items()
         ),
     )
 
@@ -177,6 +220,7 @@ def figure(path: str, name: str, text: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
+    "front": front,
     "peers.png": partial(figure, "peers.png", "peers_nf_resnet_34", "Time and memory relative to BPTT"),
     "peers_over_time.png": partial(
         figure, "peers_over_time.png", "peers_over_time", "Seconds and memory over time steps"
