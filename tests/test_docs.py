@@ -27,6 +27,7 @@ def blocks(page, language):
         "spikingjelly.md",
         "snntorch.md",
         "bring-your-code.md",
+        "own-neurons.md",
         "analysis.md",
     ],
 )
@@ -51,19 +52,20 @@ def test_the_time_loop_of_a_tutorial_leaves_forward_with_three_new_lines():
 
 
 def test_every_case_leads_to_code_that_runs():
-    """Each row of the table in "Bring your code" has a section, with a block of code in it."""
-    page = (ROOT / "docs" / "bring-your-code.md").read_text()
-    table = page.partition("## Find your case")[2].partition("\n## ")[0]
+    """Each row of the table in "Published code" has a section, there or in "Neurons of your own", with a block of code in it."""
+    pages = {name: (ROOT / "docs" / name).read_text() for name in ("bring-your-code.md", "own-neurons.md")}
+    table = pages["bring-your-code.md"].partition("## Find your case")[2].partition("\n## ")[0]
     rows = [line for line in table.splitlines() if line.startswith("| ") and "---" not in line][1:]
-    sections = re.split(r"^##+ ", page, flags=re.MULTILINE)
     with_code = {
-        re.sub(r"[^a-z0-9 -]", "", section.splitlines()[0].lower()).replace(" ", "-")
-        for section in sections[1:]
+        (name, re.sub(r"[^a-z0-9 -]", "", section.splitlines()[0].lower()).replace(" ", "-"))
+        for name, page in pages.items()
+        for section in re.split(r"^##+ ", page, flags=re.MULTILINE)[1:]
         if "```python" in section
     }
     assert len(rows) >= 10
     for row in rows:
-        assert re.search(r"\(#([\w-]+)\)", row).group(1) in with_code, row
+        name, anchor = re.search(r"\(([\w.-]*)#([\w-]+)\)", row).groups()
+        assert (name or "bring-your-code.md", anchor) in with_code, row
 
 
 @pytest.mark.slow
