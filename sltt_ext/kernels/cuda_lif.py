@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
-from sltt_ext.kernels.launch import Launch, launch_on_device
+from sltt_ext.kernels.launch import Launch
 from sltt_ext.kernels.layout import same_layout
 from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.kernels.source import Kernel, make_kernel
@@ -30,7 +30,8 @@ def forward(
     save: bool,
     save_slope: bool,
     overwrite: bool = False,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
     s_seq = torch.empty_like(x_seq)
@@ -80,7 +81,8 @@ def backward(
     slopes: Tensor,
     decay: Tensor | None,
     settings: LIFSettings,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     time_steps = derivatives.shape[0] + 1
@@ -99,7 +101,7 @@ def backward(
         computed, grad_decay = backward(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_v is None else grad_v.contiguous(),
-            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, settings, launch,
+            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, settings, launch=launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_decay
     c = decay if settings.decay_input else None
@@ -133,7 +135,8 @@ def backward_through_time(
     slopes: Tensor,
     decay: Tensor | None,
     settings: LIFSettings,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     step, time_steps, reduce = h_seq[0], h_seq.shape[0], slopes.numel() > 0
@@ -146,7 +149,7 @@ def backward_through_time(
         computed, grad_decay, start = backward_through_time(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_v is None else grad_v.contiguous(),
-            h_seq.contiguous(), slopes.contiguous(), decay, settings, launch,
+            h_seq.contiguous(), slopes.contiguous(), decay, settings, launch=launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_decay, grad_start.copy_(start)
     read = [0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_v, h_seq, slopes)]
