@@ -58,15 +58,20 @@ class HostLauncher(NvrtcLauncher):
         return host.library_of(self._kernel)._name.encode()
 
 
+def reset():
+    """No call has been made, none fails, and this thread has no context, as one of autograd's at first."""
+    library().set_current(0)
+    library().fail(b"", 0)
+    calls()
+
+
 def machine(monkeypatch):
-    """A launcher on a machine with two devices; the current thread has no context, as one of autograd's at first."""
+    """A launcher on a machine with two devices."""
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=700 + index))
-    library().set_current(0)
-    library().fail(b"", 0)
-    calls()
+    reset()
     return HostLauncher()
 
 
