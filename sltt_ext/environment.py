@@ -53,7 +53,7 @@ def _versions(name: str, launcher: Launcher) -> dict[str, str]:
 
 
 def _backend_on(index: int) -> str:
-    problems = []
+    problems: list[str] = []
     for launcher in (CupyBackend.launcher, NvrtcBackend.launcher):
         if (problem := launcher.problem(index)) is None:
             return "; ".join([f"backend {launcher.name}", *problems])

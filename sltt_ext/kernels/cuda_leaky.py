@@ -45,7 +45,14 @@ def forward(
     sequences = [x_seq, outputs[0], h_seq, returned if return_mem_seq else returned.unsqueeze(0)]
     if not _can_walk(mem, [tensor for tensor in sequences if tensor.numel()], beta, threshold):
         computed = forward(
-            x_seq.contiguous(), mem.contiguous(), beta, threshold, settings, return_mem_seq, save, launch=launch
+            x_seq.contiguous(),
+            mem.contiguous(),
+            beta,
+            threshold,
+            settings,
+            return_mem_seq,
+            save,
+            launch=launch,
         )
         for output, values in zip(outputs, computed):
             output.copy_(values)

@@ -28,6 +28,7 @@ class CupyLauncher(Launcher):
     name = "cupy"
 
     def versions(self) -> dict[str, str]:
+        """CuPy's, of the CUDA it was built for, and of the NVRTC it loads."""
         import cupy
 
         driver, nvrtc = cupy.cuda.driver, cupy.cuda.nvrtc

@@ -106,7 +106,7 @@ class NVRTC:
 
     def _call(self, function: str, *arguments: Any) -> None:
         if status := getattr(self._library, function)(*arguments):
-            raise BackendError(f"{function} of {self.path} failed: {self._error(status)}")
+            raise BackendError(f"{function} failed in NVRTC ({self.path}): {self._error(status)}")
 
     def _error(self, status: int) -> str:
         return str(self._library.nvrtcGetErrorString(status).decode())
@@ -155,7 +155,13 @@ def _package_folders() -> Iterator[Path]:
     """Where pip puts what PyTorch asks for, newer and older packages, and what is inside of its own."""
     spec = importlib.util.find_spec("nvidia")
     for root in map(Path, (spec and spec.submodule_search_locations) or ()):
-        for pattern in ("cu[0-9]*/lib", "cu[0-9]*/bin/x86_64", "cu[0-9]*/bin", "cuda_nvrtc/lib", "cuda_nvrtc/bin"):
+        for pattern in (
+            "cu[0-9]*/lib",
+            "cu[0-9]*/bin/x86_64",
+            "cu[0-9]*/bin",
+            "cuda_nvrtc/lib",
+            "cuda_nvrtc/bin",
+        ):
             yield from sorted(root.glob(pattern))
     yield Path(torch.__file__).parent / "lib"
 

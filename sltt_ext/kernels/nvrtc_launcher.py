@@ -27,6 +27,7 @@ class NvrtcLauncher(Launcher):
         self._driver: Driver | None = None
 
     def versions(self) -> dict[str, str]:
+        """NVRTC's, and where it was found."""
         if torch.version.cuda is None:
             raise BackendError("PyTorch is built without CUDA")
         nvrtc = self._find_nvrtc()

@@ -23,9 +23,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Test")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=700 + index)
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=700 + index))
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
     monkeypatch.setattr(CupyLauncher, "versions", lambda self: {"CuPy's CUDA": "13.2"})
     return monkeypatch

@@ -1,6 +1,5 @@
 """The CUDA driver by ctypes, on a driver for the host: arguments, contexts, threads, errors."""
 
-import ctypes
 import threading
 from types import SimpleNamespace
 
@@ -154,7 +153,7 @@ def test_a_launch_that_fails(load, before):
 
 
 def test_a_library_that_lacks_a_function():
-    with pytest.raises(BackendError, match="this is no CUDA driver: .*cuInit"):
+    with pytest.raises(BackendError, match=r"this is no CUDA driver: .*cuInit"):
         Driver(SimpleNamespace())
 
 
