@@ -55,8 +55,9 @@ def forward(
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
-    v_last, h_last = (final.new_empty(0), final) if settings.charged else (final, h)
-    x_at, *written = (tensor.data_ptr() for tensor in (x_seq, s_seq, v_last, derivatives, h_last, slopes))
+    x_at, s_at, final_at, derivatives_at, h_at, slopes_at = (each.data_ptr() for each in (x_seq, *outputs))
+    v_last_at, h_last_at = (0, final_at) if settings.charged else (final_at, h_at)
+    written = s_at, v_last_at, derivatives_at, h_last_at, slopes_at
     v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
     geometry = launch_geometry(final.numel(), x_seq.element_size(), (x_at, v_at, *written))
     surrogate = settings.surrogate
