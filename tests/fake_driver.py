@@ -62,6 +62,7 @@ def reset():
     """No call has been made, none fails, and this thread has no context, as one of autograd's at first."""
     library().set_current(0)
     library().fail(b"", 0)
+    library().pause_for(0)
     calls()
 
 

@@ -27,11 +27,15 @@ class NvrtcLauncher(Launcher):
         self._driver: Driver | None = None
 
     def versions(self) -> dict[str, str]:
-        """NVRTC's, and where it was found."""
+        """NVRTC's, and where it was found, and the newest CUDA that the driver runs."""
         if torch.version.cuda is None:
             raise BackendError("PyTorch is built without CUDA")
         nvrtc = self._find_nvrtc()
-        return {"PyTorch's NVRTC": f"{'.'.join(map(str, nvrtc.version))}, {nvrtc.path}"}
+        try:
+            runs = "CUDA " + ".".join(map(str, self._find_driver().version))
+        except BackendError as error:
+            runs = f"none: {error}"
+        return {"PyTorch's NVRTC": f"{'.'.join(map(str, nvrtc.version))}, {nvrtc.path}", "CUDA driver": runs}
 
     def _load(self, kernel: Kernel, index: int) -> LoadedKernel:
         major, minor = torch.cuda.get_device_capability(index)

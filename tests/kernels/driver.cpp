@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <mutex>
 #include <string>
@@ -36,10 +37,11 @@ struct Entry {
 
 std::mutex mutex;
 std::string record, failing;
-int failing_with;
+int failing_with, pausing;
 thread_local std::vector<CUcontext> stack;
 
 CUresult called(const std::string& function, const std::string& arguments) {
+    usleep(pausing);
     std::lock_guard<std::mutex> lock(mutex);
     record += function + "(" + arguments + ")\n";
     return static_cast<CUresult>(function == failing ? failing_with : 0);
@@ -54,6 +56,7 @@ extern "C" {
 const char* calls() { return record.c_str(); }
 void forget_calls() { record.clear(); }
 void fail(const char* function, int status) { failing = function, failing_with = status; }
+void pause_for(int microseconds) { pausing = microseconds; }
 void set_current(unsigned long long context) { stack.assign(context ? 1 : 0, reinterpret_cast<CUcontext>(context)); }
 unsigned long long current() { return stack.empty() ? 0 : reinterpret_cast<unsigned long long>(stack.back()); }
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import fake_driver
 import pytest
@@ -152,9 +153,13 @@ def test_a_device_that_nvrtc_cannot_run(cuda):
 
 
 def test_the_versions_that_nvrtc_tells(cuda):
-    launcher = NvrtcLauncher()
-    launcher._nvrtc = type("Found", (), {"version": (13, 2), "path": "lib/libnvrtc.so.13"})
-    assert launcher.versions() == {"PyTorch's NVRTC": "13.2, lib/libnvrtc.so.13"}
+    launcher = fake_driver.HostLauncher()
+    launcher._nvrtc = SimpleNamespace(version=(13, 2), path="lib/libnvrtc.so.13")
+    nvrtc = {"PyTorch's NVRTC": "13.2, lib/libnvrtc.so.13"}
+    assert launcher.versions() == {**nvrtc, "CUDA driver": "CUDA 13.2"}
+    launcher._driver = None
+    cuda.setattr(nvrtc_launcher, "find_driver", raises(BackendError("it cannot be loaded")))
+    assert launcher.versions() == {**nvrtc, "CUDA driver": "none: it cannot be loaded"}
     cuda.setattr(torch.version, "cuda", None)
     with pytest.raises(BackendError, match="built without CUDA"):
         NvrtcLauncher().versions()
