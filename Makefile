@@ -54,7 +54,7 @@ gpu-test:  ## what needs a CUDA device, with the machine's own Python; installs 
 
 gpu-sanitizer:  ## the kernels' tests on the device under compute-sanitizer
 	PYTHONPATH=. PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-		$(PYTHON) -m pytest -p no:cacheprovider -m "slow or not slow" tests/gpu/test_kernels.py -k 'variant and cuda'
+		$(PYTHON) -m pytest -p no:cacheprovider -m "slow or not slow" tests/gpu/test_kernels.py -k 'variant and cuda-nvrtc'
 
 gpu-bench:  ## the fused neuron against copies and SpikingJelly on the device, with the machine's own Python
 	PYTHONPATH=. $(PYTHON) benchmarks/neuron_kernel.py

@@ -13,6 +13,7 @@ not counted, which is to our disadvantage where T is small.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from sltt_ext.functional import multi_step_lif
-from sltt_ext.kernels.launch import cupy_problem
+from sltt_ext.kernels.cuda_backend import CupyBackend, NvrtcBackend
 
 TIME_STEPS = [1, 4, 6, 16, 32]
 ELEMENTS = [2**k for k in (18, 20, 22, 24, 26)]
@@ -42,8 +43,10 @@ Neuron = Callable[[Tensor], Tensor]
 def contenders(device: str) -> dict[str, Neuron]:
     """What runs here: functions from ``x_seq`` to spikes, each from a state at rest."""
     found: dict[str, Neuron] = {"sltt_ext torch": lambda x_seq: multi_step_lif(x_seq, backend="torch")[0]}
-    if device != "cpu" and cupy_problem(0) is None:
-        found["sltt_ext cupy"] = lambda x_seq: multi_step_lif(x_seq, backend="cupy")[0]
+    for backend in (CupyBackend, NvrtcBackend):
+        if device != "cpu" and backend.launcher.problem(0) is None:
+            run = functools.partial(multi_step_lif, backend=backend.name)
+            found[f"sltt_ext {backend.name}"] = lambda x_seq, run=run: run(x_seq)[0]  # type: ignore[misc]
     return found | spikingjelly_contenders(device)
 
 

@@ -84,8 +84,8 @@ def convert(
     Args:
         net: A network with SpikingJelly or snnTorch neurons, or declared ones (`declare_neuron`), or one neuron.
         backend: What the fused neurons run on: ``"auto"`` (CUDA kernels where they can be used), ``"torch"``,
-            ``"cupy"`` (the kernels or an error) or ``"inductor"`` (compiled by `torch.compile`, and so are the steps of
-            declared neurons).
+            ``"cupy"`` or ``"nvrtc"`` (the kernels, launched by CuPy or by what PyTorch brings, or an error) or
+            ``"inductor"`` (compiled by `torch.compile`, and so are the steps of declared neurons).
         strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in
             one warning. The gradient through the modules left is then their own.
         temporal: Where the carried state becomes a constant: on entry of each time step, ``"step"``, which is SLTT; or of

@@ -10,7 +10,8 @@ import torch
 import sltt_ext
 from sltt_ext.errors import BackendError
 from sltt_ext.kernels import default_backend
-from sltt_ext.kernels.launch import cupy_problem, cupy_versions
+from sltt_ext.kernels.cuda_backend import CupyBackend, NvrtcBackend
+from sltt_ext.kernels.launch import Launcher
 
 __all__ = ["environment"]
 
@@ -22,7 +23,8 @@ def environment() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "PyTorch": torch.__version__,
         "PyTorch's CUDA": torch.version.cuda or "none",
-        **_cupy(),
+        **_versions("CuPy", CupyBackend.launcher),
+        **_versions("PyTorch's NVRTC", NvrtcBackend.launcher),
         "SpikingJelly": _version("spikingjelly"),
         "snnTorch": _version("snntorch"),
         "CPU": f"{torch.get_num_threads()} threads: backend torch",
@@ -41,18 +43,22 @@ def environment() -> dict[str, str]:
     return {**report, "default backend": f"{default}{chosen_by}"}
 
 
-def _cupy() -> dict[str, str]:
+def _versions(name: str, launcher: Launcher) -> dict[str, str]:
     try:
-        return cupy_versions()
+        return launcher.versions()
     except ModuleNotFoundError as error:
-        return {"CuPy": f"not installed ({error.name})"}
+        return {name: f"not installed ({error.name})"}
     except Exception as error:  # whatever is wrong with it is what this report is for
-        return {"CuPy": f"cannot be used: {type(error).__name__}: {error}"}
+        return {name: f"cannot be used: {type(error).__name__}: {error}"}
 
 
 def _backend_on(index: int) -> str:
-    problem = cupy_problem(index)
-    return "backend cupy" if problem is None else f"backend torch, not cupy, because {problem}"
+    problems: list[str] = []
+    for launcher in (CupyBackend.launcher, NvrtcBackend.launcher):
+        if (problem := launcher.problem(index)) is None:
+            return "; ".join([f"backend {launcher.name}", *problems])
+        problems.append(f"not {launcher.name}, because {problem}")
+    return "; ".join(["backend torch", *problems])
 
 
 def _version(package: str) -> str:

@@ -25,6 +25,7 @@ logistic             slope                   as sigmoid, from sigmoid(-slope |u|
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def derivative(u: Tensor, name: str, parameters: Sequence[float], scale: float =
     return SURROGATES[name].derivative(u, scale, *parameters)
 
 
-def constants(name: str, parameters: Sequence[float], scale: float = 1.0) -> tuple[float, float, float]:
+@functools.lru_cache(maxsize=256)  # at every launch of a kernel
+def constants(name: str, parameters: tuple[float, ...], scale: float = 1.0) -> tuple[float, float, float]:
     """The numbers ``c0``, ``c1``, ``c2`` with which the CUDA statements compute ``scale * H'(u)``."""
     c0, c1, c2 = (*SURROGATES[name].constants(scale, *parameters), 0.0, 0.0, 0.0)[:3]
     return c0, c1, c2

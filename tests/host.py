@@ -1,7 +1,8 @@
 """Runs the CUDA kernels on the CPU: the same source, built by g++ with `kernels/host.h`.
 
-`launch` takes the place of `sltt_ext.kernels.launch.launch_on_device`, so that allocation, layouts, geometry
-and arguments are those of the real thing. `HostBackend` takes the place of ``backend="cupy"``.
+`launch` takes the place of `sltt_ext.kernels.launch.Launcher.launch`, so that allocation, layouts, geometry
+and arguments are those of the real thing. `HostBackend` takes the place of ``backend="cupy"``, and with `fake_driver`
+of ``backend="nvrtc"``.
 """
 
 import ctypes
@@ -12,15 +13,14 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import variants
 
 from sltt_ext.errors import InputError
-from sltt_ext.kernels import cuda_leaky, cuda_lif, selection
-from sltt_ext.kernels.cuda_backend import CudaBackend
+from sltt_ext.kernels import selection
+from sltt_ext.kernels.cuda_backend import CupyBackend, kernels_launched_by
 from sltt_ext.kernels.geometry import THREADS
 from sltt_ext.kernels.leaky import LEAKY
 from sltt_ext.kernels.lif import LIF
@@ -37,8 +37,10 @@ _BUILT: dict[Kernel, ctypes.CDLL] = {}
 
 
 def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], device: torch.device) -> None:
-    if kernel not in _BUILT:
-        build(next((group for group in _groups() if kernel in group), [kernel]))
+    library = library_of(kernel)
+    kinds = getattr(library, f"kinds_{kernel.name}")
+    kinds.restype = ctypes.c_char_p
+    assert kinds().decode() == "".join("d" if isinstance(value, float) else "q" for value in arguments)
     values = [
         ctypes.c_double(value) if isinstance(value, float) else ctypes.c_longlong(value)
         for value in arguments
@@ -46,25 +48,20 @@ def launch(kernel: Kernel, blocks: int, arguments: tuple[int | float, ...], devi
     pointers = (ctypes.c_void_p * len(values))(
         *[ctypes.cast(ctypes.pointer(value), ctypes.c_void_p) for value in values]
     )
-    synchronises = dict(kernel.choices).get("REDUCE", 0)
-    getattr(_BUILT[kernel], f"launch_{kernel.name}")(blocks, THREADS, bool(synchronises), pointers)
+    getattr(library, f"launch_{kernel.name}")(blocks, THREADS, pointers)
 
 
-def _on_host(module):
-    return SimpleNamespace(
-        forward=functools.partial(module.forward, launch=launch),
-        backward=functools.partial(module.backward, launch=launch),
-        backward_through_time=functools.partial(module.backward_through_time, launch=launch),
-    )
+KERNELS = kernels_launched_by(launch)
+LIF_ON_HOST, LEAKY_ON_HOST = KERNELS[LIF], KERNELS[LEAKY]
 
 
-LIF_ON_HOST, LEAKY_ON_HOST = map(_on_host, (cuda_lif, cuda_leaky))
-
-
-class HostBackend(CudaBackend):
+class HostBackend(CupyBackend):
     """The CUDA kernels, for tensors on the CPU."""
 
-    kernels = {LIF: LIF_ON_HOST, LEAKY: LEAKY_ON_HOST}  # noqa: RUF012
+    kernels = KERNELS
+
+    def __init__(self, name="cupy", kernels=KERNELS):
+        self.name, self.kernels = name, kernels
 
     def problem(self, device=None):
         return None
@@ -74,7 +71,7 @@ class HostBackend(CudaBackend):
 
     def check_input(self, x):
         if x.dtype not in SCALARS:
-            raise InputError(f"backend='cupy' does not compute in {x.dtype}")
+            raise InputError(f"backend={self.name!r} does not compute in {x.dtype}")
 
 
 def register(monkeypatch) -> None:
@@ -82,22 +79,38 @@ def register(monkeypatch) -> None:
     monkeypatch.setitem(selection._REGISTERED, "cupy", HostBackend())
 
 
+def library_of(kernel: Kernel) -> ctypes.CDLL:
+    """The library that holds a kernel."""
+    if kernel not in _BUILT:
+        build(next((group for group in _groups() if kernel in group), [kernel]))
+    return _BUILT[kernel]
+
+
 def build(kernels: list[Kernel]) -> None:
-    """Build kernels together, once a session for all processes that test; `launch` does it by itself."""
-    entries = [
-        f'extern "C" void launch_{kernel.name}(unsigned blocks, unsigned threads, bool synchronises, void** '
-        f"arguments) {{ launch<of_{kernel.name}::{kernel.name}>(blocks, threads, synchronises, arguments); }}"
-        for kernel in kernels
-    ]
+    """Build kernels together, once a session for all processes that test; `library_of` does it by itself."""
+    entries = []
+    for kernel in kernels:
+        name, synchronises = kernel.name, str(bool(dict(kernel.choices).get("REDUCE", 0))).lower()
+        entries += [
+            f'extern "C" void launch_{name}(unsigned blocks, unsigned threads, void** arguments) '
+            f"{{ launch<of_{name}::{name}>(blocks, threads, {synchronises}, arguments); }}",
+            f'extern "C" const char* kinds_{name}() {{ return kinds_of(of_{name}::{name}); }}',
+        ]
     source = "\n".join([HEADER.read_text(), translation_unit(kernels), *entries])
-    library = _folder() / f"{hashlib.sha256((source + str(OPTIONS)).encode()).hexdigest()[:24]}.so"
+    library = ctypes.CDLL(str(built_library(source, OPTIONS)))
+    _BUILT.update(dict.fromkeys(kernels, library))
+
+
+def built_library(source: str, options: list[str]) -> Path:
+    """A library built by g++, once a session."""
+    library = _folder() / f"{hashlib.sha256((source + str(options)).encode()).hexdigest()[:24]}.so"
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
-        command = ["g++", *OPTIONS, "-x", "c++", "-", "-o", str(made)]
+        command = ["g++", *options, "-x", "c++", "-", "-o", str(made)]
         done = subprocess.run(command, input=source, text=True, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
         made.rename(library)
-    _BUILT.update(dict.fromkeys(kernels, ctypes.CDLL(str(library))))
+    return library
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def multi_step_leaky(
         reset_delay: Whether the reset takes effect in the next step (snnTorch's default) or at once.
         return_mem_seq: Return the membrane potential of every step rather than the last one only.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"``, ``"torch"`` or ``"cupy"``.
+        backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"nvrtc"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are spikes and membrane potential.
         through_time: Take snnTorch's own gradient, through time, and through the initial potential where it
             requires one.

@@ -62,7 +62,7 @@ def multi_step_if(
         v_reset: Potential after a spike; None subtracts ``v_threshold`` instead (soft reset).
         detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"inductor"``.
+        backend: ``"auto"``, ``"torch"``, ``"cupy"``, ``"nvrtc"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
         charged: The returned potential is the charged one, ``h[T]``, and so is a tensor given as ``v``: the
             reset is applied on entry of the next call, or by `after_reset`. It is the very tensor that
@@ -121,7 +121,7 @@ def multi_step_lif(
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"inductor"``.
+        backend: ``"auto"``, ``"torch"``, ``"cupy"``, ``"nvrtc"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
         charged: Carry the charged potential.
         through_time: Take the gradient through time.
@@ -182,7 +182,7 @@ def multi_step_plif(
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
-        backend: ``"auto"``, ``"torch"``, ``"cupy"`` or ``"inductor"``.
+        backend: ``"auto"``, ``"torch"``, ``"cupy"``, ``"nvrtc"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
         charged: Carry the charged potential.
         through_time: Take the gradient through time.

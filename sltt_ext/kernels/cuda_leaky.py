@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
-from sltt_ext.kernels.launch import Launch, launch_on_device
+from sltt_ext.kernels.launch import Launch
 from sltt_ext.kernels.layout import same_layout
 from sltt_ext.kernels.leaky import LeakySettings
 from sltt_ext.kernels.source import Kernel, make_kernel
@@ -32,7 +32,8 @@ def forward(
     settings: LeakySettings,
     return_mem_seq: bool,
     save: bool,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.leaky.LeakyKernels`."""
     returned = torch.empty_like(x_seq if return_mem_seq else x_seq[0], dtype=mem.dtype)
@@ -44,7 +45,14 @@ def forward(
     sequences = [x_seq, outputs[0], h_seq, returned if return_mem_seq else returned.unsqueeze(0)]
     if not _can_walk(mem, [tensor for tensor in sequences if tensor.numel()], beta, threshold):
         computed = forward(
-            x_seq.contiguous(), mem.contiguous(), beta, threshold, settings, return_mem_seq, save, launch
+            x_seq.contiguous(),
+            mem.contiguous(),
+            beta,
+            threshold,
+            settings,
+            return_mem_seq,
+            save,
+            launch=launch,
         )
         for output, values in zip(outputs, computed):
             output.copy_(values)
@@ -72,7 +80,8 @@ def backward(
     settings: LeakySettings,
     beta_shape: Sequence[int] | None,
     learn_threshold: bool,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
     surrogate, same_step = settings.surrogate, settings.resets_in_step
@@ -90,7 +99,7 @@ def backward(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_mem is None else grad_mem.contiguous(),
             h_seq.contiguous(), None if mem is None else mem.contiguous(), threshold, settings, beta_shape,
-            learn_threshold, launch,
+            learn_threshold, launch=launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_beta, grad_threshold
     threshold, *threshold_period = _periodic(threshold, step.shape)
@@ -128,7 +137,8 @@ def backward_through_time(
     settings: LeakySettings,
     learn_beta: bool,
     learn_threshold: bool,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.leaky.LeakyKernels`."""
     beta_shape, threshold_shape = (
@@ -147,7 +157,7 @@ def backward_through_time(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_mem is None else grad_mem.contiguous(),
             h_seq.contiguous(), None if mem is None else mem.contiguous(), beta, threshold, settings, learn_beta,
-            learn_threshold, launch,
+            learn_threshold, launch=launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_beta, grad_threshold, grad_start.copy_(start)
     beta, *beta_period = _periodic(beta, step.shape)

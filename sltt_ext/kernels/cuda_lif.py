@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sltt_ext.kernels.geometry import MAX_BLOCKS, MAX_PARTIAL_SUMS, launch_geometry
-from sltt_ext.kernels.launch import Launch, launch_on_device
+from sltt_ext.kernels.launch import Launch
 from sltt_ext.kernels.layout import same_layout
 from sltt_ext.kernels.lif import LIFSettings
 from sltt_ext.kernels.source import Kernel, make_kernel
@@ -30,7 +30,8 @@ def forward(
     save: bool,
     save_slope: bool,
     overwrite: bool = False,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run all steps; see `sltt_ext.kernels.lif.LIFKernels`."""
     s_seq = torch.empty_like(x_seq)
@@ -54,8 +55,9 @@ def forward(
         for output, values in zip(outputs, computed):
             output.copy_(values)
         return outputs
-    v_last, h_last = (final.new_empty(0), final) if settings.charged else (final, h)
-    x_at, *written = (tensor.data_ptr() for tensor in (x_seq, s_seq, v_last, derivatives, h_last, slopes))
+    x_at, s_at, final_at, derivatives_at, h_at, slopes_at = (each.data_ptr() for each in (x_seq, *outputs))
+    v_last_at, h_last_at = (0, final_at) if settings.charged else (final_at, h_at)
+    written = s_at, v_last_at, derivatives_at, h_last_at, slopes_at
     v_at, v_start = (v.data_ptr(), 0.0) if isinstance(v, Tensor) else (0, float(v))
     geometry = launch_geometry(final.numel(), x_seq.element_size(), (x_at, v_at, *written))
     surrogate = settings.surrogate
@@ -80,7 +82,8 @@ def backward(
     slopes: Tensor,
     decay: Tensor | None,
     settings: LIFSettings,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     time_steps = derivatives.shape[0] + 1
@@ -99,7 +102,7 @@ def backward(
         computed, grad_decay = backward(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_v is None else grad_v.contiguous(),
-            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, settings, launch,
+            derivatives.contiguous(), h.contiguous(), slopes.contiguous(), decay, settings, launch=launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_decay
     c = decay if settings.decay_input else None
@@ -133,7 +136,8 @@ def backward_through_time(
     slopes: Tensor,
     decay: Tensor | None,
     settings: LIFSettings,
-    launch: Launch = launch_on_device,
+    *,
+    launch: Launch,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see `sltt_ext.kernels.lif.LIFKernels`."""
     step, time_steps, reduce = h_seq[0], h_seq.shape[0], slopes.numel() > 0
@@ -146,7 +150,7 @@ def backward_through_time(
         computed, grad_decay, start = backward_through_time(
             None if grad_s_seq is None else grad_s_seq.contiguous(),
             None if grad_v is None else grad_v.contiguous(),
-            h_seq.contiguous(), slopes.contiguous(), decay, settings, launch,
+            h_seq.contiguous(), slopes.contiguous(), decay, settings, launch=launch,
         )  # fmt: skip
         return grad_x.copy_(computed), grad_decay, grad_start.copy_(start)
     read = [0 if tensor is None else tensor.data_ptr() for tensor in (grad_s_seq, grad_v, h_seq, slopes)]

@@ -1,8 +1,8 @@
 """The backends, and the choice between them.
 
-``backend="auto"`` runs float32, float16 and bfloat16 tensors on CUDA through the CuPy kernels if these can
-be used, and everything else in PyTorch. ``"inductor"`` is for who asks for it: it compiles for each neuron's settings
-first, and takes longer where tensors are small. The environment variable ``SLTT_BACKEND``, read when sltt_ext is
+``backend="auto"`` runs float32, float16 and bfloat16 tensors on CUDA through the CUDA kernels, launched by CuPy
+where it is installed and else by what PyTorch brings, and everything else in PyTorch. ``"inductor"`` is for who asks for
+it: it compiles for each neuron's settings first, and takes longer where tensors are small. The environment variable ``SLTT_BACKEND``, read when sltt_ext is
 imported, replaces ``"auto"``. A backend asked for by name is used or refused, never replaced.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sltt_ext.errors import BackendError
 from sltt_ext.kernels.backend import Backend, FusedNeuron
-from sltt_ext.kernels.cuda_backend import CudaBackend
+from sltt_ext.kernels.cuda_backend import CupyBackend, NvrtcBackend
 from sltt_ext.kernels.inductor_backend import InductorBackend
 from sltt_ext.kernels.torch_backend import TorchBackend
 
@@ -28,7 +28,7 @@ Kernels = TypeVar("Kernels")
 
 _TORCH: Backend = TorchBackend()
 _REGISTERED: dict[str, Backend] = {
-    backend.name: backend for backend in (_TORCH, CudaBackend(), InductorBackend())
+    backend.name: backend for backend in (_TORCH, CupyBackend(), NvrtcBackend(), InductorBackend())
 }
 
 BACKENDS = ("auto", *_REGISTERED)
@@ -111,11 +111,15 @@ def _check_runs(backend: Backend, neuron: FusedNeuron[Any]) -> None:
 
 
 def _select_by_default(neuron: FusedNeuron[Any], x: Tensor) -> Backend:
-    for backend in _REGISTERED.values():
+    """The first that wants the tensor and can be used; a warning if one wants it, and none can."""
+    problems = {}
+    for name, backend in _REGISTERED.items():
         if neuron in backend.kernels and backend.is_default_for(x):
             if (problem := backend.problem(x.device)) is None:
                 return backend
-            _warn_once(problem)
+            problems[name] = problem
+    if problems:
+        _warn_once("; ".join(f"not {name}: {problem}" for name, problem in problems.items()))
     return _TORCH
 
 

@@ -12,10 +12,13 @@ import torch
 from sltt_ext.kernels.geometry import THREADS
 from sltt_ext.surrogate import SURROGATES
 
-__all__ = ["COMPILE_OPTIONS", "SCALARS", "Kernel", "make_kernel", "translation_unit"]
+__all__ = ["COMPILE_OPTIONS", "CUPYS_OPTIONS", "SCALARS", "Kernel", "make_kernel", "translation_unit"]
 
 COMPILE_OPTIONS = ("--std=c++17", "--fmad=false")
 """What NVRTC is given; without contraction, so that float32 results equal the torch backend's."""
+
+CUPYS_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+"""What CuPy gives besides. Whoever compiles without CuPy gives it too, so that the machine code is the same."""
 
 SCALARS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """What the kernels compute with, and its name in CUDA."""

@@ -6,17 +6,35 @@ import torch
 
 from sltt_ext.kernels import geometry
 
+ON_A_DEVICE = [pytest.param(name, marks=marks, id=f"cuda-{name}") for name, marks in devices.CUDA.items()]
 
-@pytest.fixture(params=["host", pytest.param("cuda", marks=devices.CUDA)])
-def device(request, monkeypatch):
-    """Where ``backend="cupy"`` runs."""
-    if request.param == "cuda":
-        return "cuda"
+
+@pytest.fixture(params=["host", pytest.param("host nvrtc", marks=pytest.mark.slow), *ON_A_DEVICE])
+def backend(request, monkeypatch):
+    """What runs the kernels, on `device`: on the CPU through no launcher, or the one that needs no CuPy."""
+    if request.param in devices.CUDA:
+        return request.param
+    import fake_driver
     import host
 
-    host.register(monkeypatch)
     monkeypatch.setattr(geometry, "_ENOUGH_THREADS", 0)  # wide loads in small tensors
-    return "cpu"
+    if request.param == "host":
+        host.register(monkeypatch)
+        return "cupy"
+    fake_driver.register(monkeypatch)
+    return "nvrtc"
+
+
+@pytest.fixture
+def device(request, backend):
+    """Where `backend` runs."""
+    return "cuda" if request.node.callspec.params["backend"] in devices.CUDA else "cpu"
+
+
+@pytest.fixture(params=ON_A_DEVICE)
+def cuda_backend(request):
+    """What runs the kernels on a device, for what has no meaning on the CPU."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

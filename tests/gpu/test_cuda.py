@@ -1,4 +1,4 @@
-"""Whole networks on a CUDA device, with whatever backend is the default there, and real memory.
+"""Whole networks on a CUDA device, and real memory.
 
 What does not measure memory runs on the CPU as well, through the same kernels.
 """
@@ -18,16 +18,14 @@ import networks
 import oracle
 from devices import needs_cuda
 
-BACKENDS = {"cuda": "auto", "cpu": "cupy"}
-
 
 @pytest.mark.parametrize("v_reset", [0.0, None])
-def test_neuron_on_cuda_equals_the_cpu(v_reset, device):
+def test_neuron_on_cuda_equals_the_cpu(v_reset, device, backend):
     x, weight = torch.randn(6, 1000), torch.rand(6, 1000)
     results = []
-    for where, backend in (("cpu", "torch"), (device, BACKENDS[device])):
+    for where, used in (("cpu", "torch"), (device, backend)):
         x_seq = x.detach().clone().to(where).requires_grad_()
-        s_seq, v = multi_step_lif(x_seq, tau=2.0, v_reset=v_reset, backend=backend)
+        s_seq, v = multi_step_lif(x_seq, tau=2.0, v_reset=v_reset, backend=used)
         (s_seq * weight.to(where)).sum().backward()
         results.append([tensor.detach().cpu() for tensor in (s_seq, v, x_seq.grad)])
     (s_cpu, v_cpu, grad_cpu), (s_cuda, v_cuda, grad_cuda) = results
@@ -36,11 +34,11 @@ def test_neuron_on_cuda_equals_the_cpu(v_reset, device):
     assert oracle.relative_error(grad_cuda, grad_cpu) < 1e-6
 
 
-def test_trainer_on_cuda(device):
+def test_trainer_on_cuda(device, backend):
     net = networks.conv_net().to(device)
     x, target = (tensor.to(device) for tensor in networks.images())
     expected = oracle.sltt_gradients(net, [x] * 6, target, F.cross_entropy)
-    converted = sltt_ext.convert(copy.deepcopy(net), backend=BACKENDS[device])
+    converted = sltt_ext.convert(copy.deepcopy(net), backend=backend)
     sltt_ext.OnlineTrainer(converted, F.cross_entropy, 6).forward_backward(x, target)
     assert oracle.relative_error(oracle.gradients(converted), expected) < 1e-5
 

@@ -5,7 +5,9 @@ found without a device.
 """
 
 import itertools
+import threading
 
+import devices
 import products
 import pytest
 import torch
@@ -16,7 +18,6 @@ from sltt_ext.errors import BackendError, InputError
 from sltt_ext.functional import multi_step_if, multi_step_leaky, multi_step_lif, multi_step_plif
 from sltt_ext.functional.lif_operator import lif_settings
 from sltt_ext.functional.schema import flat
-from sltt_ext.kernels import launch
 from sltt_ext.surrogate import SURROGATES, Surrogate
 
 PARAMETERS = {
@@ -97,35 +98,35 @@ def assert_match(got, want):
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6 * want_grad.float().abs().sum().item())
 
 
-def compare_with_the_cpu(device, neuron, x_seq, v_reset=None, **options):
+def compare_with_the_cpu(device, backend, neuron, x_seq, v_reset=None, **options):
     v = torch.randn_like(x_seq[0], dtype=torch.float32)
     grads = [torch.randn_like(x_seq), torch.randn_like(v)]
     want = run(neuron, x_seq, v, v_reset, grads, backend="torch", **options)
     grads = [tensor.to(device) for tensor in grads]
-    got = run(neuron, x_seq.to(device), v.to(device), v_reset, grads, backend="cupy", **options)
+    got = run(neuron, x_seq.to(device), v.to(device), v_reset, grads, backend=backend, **options)
     assert_match(got, want)
 
 
 @pytest.mark.parametrize(("name", "dtype"), products.spread(SURROGATES, variants.DTYPES))
-def test_every_variant_on_the_device(name, dtype, device):
+def test_every_variant_on_the_device(name, dtype, device, backend):
     elements = 8 * 2**16 if device == "cuda" else 8 * 2**5
     for neuron, v_reset in itertools.product(NEURONS, [None, 0.0]):
         x_seq = 2 * torch.randn(2, elements).to(dtype)
-        compare_with_the_cpu(device, neuron, x_seq, v_reset, surrogate=surrogate(name))
+        compare_with_the_cpu(device, backend, neuron, x_seq, v_reset, surrogate=surrogate(name))
 
 
 @DTYPES
 @pytest.mark.parametrize("elements", [1, 37, 255, 257, 4095, 2**18 + 2, 2**18 + 4])
-def test_odd_sizes_variant(dtype, elements, device):
+def test_odd_sizes_variant(dtype, elements, device, backend):
     if device == "cpu":
         elements = min(elements, 512 + elements % 8)
     for neuron in NEURONS:
         x_seq = 2 * torch.randn(3, elements).to(dtype)
-        compare_with_the_cpu(device, neuron, x_seq, surrogate=surrogate("atan"))
+        compare_with_the_cpu(device, backend, neuron, x_seq, surrogate=surrogate("atan"))
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_memory_layouts(neuron, device):
+def test_memory_layouts(neuron, device, backend):
     base = 2 * torch.randn(3, 4, 6, 8, 2)
     for x_seq in (
         base.permute(0, 1, 4, 2, 3),
@@ -133,48 +134,60 @@ def test_memory_layouts(neuron, device):
         base[:, :, ::2],
         base[:1].expand_as(base),
     ):
-        compare_with_the_cpu(device, neuron, x_seq)
+        compare_with_the_cpu(device, backend, neuron, x_seq)
         on_device = x_seq.to(device)
-        s_seq, _ = multi_step_lif(on_device, backend="cupy")
+        s_seq, _ = multi_step_lif(on_device, backend=backend)
         assert s_seq.stride() == torch.empty_like(on_device).stride()
 
 
 @needs_cuda
-def test_the_default_is_cupy():
-    launch._COMPILED.clear()
+def test_the_default_is_cupy_where_it_can_be_used():
+    launcher = next(launcher for launcher in devices.LAUNCHERS.values() if launcher.problem(0) is None)
+    launcher._loaded.clear()
     multi_step_lif(torch.randn(3, 1000, device="cuda"))
-    assert len(launch._COMPILED) == 1
+    assert len(launcher._loaded) == 1
 
 
-def test_learned_gradients_do_not_change_from_run_to_run(device):
+def test_learned_gradients_do_not_change_from_run_to_run(device, backend):
     elements = 2**20 if device == "cuda" else 2**10
     x_seq, v = torch.randn(4, elements, device=device), torch.zeros(elements, device=device)
     for neuron in ("plif", "leaky"):
-        sums = [run(neuron, x_seq, v, backend="cupy")[-1] for _ in range(5)]
+        sums = [run(neuron, x_seq, v, backend=backend)[-1] for _ in range(5)]
         assert all(torch.equal(sums[0], other) for other in sums)
 
 
-@needs_cuda
-def test_side_stream():
+def test_side_stream(cuda_backend):
     x_seq = torch.randn(4, 2**20)
     v = torch.zeros(2**20)
     want = run("lif", x_seq, v, backend="torch")
-    run("lif", x_seq.cuda(), v.cuda(), backend="cupy")  # compiled
+    run("lif", x_seq.cuda(), v.cuda(), backend=cuda_backend)  # compiled
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         late = torch.zeros(4, 2**20, device="cuda")
         torch.cuda._sleep(50_000_000)  # on another stream the kernel would see the zeros
         late.copy_(x_seq.cuda())
-        got = run("lif", late, v.cuda(), backend="cupy")
+        got = run("lif", late, v.cuda(), backend=cuda_backend)
     assert_match(got, want)
 
 
-def step_of(neuron, x_seq):
+def test_in_a_thread_of_its_own(cuda_backend):
+    """It has no context when it starts, as those of autograd."""
+    x_seq, got = torch.randn(4, 2**12), []
+    want = run("lif", x_seq, torch.zeros(2**12), backend="torch")
+    given = x_seq.cuda(), torch.zeros(2**12, device="cuda")
+    run("lif", *given, backend=cuda_backend)  # compiled
+    thread = threading.Thread(target=lambda: got.extend(run("lif", *given, backend=cuda_backend)))
+    thread.start()
+    thread.join()
+    assert_match(got, want)
+
+
+def step_of(neuron, x_seq, backend):
     """A function from what ``x_seq`` holds to spikes, state and gradients: the same whenever it is called."""
     v, parameter = torch.zeros_like(x_seq[0], requires_grad=False), parameter_of(neuron, x_seq.device)
 
     def step():
-        s_seq, v_next = call(neuron, x_seq, v, parameter, None, backend="cupy")
+        s_seq, v_next = call(neuron, x_seq, v, parameter, None, backend=backend)
         leaves = [x_seq] if neuron.startswith(("if", "lif")) else [x_seq, parameter]
         return [s_seq, v_next, *torch.autograd.grad(s_seq.sum() + v_next.sum(), leaves)]
 
@@ -182,17 +195,16 @@ def step_of(neuron, x_seq):
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_a_step_is_the_same_whenever_it_is_called(neuron, device):
-    step = step_of(neuron, torch.randn(4, 64, device=device, requires_grad=True))
+def test_a_step_is_the_same_whenever_it_is_called(neuron, device, backend):
+    step = step_of(neuron, torch.randn(4, 64, device=device, requires_grad=True), backend)
     for first, again in zip(step(), step(), strict=True):
         assert torch.equal(first, again)
 
 
-@needs_cuda
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_cuda_graph(neuron):
+def test_cuda_graph(neuron, cuda_backend):
     x_seq = torch.randn(4, 4096, device="cuda", requires_grad=True)
-    step = step_of(neuron, x_seq)
+    step = step_of(neuron, x_seq, cuda_backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -210,21 +222,20 @@ def test_cuda_graph(neuron):
         assert torch.equal(got, want)
 
 
-@needs_cuda
-def test_capture_before_the_first_run_is_refused():
+def test_capture_before_the_first_run_is_refused(cuda_backend):
     x_seq = torch.randn(4, 4096, device="cuda")
-    multi_step_lif(x_seq, backend="cupy")
-    launch._COMPILED.clear()
+    multi_step_lif(x_seq, backend=cuda_backend)
+    devices.LAUNCHERS[cuda_backend]._loaded.clear()
     with (
         pytest.raises(BackendError, match="once before the capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        multi_step_lif(x_seq, backend="cupy")
+        multi_step_lif(x_seq, backend=cuda_backend)
 
 
 @pytest.mark.parametrize("kind", ["lif", "plif"])
 @pytest.mark.parametrize("charged", [False, True])
-def test_opcheck(kind, charged, device):
+def test_opcheck(kind, charged, device, backend):
     decay = torch.tensor(0.4, device=device, requires_grad=True) if kind == "plif" else None
     x_seq = torch.randn(3, 64, device=device, requires_grad=True)
     settings = lif_settings(
@@ -232,22 +243,22 @@ def test_opcheck(kind, charged, device):
         charged=charged, surrogate=surrogate("atan"),
     )  # fmt: skip
     for v in (None, torch.randn(64, device=device)):
-        arguments = (x_seq, v, 0.2, decay, *flat(settings), True, decay is not None, "cupy")
+        arguments = (x_seq, v, 0.2, decay, *flat(settings), True, decay is not None, backend)
         torch.library.opcheck(torch.ops.sltt_ext.lif.default, arguments)
 
 
-def test_opcheck_leaky(device):
+def test_opcheck_leaky(device, backend):
     x_seq = torch.randn(3, 64, device=device, requires_grad=True)
     beta, threshold = (torch.tensor(value, device=device, requires_grad=True) for value in (0.9, 1.0))
-    rest = ("subtract", True, False, "atan", (2.0,), True, True, "cupy")
+    rest = ("subtract", True, False, "atan", (2.0,), True, True, backend)
     arguments = (x_seq, torch.randn(64, device=device), beta, threshold, *rest)
     torch.library.opcheck(torch.ops.sltt_ext.leaky.default, arguments)
 
 
 @pytest.mark.parametrize("neuron", NEURONS)
-def test_compiled_without_graph_break(neuron, device):
+def test_compiled_without_graph_break(neuron, device, backend):
     def loss(x_seq, parameter):
-        s_seq, v_next = call(neuron, x_seq, None, parameter, None, backend="cupy")
+        s_seq, v_next = call(neuron, x_seq, None, parameter, None, backend=backend)
         return (s_seq * x_seq.detach()).sum() + v_next.sum()
 
     results = []
@@ -259,7 +270,7 @@ def test_compiled_without_graph_break(neuron, device):
     torch.testing.assert_close(*results)
 
 
-def test_compiled_network(device):
+def test_compiled_network(device, backend):
     pytest.importorskip("spikingjelly")
     import networks
     from modules import FUNCTIONAL_FORM
@@ -267,7 +278,7 @@ def test_compiled_network(device):
 
     import sltt_ext
 
-    net = sltt_ext.convert(networks.conv_net(step_mode="m"), backend="cupy").to(device)
+    net = sltt_ext.convert(networks.conv_net(step_mode="m"), backend=backend).to(device)
     x, _ = networks.images()
     x_seq = x.to(device).repeat(4, 1, 1, 1, 1)
     results = []
@@ -281,14 +292,14 @@ def test_compiled_network(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_autocast(dtype, device):
+def test_autocast(dtype, device, backend):
     layer = torch.nn.Linear(64, 64, device=device)
     x_seq = torch.randn(4, 32, 64, device=device)
     results = []
-    for backend in ("torch", "cupy"):
+    for used in ("torch", backend):
         layer.zero_grad()
         with torch.autocast(device, dtype):
-            s_seq, v = multi_step_lif(layer(x_seq), backend=backend)
+            s_seq, v = multi_step_lif(layer(x_seq), backend=used)
         assert (s_seq.dtype, v.dtype) == (dtype, torch.float32)
         (s_seq.float().sum() + v.sum()).backward()
         results.append((s_seq, layer.weight.grad.clone()))
@@ -296,18 +307,16 @@ def test_autocast(dtype, device):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-2, atol=1e-2)
 
 
-@needs_cuda
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_the_device_of_the_tensor_counts_not_the_current_one():
+def test_the_device_of_the_tensor_counts_not_the_current_one(cuda_backend):
     x_seq, v = torch.randn(4, 4096), torch.zeros(4096)
     want = run("plif", x_seq, v, backend="torch")
     with torch.cuda.device(0):
-        assert_match(run("plif", x_seq.to("cuda:1"), v.to("cuda:1"), backend="cupy"), want)
+        assert_match(run("plif", x_seq.to("cuda:1"), v.to("cuda:1"), backend=cuda_backend), want)
         assert torch.cuda.current_device() == 0
 
 
-@needs_cuda
-def test_tensors_on_different_devices_and_other_dtypes_are_refused():
+def test_tensors_on_different_devices_and_other_dtypes_are_refused(cuda_backend):
     x_seq = torch.randn(3, 8, device="cuda")
     with pytest.raises(InputError, match="v is on cpu, x_seq on cuda"):
         multi_step_lif(x_seq, torch.zeros(8))
@@ -316,19 +325,18 @@ def test_tensors_on_different_devices_and_other_dtypes_are_refused():
     with pytest.raises(InputError, match="beta is on cpu"):
         multi_step_leaky(x_seq, beta=torch.tensor(0.9))
     with pytest.raises(InputError, match="float64"):
-        multi_step_lif(x_seq.double(), backend="cupy")
+        multi_step_lif(x_seq.double(), backend=cuda_backend)
     assert multi_step_lif(x_seq.double())[0].dtype == torch.float64
 
 
-@needs_cuda
-def test_more_elements_than_32_bits_count():
+def test_more_elements_than_32_bits_count(cuda_backend):
     elements = 2**31 + 16
     if torch.cuda.mem_get_info()[0] < 16 * elements:
         pytest.skip("needs 35 GB of device memory")
     x_seq = torch.zeros(1, elements, dtype=torch.float16, device="cuda")
     places = [0, 2**31 - 1, 2**31, elements - 1]
     x_seq[0, places] = 2.0
-    s_seq, v = multi_step_if(x_seq, v_reset=None, backend="cupy")
+    s_seq, v = multi_step_if(x_seq, v_reset=None, backend=cuda_backend)
     assert s_seq[0, places].tolist() == [1.0] * 4
     assert v[places].tolist() == [1.0] * 4
     assert s_seq.sum(dtype=torch.float32).item() == 4

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -97,6 +98,14 @@ void call(void (*)(Parameters...), std::index_sequence<i...>) {
 template <auto kernel, class... Parameters>
 std::index_sequence_for<Parameters...> numbers_of(void (*)(Parameters...)) {
     return {};
+}
+
+// What each parameter is, by struct's letters: numbers, or integers and addresses, of 64 bits both.
+template <class... Parameters>
+const char* kinds_of(void (*)(Parameters...)) {
+    static_assert(((sizeof(Parameters) == 8) && ...));
+    static const char kinds[] = {(std::is_floating_point<Parameters>::value ? 'd' : 'q')..., 0};
+    return kinds;
 }
 
 // One block at a time. Its threads run one after the other, each from one __syncthreads() to the next if it has any.

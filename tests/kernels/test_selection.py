@@ -10,8 +10,9 @@ from torch._subclasses import FakeTensorMode
 import sltt_ext
 from sltt_ext.errors import BackendError, InputError
 from sltt_ext.functional import multi_step_lif
-from sltt_ext.kernels import cuda_backend, launch, selection
+from sltt_ext.kernels import selection
 from sltt_ext.kernels.backend import Backend, FusedNeuron
+from sltt_ext.kernels.cuda_backend import CupyBackend, NvrtcBackend
 from sltt_ext.kernels.leaky import LEAKY
 from sltt_ext.kernels.lif import LIF
 from sltt_ext.kernels.selection import check_backend
@@ -19,15 +20,17 @@ from sltt_ext.kernels.selection import check_backend
 needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
 
 
+CUDA_BACKENDS = CupyBackend, NvrtcBackend
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    caches = (launch._problem_of_machine, launch._problem_of_device, selection._warn_once)
-    for cache in caches:
-        cache.cache_clear()
+    selection._warn_once.cache_clear()
+    for backend in CUDA_BACKENDS:
+        monkeypatch.setattr(backend.launcher, "_problems", {})
     monkeypatch.setattr(selection, "_ENVIRONMENT", "auto")
     yield
-    for cache in caches:
-        cache.cache_clear()
+    selection._warn_once.cache_clear()
 
 
 def on_cuda(dtype=torch.float32):
@@ -41,10 +44,11 @@ def select_backend(backend, x, neuron=LIF):
 
 @pytest.fixture
 def problem(monkeypatch):
-    """Set what is wrong with the CuPy kernels."""
+    """Set what is wrong with each launcher of the CUDA kernels: the same with both, if one thing is told."""
 
-    def set_problem(text):
-        monkeypatch.setattr(cuda_backend, "cupy_problem", lambda index=None: text)
+    def set_problem(cupy, nvrtc=0):
+        for backend, text in zip(CUDA_BACKENDS, (cupy, cupy if nvrtc == 0 else nvrtc)):
+            monkeypatch.setattr(backend.launcher, "problem", lambda index=None, text=text: text)
 
     return set_problem
 
@@ -60,8 +64,15 @@ def test_auto_on_the_cpu_is_torch_without_a_word(problem):
 def test_auto_on_cuda_is_cupy(dtype, problem):
     problem(None)
     assert select_backend("auto", on_cuda(dtype)) == "cupy"
-    assert select_backend("cupy", on_cuda(dtype)) == "cupy"
-    assert select_backend("torch", on_cuda(dtype)) == "torch"
+    for backend in ("cupy", "nvrtc", "torch"):
+        assert select_backend(backend, on_cuda(dtype)) == backend
+
+
+def test_auto_without_cupy_is_nvrtc_without_a_word(problem):
+    problem("cupy is not installed", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_backend("auto", on_cuda()) == "nvrtc"
 
 
 def test_auto_on_cuda_in_float64_is_torch_without_a_word(problem):
@@ -69,9 +80,10 @@ def test_auto_on_cuda_in_float64_is_torch_without_a_word(problem):
     assert select_backend("auto", on_cuda(torch.float64)) == "torch"
 
 
-def test_auto_without_cupy_warns_once_per_cause(problem):
-    problem("cupy is not installed: pip install 'sltt-ext[cupy13]'")
-    with pytest.warns(UserWarning, match=r"pip install 'sltt-ext\[cupy13\]'.*SLTT_BACKEND=torch"):
+def test_auto_without_both_warns_once_per_cause(problem):
+    problem("cupy is not installed: pip install 'sltt-ext[cupy13]'", "NVRTC cannot be loaded")
+    told = r"not cupy: .*pip install 'sltt-ext\[cupy13\]'; not nvrtc: NVRTC cannot.*SLTT_BACKEND=torch"
+    with pytest.warns(UserWarning, match=told):
         assert select_backend("auto", on_cuda()) == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -81,17 +93,19 @@ def test_auto_without_cupy_warns_once_per_cause(problem):
         select_backend("auto", on_cuda())
 
 
-def test_cupy_by_name_is_never_replaced(problem):
-    problem("cupy is not installed")
-    with pytest.raises(BackendError, match="cannot be used: cupy is not installed"):
-        select_backend("cupy", on_cuda())
-    with pytest.raises(BackendError, match="cannot be used: cupy is not installed"):
-        check_backend("cupy")
+@pytest.mark.parametrize("backend", ["cupy", "nvrtc"])
+def test_kernels_by_name_are_never_replaced(backend, problem):
+    problem(*("it is not installed" if name == backend else None for name in ("cupy", "nvrtc")))
+    refused = f"backend='{backend}' cannot be used: it is not installed"
+    with pytest.raises(BackendError, match=refused):
+        select_backend(backend, on_cuda())
+    with pytest.raises(BackendError, match=refused):
+        check_backend(backend)
     problem(None)
-    with pytest.raises(BackendError, match="x_seq is on cpu"):
-        select_backend("cupy", torch.ones(2))
-    with pytest.raises(InputError, match="float64"):
-        select_backend("cupy", on_cuda(torch.float64))
+    with pytest.raises(BackendError, match=f"backend='{backend}' runs on CUDA tensors, x_seq is on cpu"):
+        select_backend(backend, torch.ones(2))
+    with pytest.raises(InputError, match=f"backend='{backend}' .*float64"):
+        select_backend(backend, on_cuda(torch.float64))
 
 
 def test_environment_variable_replaces_auto_only(problem, monkeypatch):
@@ -162,7 +176,7 @@ def test_environment_variable_is_read():
     assert done.stdout == "torch\n"
 
 
-@pytest.mark.parametrize("backend", ["auto", "cupy"])
+@pytest.mark.parametrize("backend", ["auto", "cupy", "nvrtc"])
 def test_fake_tensors_run_nothing(backend, problem):
     problem(None)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -172,120 +186,11 @@ def test_fake_tensors_run_nothing(backend, problem):
 
 
 @needs_no_cuda
-def test_by_name_on_a_machine_without_cuda():
+@pytest.mark.parametrize("backend", ["cupy", "nvrtc"])
+def test_by_name_on_a_machine_without_cuda(backend):
     for call in (
-        lambda: multi_step_lif(torch.ones(2, 3), backend="cupy"),
-        lambda: sltt_ext.convert(torch.nn.Linear(2, 2), backend="cupy"),
+        lambda: multi_step_lif(torch.ones(2, 3), backend=backend),
+        lambda: sltt_ext.convert(torch.nn.Linear(2, 2), backend=backend),
     ):
         with pytest.raises(BackendError, match="PyTorch finds no CUDA device"):
             call()
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """A machine with PyTorch for CUDA 13, as far as looking for problems goes."""
-    monkeypatch.setattr(torch.version, "cuda", "13.2")
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
-    monkeypatch.setattr(launch, "cupy_versions", lambda: {"CuPy's CUDA": "13.2"})
-    return monkeypatch
-
-
-def raises(error):
-    def call(*args):
-        raise error
-
-    return call
-
-
-def test_nothing_is_wrong(cuda):
-    assert launch.cupy_problem() is None
-
-
-def test_cupy_is_missing(cuda):
-    cuda.setitem(sys.modules, "cupy", None)
-    assert launch.cupy_problem() == "cupy is not installed: pip install 'sltt-ext[cupy13]'"
-    launch._problem_of_machine.cache_clear()
-    cuda.setattr(torch.version, "cuda", "12.8")
-    assert launch.cupy_problem() == "cupy is not installed: pip install 'sltt-ext[cupy12]'"
-
-
-def test_cupy_for_another_cuda(cuda):
-    cuda.setattr(launch, "cupy_versions", lambda: {"CuPy's CUDA": "12.9"})
-    problem = launch.cupy_problem()
-    assert "CuPy is built for CUDA 12.9, PyTorch for 13.2" in problem
-    assert "pip install 'sltt-ext[cupy13]'" in problem
-
-
-def test_nvrtc_is_missing(cuda):
-    cuda.setattr(launch, "cupy_versions", raises(RuntimeError("CuPy failed to load libnvrtc.so.13: OSError")))
-    problem = launch.cupy_problem()
-    assert "libnvrtc.so.13" in problem
-    assert "pip install 'cupy-cuda13x[ctk]'" in problem
-
-
-def test_rocm(cuda):
-    cuda.setattr(torch.version, "hip", "6.4")
-    assert "ROCm" in launch.cupy_problem()
-
-
-@pytest.fixture
-def device(cuda):
-    """A device whose compiler can be made to fail."""
-    cuda.setattr(torch.cuda, "device", lambda index: warnings.catch_warnings())
-    cuda.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    cuda.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA Test")
-    cuda.setattr(launch, "_COMPILED", {})
-
-    def compiler(get_function):
-        module = SimpleNamespace(get_function=get_function)
-        cuda.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=lambda **options: module))
-
-    return compiler
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("Failed to find CUDA headers."),
-        RuntimeError("nvrtc: error: invalid value for --gpu-architecture (-arch)"),
-        RuntimeError(
-            "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device"
-        ),
-    ],
-    ids=str,
-)
-def test_a_compiler_that_fails(device, error):
-    device(raises(error))
-    assert launch.cupy_problem() is None
-    problem = launch.cupy_problem(0)
-    assert str(error) in problem
-    assert "pip install -U 'cupy-cuda13x[ctk]'" in problem
-
-
-def test_a_kernel_is_compiled_once_per_device(device):
-    compiled = []
-    device(lambda name: SimpleNamespace(kernel=compiled.append(name) or name))
-    assert [launch.cupy_problem(index) for index in (0, 1, 0)] == [None, None, None]
-    assert len(compiled) == 2
-
-
-def test_capture_before_the_first_run_is_refused_and_not_remembered(device, monkeypatch):
-    device(lambda name: SimpleNamespace(kernel=name))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(BackendError, match="once before the capture"):
-        launch.cupy_problem(0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert launch.cupy_problem(0) is None
-
-
-def test_launches_on_the_current_stream_and_device(device, monkeypatch):
-    calls = []
-    device(lambda name: SimpleNamespace(kernel=lambda *args, stream: calls.append((*args, stream.ptr))))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=700 + index))
-    kernel = launch.make_kernel(
-        "lif", "forward", torch.float32, 4, None, CHARGE=0, SOFT_RESET=1, SAVE=0, SAVE_SLOPES=0
-    )
-    launch.launch_on_device(kernel, 12, (1, 2.0), torch.device("cuda", 3))
-    assert calls == [((12,), (256,), (1, 2.0), 703)]
