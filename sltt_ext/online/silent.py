@@ -8,6 +8,7 @@ left alone from the second iteration on, and all are after the tenth.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ ITERATIONS = 10  # before silence is said
 STEPS_OF_A_STREAM = 100  # before it is said where the state is kept from call to call
 READ_OUT = 100.0  # a threshold that is not meant to be reached
 
+_INNER = ("sltt_ext", "torch", "contextlib")  # not the code whose warning it is
 _Edge = tuple[Any, int]  # of a graph: a node, and which of its outputs
 
 
@@ -133,7 +135,7 @@ class Silence:
                 "initial weights make neurons fire; begin with the first of these layers. Where silence is meant: "
                 "warnings.simplefilter('ignore', sltt_ext.errors.SilentLayersWarning)"
             )
-            warnings.warn(listed(message, found), SilentLayersWarning, stacklevel=2)
+            warnings.warn(listed(message, found), SilentLayersWarning, stacklevel=_level_of_caller())
 
 
 class SilentLayers(SpeedUp):
@@ -177,6 +179,14 @@ class SilentLayers(SpeedUp):
         output = forward(*args, **kwargs)
         self._silence.note(self._paths[neuron], neuron, output)
         return output
+
+
+def _level_of_caller() -> int:
+    """How far from `warnings.warn` the code is that called this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -183,6 +183,17 @@ def test_predictions_are_no_iterations():
     assert said(lambda: online.predict(torch.ones(N, 6)), 2 * ITERATIONS) == []
 
 
+def test_it_is_said_of_the_line_that_trains():
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(Net()), F.cross_entropy, T)
+    net = sltt_ext.over_time(Net(), time_steps=T)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(ITERATIONS):
+            online.forward_backward(torch.ones(N, 6), TARGET)
+            net(torch.ones(N, 6)).sum().backward()
+    assert [one.filename for one in caught if one.category is SilentLayersWarning] == 2 * [__file__]
+
+
 def test_it_can_be_switched_off():
     iteration = learn(Net())
     with warnings.catch_warnings():
