@@ -62,15 +62,16 @@ class Steps:
 
 
 @contextmanager
-def progress(console: Any, total: int, extra: str, what: str = "") -> Iterator[Steps]:
+def progress(total: int, extra: str, what: str = "", console: Any = None) -> Iterator[Steps]:
     """Show steps while they are made.
 
     Args:
-        console: A ``rich.console.Console``.
         total: How many there are.
         extra: Which extra brings rich.
         what: What runs first.
+        console: A ``rich.console.Console``; default is one on standard error, so that results alone are on standard output.
     """
+    console = console or require("rich.console", extra=extra).Console(stderr=True)
     if not console.is_terminal:
         yield Steps(total, Lines(console))
         return

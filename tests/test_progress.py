@@ -9,7 +9,7 @@ from sltt_ext.progress import progress
 
 
 def ran(console, total=30):
-    with progress(console, total, "demo", "first") as steps:
+    with progress(total, "demo", "first", console) as steps:
         steps.begin("first")
         for number in range(total):
             steps.end(f"part {number + 1}")

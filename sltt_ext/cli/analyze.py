@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.time_dim is not None and options.data is None:
         raise ConfigurationError("--time-dim is an axis of x in --data: give --data FILE.pt, or leave it out")
     console = require("rich.console", extra="analysis").Console(stderr=options.json)
-    with progress(console, _PARTS + 1, "analysis") as steps:
+    with progress(_PARTS + 1, "analysis") as steps:
         steps.begin("network")
         net = network(options)
         if options.data is None:

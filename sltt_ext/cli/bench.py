@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
         check_writable("--csv", options.csv)
     options.factory = options.factory or ("sltt_ext.cli.bench", "spiking_resnet18")
     console = require("rich.console", extra="analysis").Console(stderr=options.json)
-    with progress(console, len(options.methods) * (options.repeats + 2), "analysis") as steps:
+    with progress(len(options.methods) * (options.repeats + 2), "analysis") as steps:
         steps.begin("runs")
         net = network(options)
         ((x, target),) = random_batches(options, net, 1)

@@ -298,9 +298,10 @@ def test_a_device_that_holds_no_numbers_is_told_before_the_work(command, capsys)
     assert "--device meta: sltt runs on cpu and cuda devices" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_on_is_no_error():
+@pytest.mark.parametrize("arguments", [["env"], ["analyze", "--help"], ["--version"]], ids=str)
+def test_output_that_nobody_reads_on_is_no_error(arguments):
     """As `sltt env | head` has it."""
-    command = [sys.executable, "-c", "from sltt_ext.cli import main; raise SystemExit(main(['env']))"]
+    command = [sys.executable, "-c", f"from sltt_ext.cli import main; raise SystemExit(main({arguments}))"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
