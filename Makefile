@@ -2,12 +2,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO_READY := $(VENV)/.ready-demo
 FUZZ := --cases 5000
 
 .PHONY: demo test test-slow fuzz lint docs bench cubins gpu-test gpu-sanitizer gpu-bench clean
 
-demo: $(READY)  ## train one network on real images with BPTT, SLTT and SLTT-K, side by side
-	$(BIN)/sltt demo
+demo: $(or $(wildcard $(READY)),$(DEMO_READY))  ## train one network on real images with BPTT, SLTT and SLTT-K (DEMO=--quick)
+	$(BIN)/sltt demo $(DEMO)
 
 test: $(READY)  ## all the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
@@ -59,10 +60,13 @@ gpu-sanitizer:  ## the kernels' tests on the device under compute-sanitizer
 gpu-bench:  ## the fused neuron against copies and SpikingJelly on the device, with the machine's own Python
 	PYTHONPATH=. $(PYTHON) benchmarks/neuron_kernel.py
 
-$(READY): pyproject.toml constraints.txt
+$(READY): EXTRA := dev
+$(DEMO_READY): EXTRA := demo
+
+$(READY) $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here (SpikingJelly 2.0 needs it): make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[$(EXTRA)]'
 	touch $@
 
 clean:

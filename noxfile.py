@@ -1,23 +1,51 @@
 """Checks in environments of their own; `nox -l` lists them."""
 
+import re
+import shutil
+from pathlib import Path
+
 import nox
+
+DIST = Path("dist").resolve()
 
 nox.options.sessions = ["wheel", "tests(oldest)", "clock_driven"]  # tests(newest) is what `make test` runs
 nox.options.reuse_existing_virtualenvs = True
 
 
 @nox.session
+def distributions(session: nox.Session) -> None:
+    """The wheel and the source distribution, in dist/, are as a package index wants them."""
+    session.install("build", "check-wheel-contents", "twine")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(DIST), silent=True)
+    session.run("twine", "check", "--strict", *map(str, DIST.iterdir()))
+    session.run("check-wheel-contents", str(DIST))
+
+
+@nox.session(requires=["distributions"])
 def wheel(session: nox.Session) -> None:
     """The wheel installs and imports in an environment with torch alone."""
-    dist = session.create_tmp()
-    session.install("build")
-    session.run("python", "-m", "build", "--wheel", "--outdir", dist, silent=True)
+    (built,) = DIST.glob("*.whl")
     session.install("-c", "constraints.txt", "torch")
-    session.install("--no-deps", "--force-reinstall", *[str(path) for path in _wheels(dist)])
-    session.cd(dist)
+    session.install("--no-deps", "--force-reinstall", str(built))
+    session.cd(session.create_tmp())
     session.run("python", "-c", CONVERT_NOTHING)
     session.run("sltt", "--version")
     session.run("sltt", "demo", success_codes=[1])
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """A tag, `nox -s release -- v1.2.3`, names the version, and the changelog has it with its date; then `wheel`."""
+    (tag,) = session.posargs
+    version = re.search(r'^__version__ = "(.+)"$', Path("sltt_ext/__init__.py").read_text(), re.MULTILINE)[1]
+    if tag != f"v{version}":
+        session.error(f"the tag is {tag}, and sltt_ext/__init__.py has {version}")
+    heading = rf"^## \[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d$"
+    if not re.search(heading, Path("CHANGELOG.md").read_text(), re.MULTILINE):
+        session.error(f"CHANGELOG.md has no heading '## [{version}] - YYYY-MM-DD'")
+    session.notify("distributions", posargs=[])
+    session.notify("wheel", posargs=[])
 
 
 TOOLS = [
@@ -72,12 +100,6 @@ def clock_driven(session: nox.Session) -> None:
     session.run(
         "pytest", "-n", "2", *(f"tests/{folder}" for folder in WITHOUT_ACTIVATION_BASED), *session.posargs
     )
-
-
-def _wheels(folder: str) -> list[str]:
-    from pathlib import Path
-
-    return sorted(map(str, Path(folder).glob("*.whl")))
 
 
 CONVERT_NOTHING = """

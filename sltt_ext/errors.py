@@ -1,4 +1,4 @@
-"""The errors sltt_ext raises, and its one warning. All errors inherit `SLTTError`; each message says what to do."""
+"""The errors sltt_ext raises, and its warnings. All errors inherit `SLTTError`; each message says what to do."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class SLTTError(Exception):
 
 class SLTTWarning(UserWarning):
     """Something that was asked for works, in a way its user has to know about."""
+
+
+class SilentLayersWarning(SLTTWarning):
+    """Layers whose neurons have not fired in any of the first iterations: what is behind them learns from nothing."""
 
 
 class ConversionError(SLTTError):

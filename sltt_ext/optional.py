@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 from sltt_ext.errors import MissingDependencyError
 
-__all__ = ["require"]
+__all__ = ["require", "require_all"]
 
 
 def require(module: str, extra: str) -> Any:
@@ -24,3 +25,24 @@ def require(module: str, extra: str) -> Any:
         raise MissingDependencyError(
             f"{error.name} is not installed: pip install 'sltt-ext[{extra}]'", name=error.name
         ) from error
+
+
+def require_all(modules: Sequence[str], extra: str) -> None:
+    """Import all ``modules``, or name all that are missing at once, with the extra that brings them.
+
+    Raises:
+        MissingDependencyError: If the package of one is not installed.
+    """
+    missing = []
+    for module in modules:
+        try:
+            require(module, extra)
+        except MissingDependencyError as error:
+            missing.append(str(error.name))
+    if not missing:
+        return
+    names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
+    raise MissingDependencyError(
+        f"{names} {'are' if len(missing) > 1 else 'is'} not installed: pip install 'sltt-ext[{extra}]'",
+        name=missing[0],
+    )

@@ -1,13 +1,17 @@
 import csv
+import io
+import re
+import sys
 
 import pytest
+import rich.console
 import torch
 
 from sltt_ext.cli import main
 from sltt_ext.data import load_digits
 from sltt_ext.demo import METHODS, DemoSettings, run_demo
 from sltt_ext.errors import MissingDependencyError
-from sltt_ext.optional import require
+from sltt_ext.optional import require, require_all
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,41 @@ def test_digits_are_the_same_every_time():
     assert 0 <= first.train_images.min() < first.train_images.max() == 1
     assert torch.equal(first.test_labels, second.test_labels)
     assert set(first.test_labels.tolist()) == set(range(10))
+
+
+def test_what_is_said(tmp_path):
+    """In a file: first how long it will take, lines on the way, and in the end the picture and what it means."""
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    run_demo(DemoSettings(epochs=1, channels=4, memory_time_steps=(1,)), tmp_path, console)
+    said = console.file.getvalue()
+    words = " ".join(said.split())
+    assert re.search(r"This takes about \d+ (seconds|minutes?) here", words)
+    assert re.search(r"1/4 after \d+ s: BPTT, epoch 1: test accuracy", words)
+    assert re.search(r"At T = 6, SLTT took \d+% of BPTT's memory and \d+% of its time, and classified", words)
+    assert f"The picture: {tmp_path / 'demo.png'}" in said.splitlines()
+    assert (
+        said.index("This takes") < said.index("1/4 after") < said.index("The picture") < said.index("Left, ")
+    )
+
+
+def test_a_quick_one_is_smaller(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sltt_ext.demo.run_demo", lambda settings, output: asked.append(settings))
+    assert main(["demo", "--quick", "--time-steps", "3", "--output", str(tmp_path)]) == 0
+    assert main(["demo", "--time-steps", "3", "--output", str(tmp_path)]) == 0
+    quick, usual = asked
+    assert (quick.epochs, quick.channels, quick.time_steps) == (2, 16, 3)
+    assert (usual.epochs, usual.channels, usual.time_steps) == (10, 32, 3)
+
+
+def test_all_missing_packages_are_named_at_once(monkeypatch):
+    for name in ("sklearn", "rich"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        MissingDependencyError, match=r"^sklearn and rich are not installed: pip install 'sltt-ext\[demo\]'$"
+    ):
+        require_all(("spikingjelly", "sklearn", "rich"), extra="demo")
+    require_all(("spikingjelly",), extra="demo")
 
 
 def test_missing_package_names_the_extra(monkeypatch, tmp_path, capsys):

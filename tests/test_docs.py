@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import alive
 import modules
 import pytest
 from spikingjelly.activation_based import base
 
 ROOT = Path(__file__).parent.parent
+READ_OUT = ("readout",)  # layers in the documentation whose potential is read
 
 
 def blocks(page, language):
@@ -32,14 +34,18 @@ def blocks(page, language):
     ],
 )
 @pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
-def test_examples_run_as_printed_from_top_to_bottom(page):
-    names = {}
+def test_examples_run_as_printed_from_top_to_bottom_and_their_networks_learn(page, monkeypatch):
+    names, seen = {}, alive.Seen(monkeypatch)
     if page == "bring-your-code.md" and not hasattr(base.MemoryModule, "single_step_functional_forward"):
         pytest.skip("the old package itself asks for CuPy, and SpikingJelly 0.0.0.0.14 still has it")
     for example in blocks(page, "python"):
         tools = re.findall(r"^from (accelerate|onnxscript|timm|tonic|transformers)\b", example, re.MULTILINE)
         if all(map(importlib.util.find_spec, tools)):
             exec(example, names)
+    monkeypatch.undo()
+    assert seen.networks
+    for net, iteration in seen.networks.items():
+        alive.check(net, iteration, READ_OUT)
 
 
 def test_the_time_loop_of_a_tutorial_leaves_forward_with_three_new_lines():

@@ -7,8 +7,12 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import alive
 import pytest
 import torch
+from torch.nn import functional as F
+
+import sltt_ext
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
@@ -48,6 +52,14 @@ def test_the_others(tmp_path):
     done = run(tmp_path, "\n".join(OTHERS))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "last.pt").exists()
+
+
+def test_their_network_learns():
+    names = {}
+    exec(TASK, names)
+    net, (x, target) = names["network"](), names["train_set"][:64]
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, time_steps=4)
+    alive.check(net, lambda: online.forward_backward(x, target).loss)
 
 
 def test_every_recipe_is_run():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, is_dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 import sltt_ext
 from sltt_ext.analysis.activity import FiringRates, firing_rates
 from sltt_ext.analysis.credit import TemporalCredit, doublings, temporal_credit
+from sltt_ext.analysis.draws import DrawnSteps, drawn_steps
 from sltt_ext.analysis.memory_profile import MemoryProfile, memory_profile
 from sltt_ext.analysis.modules import without_multi_step
 from sltt_ext.analysis.operations import OperationCounts, operation_counts
 from sltt_ext.analysis.restoring import restoring
 from sltt_ext.analysis.similarity import GradientSimilarity, gradient_similarity
-from sltt_ext.analysis.timing import device_name
-from sltt_ext.errors import InputError, SLTTError, is_out_of_memory, one_line
+from sltt_ext.analysis.timing import Benchmark, benchmark, device_name
+from sltt_ext.analysis.verdict import recommended_k
+from sltt_ext.errors import ConfigurationError, InputError, SLTTError, is_out_of_memory, one_line
 from sltt_ext.methods import Method, check_time_steps
 from sltt_ext.online.objective import LossFn
 from sltt_ext.online.options import TimeDim
@@ -31,6 +34,7 @@ __all__ = ["METHODS", "Analysis", "analyze", "available_bytes", "check_runs"]
 
 METHODS = ("bptt", "sltt", "sltt-1")
 _SHARE_OF_FREE_MEMORY = 0.8
+_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Analysis:
         notes: What a reader of the numbers has to know.
         similarity: Gradient similarity; None where BPTT does not fit into memory.
         credit: What windows keep of BPTT's gradient, for the first batch; None where it does not fit.
+        draws: What K drawn steps keep of SLTT's gradient; None where no steps can be drawn.
+        timing: Seconds of an iteration of BPTT, SLTT and SLTT-K; None where BPTT does not fit.
         operations: Operation counts of every method.
         memory: Peak memory over T, and by layer.
         activity: Firing rates and dead neurons.
@@ -51,6 +57,8 @@ class Analysis:
     notes: tuple[str, ...]
     similarity: GradientSimilarity | None
     credit: TemporalCredit | None
+    draws: DrawnSteps | None
+    timing: Benchmark | None
     operations: tuple[OperationCounts, ...]
     memory: MemoryProfile
     activity: FiringRates
@@ -62,6 +70,12 @@ class Analysis:
             "notes": list(self.notes),
             "gradient_similarity": _jsonable(self.similarity),
             "temporal_credit": _jsonable(self.credit),
+            "drawn_steps": self.draws
+            and {
+                "spread": _jsonable(self.draws.spread),
+                "cosines": [self.draws.cosine(k) for k in range(1, self.draws.time_steps + 1)],
+            },
+            "timing": _jsonable(self.timing),
             "operations": _jsonable(self.operations),
             "memory": _jsonable(self.memory),
             "activity": _jsonable(self.activity),
@@ -83,7 +97,7 @@ def analyze(
     notes: Iterable[str] = (),
     on_progress: Callable[[str], Any] = lambda name: None,
 ) -> Analysis:
-    """Gradient similarity, temporal credit, memory, operations and activity of one network, which is left as it was.
+    """Gradient similarity, temporal credit, drawn steps, time, memory, operations and activity of one network, which is left as it was.
 
     BPTT needs the memory of T steps. It is counted beforehand, with fake tensors. Where it is more than
     ``max_memory``, the batches are cut to fewer samples until it fits; where one sample does not, what compares gradients
@@ -128,7 +142,7 @@ def analyze(
     lengths = doublings(time_steps)
     memory = memory_profile(net, x, METHODS[:2], lengths, fake=not fits, time_dim=time_dim, output=output)
     on_progress("gradient similarity")
-    similarity, credit = None, None
+    similarity, credit, draws, timing = None, None, None, None
     if fits:
         similarity = gradient_similarity(
             net, x, target, loss_fn, time_steps,
@@ -141,13 +155,32 @@ def analyze(
             )
         on_progress("temporal credit")
         credit = temporal_credit(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
+    on_progress("drawn steps")
+    with suppress(ConfigurationError):  # no steps are drawn of a module that takes its whole sequence
+        draws = drawn_steps(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
     if counts[0].assumed:
         notes.append(
             f"No operation formula is known for the neurons {', '.join(counts[0].assumed)}: they are counted as LIF "
             "neurons with soft reset."
         )
     about = _about(net, x, time_steps, len(batches))
-    return Analysis(about, tuple(notes), similarity, credit, tuple(counts), memory, activity)
+    analysis = Analysis(about, tuple(notes), similarity, credit, draws, None, tuple(counts), memory, activity)
+    on_progress("time")
+    if fits:
+        k = recommended_k(analysis)
+        methods = [*METHODS[:2], *([] if k is None else [f"sltt-{k}"])]
+        timing = benchmark(
+            net,
+            x,
+            target,
+            loss_fn,
+            time_steps,
+            methods=methods,
+            repeats=_REPEATS,
+            time_dim=time_dim,
+            output=output,
+        )
+    return replace(analysis, timing=timing)
 
 
 def check_runs(

@@ -10,12 +10,13 @@ from sltt_ext.optional import require
 
 __all__ = ["as_svg", "bars", "lines", "stacked_bars"]
 
-WIDTH = 5.0  # inches: a phone's width shows the text at nearly its size
+WIDTH = 4.5  # inches: a phone's width shows the text at nearly its size
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"  # Okabe and Ito
 COLORS = (ORANGE, BLUE, GREEN, PURPLE, SKY)
 MARKERS = ("s", "o", "^", "v", "D")
 HATCHES = ("", "///", "...", "xx", "\\\\")
 LINES = ("-", "--", ":", "-.")
+FROM_WORDS = 1e4  # numbers are written with k, M, G
 MOST_MARKS = 12  # more run into each other
 _INK = "#010203"  # stands for the page's own text colour in an inline SVG
 
@@ -104,6 +105,8 @@ def stacked_bars(
                   color=(SKY, PURPLE, BLUE, ORANGE, GREEN)[index % 5], edgecolor="white", linewidth=0)  # fmt: skip
         left = [start + value for start, value in zip(left, column)]
     axes.set(xlabel=xlabel, title=title)
+    if max(left, default=0.0) >= FROM_WORDS:
+        axes.xaxis.set_major_formatter(require("matplotlib.ticker", extra="analysis").EngFormatter(sep=" "))
     _finish_rows(axes, names, legend=True)
     return figure
 
@@ -148,7 +151,7 @@ def _height(rows: int, per_row: float, legend: bool) -> float:
 
 
 def _finish_rows(axes: Any, names: Sequence[str], legend: bool) -> None:
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=9 if len(names) <= 30 else 8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)

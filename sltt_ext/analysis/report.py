@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sltt_ext.analysis import plots
 from sltt_ext.analysis.analyze import Analysis
 from sltt_ext.analysis.operations import OperationCounts, plot_methods
+from sltt_ext.analysis.similarity import Alignment
+from sltt_ext.analysis.verdict import cautions, memory, seconds, take, verdict
 from sltt_ext.files import write_text
 from sltt_ext.optional import require
 
@@ -19,17 +22,19 @@ __all__ = ["FILES", "headline", "html_report", "save_report"]
 
 FILES = ("report.html", "report.json")
 
+MOST_LAYERS = 14  # in a figure; the tables have all
 Row = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: text, figures by caption, and tables by name."""
+    """A part of the report: text, two figures by caption, and what is folded: tables by name and more figures."""
 
     title: str
     text: str
     figures: list[tuple[str, Any]]
     tables: list[tuple[str, list[Row]]]
+    more: list[tuple[str, Any]] = field(default_factory=list)
 
 
 def save_report(analysis: Analysis, folder: Path) -> tuple[Path, Path]:
@@ -51,18 +56,22 @@ def html_report(analysis: Analysis) -> str:
     jinja2 = require("jinja2", extra="analysis")
     template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    parts = (_similarity, _credit, _memory, _operations, _activity)
-    sections = [part(analysis) for part in parts]
+    sections = [part(analysis) for part in (_gradient, _memory, _work)]
     inline = _InlineSVG()
     rendered: str = environment.from_string(template).render(
-        title=f"What SLTT does to {analysis.about['network'].partition(',')[0]}",
+        title=f"SLTT on {analysis.about['network'].partition(',')[0]}",
+        answer=verdict(analysis),
+        cautions=cautions(analysis),
         numbers=[{"value": value, "text": text} for value, text in headline(analysis)],
         notes=analysis.notes,
-        about=[{"analysed": name, "": value} for name, value in analysis.about.items()],
+        about=analysis.about,
         sections=[
-            Section(s.title, s.text, [(caption, inline(figure)) for caption, figure in s.figures], s.tables)
-            for s in sections
-            if s is not None
+            replace(
+                section,
+                figures=[(caption, inline(figure)) for caption, figure in _of_one_height(section.figures)],
+                more=[(caption, inline(figure)) for caption, figure in _of_one_height(section.more)],
+            )
+            for section in sections
         ],
     )
     return rendered
@@ -70,36 +79,54 @@ def html_report(analysis: Analysis) -> str:
 
 def headline(analysis: Analysis) -> list[tuple[str, str]]:
     """The numbers that matter most, each with what it is."""
-    bptt, sltt, sltt_1 = analysis.operations
-    steps = bptt.time_steps
+    bptt, sltt, _ = analysis.operations
     numbers = []
     if analysis.similarity is not None:
-        overall = analysis.similarity.overall
-        numbers += [
-            (_number(overall.cosine), "cosine similarity of SLTT's gradient to BPTT's"),
-            (_number(overall.norm_ratio), "norm of SLTT's gradient relative to BPTT's"),
-        ]
-    memory = analysis.memory.peak_bytes("sltt", steps) / analysis.memory.peak_bytes("bptt", steps)
-    numbers.append((f"{memory:.0%}", f"of BPTT's memory at T = {steps}, parameters apart"))
-    for counts in (sltt, sltt_1):
-        share = _backward(counts) / max(_backward(bptt), 1)
-        numbers.append((f"{share:.1%}", f"of BPTT's scalar multiplications in backward with {counts.method}"))
+        numbers.append(
+            (
+                _number(analysis.similarity.overall.cosine),
+                "of the direction of BPTT's gradient (cosine similarity)",
+            )
+        )
+    numbers.append(
+        (f"{memory(analysis):.0%}", f"of BPTT's memory at T = {bptt.time_steps}, parameters apart")
+    )
+    time = seconds(analysis, "SLTT")
+    if time is not None and analysis.timing is not None:
+        numbers.append(
+            (f"{time:.0%}", f"of BPTT's time ({analysis.timing.rows[0].seconds:.2g} s for an iteration)")
+        )
+    else:
+        share = _backward(sltt) / max(_backward(bptt), 1)
+        numbers.append((f"{share:.0%}", "of BPTT's multiplications in backward"))
+    numbers.append((take(analysis), "is what to use on these numbers"))
     return numbers
 
 
-def _similarity(analysis: Analysis) -> Section | None:
-    result = analysis.similarity
-    if result is None:
-        return None
+def _gradient(analysis: Analysis) -> Section:
+    result, credit, draws = analysis.similarity, analysis.credit, analysis.draws
+    title = "Will it hurt? The gradient against BPTT's"
+    more = [] if draws is None else [("What K drawn steps keep of SLTT's gradient, on average", draws.plot())]
+    if result is None or credit is None:
+        return Section(
+            title, "BPTT does not fit into memory, so that nothing could be compared.", [], [], more
+        )
+    text = (
+        "SLTT drops the part of the gradient that goes back through time. Cosine similarity and norm ratio of 1: nothing was lost. "
+        f"Mean{' and standard deviation' if result.batches > 1 else ''} over {result.batches} batch{'es' * (result.batches > 1)}. "
+        + credit.advice()
+    )
+    measured = [row for row in result.select("layer") if not math.isnan(row.cosine)]
+    shown = _in_order(measured, lambda row: min(row.cosine, row.norm_ratio))
+    figures = [
+        (_caption("By layer", "that keep least", shown, measured), replace(result, rows=tuple(shown)).plot()),
+        ("By window: the gradient through C steps", credit.plot()),
+    ]
     tables = [
         (
             name,
             [
-                {
-                    column: row.name or "(network)",
-                    "cosine similarity": _spread(row.cosine, row.cosine_std, result.batches),
-                    "norm ratio": _spread(row.norm_ratio, row.norm_ratio_std, result.batches),
-                }
+                {column: row.name or "(network)", **_alignment(row, result.batches)}
                 for row in result.select(level)
             ],
         )
@@ -110,41 +137,28 @@ def _similarity(analysis: Analysis) -> Section | None:
     ]
     over_time = result.select("network", per_step=True)
     if over_time:
-        rows = [
-            {
-                "time step": str(row.time_step),
-                "cosine similarity": _spread(row.cosine, row.cosine_std, result.batches),
-                "norm ratio": _spread(row.norm_ratio, row.norm_ratio_std, result.batches),
-            }
-            for row in over_time
-        ]
+        rows = [{"time step": str(row.time_step), **_alignment(row, result.batches)} for row in over_time]
         tables.append(("Loss of each time step", rows))
-    text = (
-        "SLTT drops the part of the gradient that goes back through time. 1 and 1: nothing was lost. "
-        f"Mean{' and standard deviation' if result.batches > 1 else ''} over {result.batches} batch{'es' * (result.batches > 1)}."
-    )
-    figures = [("SLTT's gradient against BPTT's, by layer", result.plot())]
-    if over_time:
-        figures.append(("For the loss of each time step", result.plot_over_time()))
-    return Section("Gradient similarity", text, figures, tables)
-
-
-def _credit(analysis: Analysis) -> Section | None:
-    result = analysis.credit
-    if result is None:
-        return None
-    layers = list(dict.fromkeys(row.name for row in result.select("layer")))
-    rows = [
+        more.insert(0, ("For the loss of each time step", result.plot_over_time()))
+    layers = list(dict.fromkeys(row.name for row in credit.select("layer")))
+    windows = [
         {
             "layer": row.name or "(network)",
             "window": str(row.window),
             "cosine similarity": _number(row.cosine),
             "norm ratio": _number(row.norm_ratio),
         }
-        for row in sorted(result.select("layer"), key=lambda row: layers.index(row.name))
+        for row in sorted(credit.select("layer"), key=lambda row: layers.index(row.name))
     ]
-    figures = [("What a window keeps, and its memory", result.plot())]
-    return Section("Temporal credit", result.advice(), figures, [("By layer and window", rows)])
+    tables.append(("By layer and window", windows))
+    return Section(title, text, figures, tables, more)
+
+
+def _alignment(row: Alignment, batches: int) -> Row:
+    return {
+        "cosine similarity": _spread(row.cosine, row.cosine_std, batches),
+        "norm ratio": _spread(row.norm_ratio, row.norm_ratio_std, batches),
+    }
 
 
 def _memory(analysis: Analysis) -> Section:
@@ -173,11 +187,22 @@ def _memory(analysis: Analysis) -> Section:
     )
     figures = [("Peak over time steps", result.plot())]
     if result.layers:
-        figures.append(("Kept for backward, by layer", result.plot_layers()))
-    return Section("Memory", text, figures, [("Peaks", peaks), ("Kept for backward, by layer", kept)])
+        longest = [row for row in result.layers if row.time_steps == max(r.time_steps for r in result.layers)]
+        most = {row.layer: 0 for row in longest}
+        for row in longest:
+            most[row.layer] = max(most[row.layer], row.saved_bytes)
+        shown = _in_order(list(most), lambda layer: -most[layer])
+        part = replace(result, layers=tuple(row for row in longest if row.layer in shown))
+        figures.append(
+            (_caption("Kept for backward, by layer", "that keep most", shown, most), part.plot_layers())
+        )
+    return Section(
+        "What does it save? Memory", text, figures, [("Peaks", peaks), ("Kept for backward, by layer", kept)]
+    )
 
 
-def _operations(analysis: Analysis) -> Section:
+def _work(analysis: Analysis) -> Section:
+    bptt = analysis.operations[0]
     totals = [
         {
             "method": counts.method,
@@ -190,7 +215,6 @@ def _operations(analysis: Analysis) -> Section:
         for phase in ("forward", "backward")
         for domain in ("spatial", "temporal")
     ]
-    bptt = analysis.operations[0]
     by_layer = [
         {
             "layer": row.layer or "(network)",
@@ -202,19 +226,7 @@ def _operations(analysis: Analysis) -> Section:
         }
         for row in bptt.rows
     ]
-    text = (
-        "Scalar operations of one training iteration of the whole batch: matrix products, element-wise products and "
-        "sums, batch norm, neurons. Temporal: from step to step. Not counted: pooling, the loss, the update."
-    )
-    figures = [
-        ("By method", plot_methods(analysis.operations)),
-        ("By layer", bptt.plot()),
-    ]
-    return Section("Operations", text, figures, [("Totals", totals), ("BPTT, by layer", by_layer)])
-
-
-def _activity(analysis: Analysis) -> Section:
-    rows = [
+    rates = [
         {
             "layer": row.layer or "(network)",
             "neurons": f"{row.neurons:,}",
@@ -224,10 +236,59 @@ def _activity(analysis: Analysis) -> Section:
         }
         for row in analysis.activity.rows
     ]
-    text = f"Over {analysis.activity.samples} samples and {analysis.activity.time_steps} time steps."
-    return Section(
-        "Firing rates", text, [("Mean firing rate", analysis.activity.plot())], [("By layer", rows)]
+    times = [
+        {"method": row.method, "seconds": f"{row.seconds:.4f}", "fastest - slowest": f"{row.fastest_seconds:.4f} - {row.slowest_seconds:.4f}",
+         "relative": f"{row.relative_seconds:.2f}"}
+        for row in (() if analysis.timing is None else analysis.timing.rows)
+    ]  # fmt: skip
+    samples = analysis.activity.samples
+    text = (
+        "Scalar multiplications of one training iteration of the whole batch; temporal: from step to step. Pooling, the loss and the "
+        f"update are not counted. Firing rates are those of {samples} sample{'s' * (samples != 1)} and {bptt.time_steps} time steps."
     )
+    activity = analysis.activity
+    shown = _in_order(list(activity.rows), lambda row: row.rate)
+    figures = [
+        ("Operations", plot_methods(analysis.operations)),
+        (
+            _caption("Firing rates", "that fire least", shown, activity.rows),
+            replace(activity, rows=tuple(shown)).plot(),
+        ),
+    ]
+    tables = [
+        ("Firing rates by layer", rates),
+        ("Seconds of an iteration", times),
+        ("Operations", totals),
+        ("BPTT's operations by layer", by_layer),
+    ]
+    return Section(
+        "What runs? Operations and spikes",
+        text,
+        figures,
+        [(name, rows) for name, rows in tables if rows],
+        [("BPTT's operations by layer", bptt.plot())],
+    )
+
+
+Item = TypeVar("Item")
+
+
+def _in_order(items: Sequence[Item], key: Callable[[Item], float]) -> list[Item]:
+    """Those of the smallest keys that a figure has room for, in the order they are in."""
+    chosen = sorted(range(len(items)), key=lambda place: key(items[place]))[:MOST_LAYERS]
+    return [items[place] for place in sorted(chosen)]
+
+
+def _caption(what: str, which: str, shown: Sized, items: Sized) -> str:
+    return what if len(shown) == len(items) else f"{what}: the {len(shown)} of {len(items)} {which}"
+
+
+def _of_one_height(figures: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Figures that stand side by side."""
+    height = max((figure.get_figheight() for _, figure in figures), default=0.0)
+    for _, figure in figures:
+        figure.set_figheight(height)
+    return figures
 
 
 class _InlineSVG:

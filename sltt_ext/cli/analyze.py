@@ -11,14 +11,15 @@ from torch.nn import functional as F
 
 from sltt_ext.cli.arguments import Formatter, add_network_arguments, check_writable, positive, size
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.optional import require
+from sltt_ext.optional import require, require_all
+from sltt_ext.progress import progress
 
 if TYPE_CHECKING:
     from sltt_ext.analysis.analyze import Analysis
 
 __all__ = ["register"]
 
-_PARTS = 7
+_PARTS = 9
 _RANDOM = (
     "The inputs are random numbers from 0 to 1 and the targets random classes: give --data for real ones. Firing "
     "rates and gradients of real data differ."
@@ -52,8 +53,7 @@ def register(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    for module in ("matplotlib", "jinja2", "rich"):  # before the work, not after it
-        require(module, extra="analysis")
+    require_all(("matplotlib", "jinja2", "rich"), extra="analysis")  # before the work, not after it
     from sltt_ext.analysis.analyze import analyze
     from sltt_ext.analysis.report import FILES, save_report
     from sltt_ext.cli.inputs import network, random_batches, read_output, saved_batches
@@ -62,8 +62,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.time_dim is not None and options.data is None:
         raise ConfigurationError("--time-dim is an axis of x in --data: give --data FILE.pt, or leave it out")
     console = require("rich.console", extra="analysis").Console(stderr=options.json)
-    with require("rich.progress", extra="analysis").Progress(console=console, transient=True) as progress:
-        task = progress.add_task("network", total=_PARTS + 1)
+    with progress(_PARTS + 1, "analysis") as steps:
+        steps.begin("network")
         net = network(options)
         if options.data is None:
             batches = random_batches(options, net, options.batches, options.classes)
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
             max_memory=options.bptt_max_memory,
             time_dim=options.time_dim,
             output=read_output(options),
-            on_progress=lambda part: progress.update(task, description=part, advance=1),
+            on_progress=steps.end,
             notes=[_RANDOM] * (options.data is None),
         )
     page, numbers = save_report(analysis, options.output)
@@ -93,17 +93,14 @@ def _run(options: argparse.Namespace) -> None:
 
 def _print(analysis: Analysis, console: Any) -> None:
     from sltt_ext.analysis.report import headline
+    from sltt_ext.analysis.verdict import cautions, verdict
 
+    console.print(" ".join(verdict(analysis)), style="bold", highlight=False, markup=False)
     table = require("rich.table", extra="analysis").Table(title=analysis.about["network"], show_header=False)
     table.add_column(justify="right", style="bold")
     table.add_column()
     for value, text in headline(analysis):
         table.add_row(value, text)
-    silent = sum(row.dead for row in analysis.activity.rows)
-    neurons = sum(row.neurons for row in analysis.activity.rows)
-    table.add_row(f"{silent / neurons:.1%}", "of the neurons never fire in the batch")
     console.print(table)
-    if analysis.credit is not None:
-        console.print(analysis.credit.advice(), highlight=False)
-    for note in analysis.notes:
-        console.print(f"Note: {note}", highlight=False, markup=False)
+    for text in [*cautions(analysis), *analysis.notes]:
+        console.print(f"Note: {text}", highlight=False, markup=False)

@@ -16,6 +16,7 @@ from sltt_ext.errors import ConfigurationError
 from sltt_ext.files import write_csv
 from sltt_ext.methods import COMPARED, method_named
 from sltt_ext.optional import require
+from sltt_ext.progress import progress
 
 if TYPE_CHECKING:
     from sltt_ext.analysis.timing import Benchmark
@@ -68,8 +69,8 @@ def _run(options: argparse.Namespace) -> None:
         check_writable("--csv", options.csv)
     options.factory = options.factory or ("sltt_ext.cli.bench", "spiking_resnet18")
     console = require("rich.console", extra="analysis").Console(stderr=options.json)
-    with require("rich.progress", extra="analysis").Progress(console=console, transient=True) as progress:
-        task = progress.add_task("runs", total=len(options.methods) * (options.repeats + 2))
+    with progress(len(options.methods) * (options.repeats + 2), "analysis") as steps:
+        steps.begin("runs")
         net = network(options)
         ((x, target),) = random_batches(options, net, 1)
         result = benchmark(
@@ -81,7 +82,7 @@ def _run(options: argparse.Namespace) -> None:
             methods=options.methods,
             repeats=options.repeats,
             output=read_output(options),
-            on_run=lambda: progress.advance(task),
+            on_run=steps.end,
         )
     if options.csv is not None:
         _write(result, options.csv)

@@ -18,10 +18,13 @@ def register(commands: Any) -> None:
         help="train one network on real images with BPTT, SLTT and SLTT-K, side by side",
         description="Train a small convolutional spiking network on handwritten digits with BPTT, SLTT, SLTT-2 "
         "and SLTT-1, with the same seed and settings, and compare accuracy, time and memory.",
-        epilog="example: sltt demo --epochs 5 --output my-results",
+        epilog="examples:\n  sltt demo --quick\n  sltt demo --epochs 5 --output my-results",
         formatter_class=Formatter,
     )
     parser.add_argument("--epochs", type=positive, default=10, help="training epochs of each method")
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute: a smaller network and two epochs"
+    )
     add_run_arguments(parser, seed="seed of weights, batches and drawn steps")
     parser.add_argument("--time-steps", type=positive, default=6, metavar="T", help="steps an image is shown")
     parser.add_argument("--output", type=Path, default=Path("sltt-demo"), help="folder for table and plot")
@@ -39,4 +42,4 @@ def _run(options: argparse.Namespace) -> None:
         time_steps=options.time_steps,
         device=str(checked_device(options.device)),
     )
-    run_demo(settings, options.output)
+    run_demo(settings.quick() if options.quick else settings, options.output)

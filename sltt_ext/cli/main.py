@@ -31,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.register(commands)
     for command_parser in commands.choices.values():
         command_parser.add_argument("--debug", action="store_true", help="the traceback of an error")
-    options = parser.parse_args(arguments)
+    options = argparse.Namespace(debug=False)
     try:
-        options.run(options)
-        sys.stdout.flush()
+        try:
+            parser.parse_args(arguments, options)
+            options.run(options)
+        finally:
+            sys.stdout.flush()  # help and version, too, are for whoever reads on
     except KeyboardInterrupt:
         print("sltt: stopped", file=sys.stderr)
         return 130

@@ -14,9 +14,11 @@ from sltt_ext.demo.training import (
     Training,
     batches_per_epoch,
     peak_bytes,
+    seconds_needed,
 )
 from sltt_ext.files import replaced, write_csv, writing
-from sltt_ext.optional import require
+from sltt_ext.optional import require, require_all
+from sltt_ext.progress import Lines
 
 __all__ = ["FILES", "run_demo"]
 
@@ -43,8 +45,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
     Raises:
         MissingDependencyError: If SpikingJelly, scikit-learn, matplotlib or rich is not installed.
     """
-    for module in ("spikingjelly", "sklearn", "matplotlib"):
-        require(module, extra="demo")
+    require_all(("spikingjelly", "sklearn", "matplotlib", "rich"), extra="demo")
     progress_bars = require("rich.progress", extra="demo")
     console = console or require("rich.console", extra="demo").Console()
     with writing(output):
@@ -54,6 +55,10 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         f"{len(data.train_labels)} training and {len(data.test_labels)} test images of handwritten digits, "
         f"T = {settings.time_steps}, {settings.epochs} epochs, seed {settings.seed}, on {settings.device}"
     )
+    console.print(
+        f"This takes {_in_words(seconds_needed(settings, data))} here. sltt demo --quick is a short one."
+    )
+    lines = None if console.is_terminal else Lines(console)  # a file shows no bars
     trainings = {name: Training(method, settings, data) for name, method in METHODS.items()}
     columns = (
         progress_bars.TextColumn("{task.description:8}"),
@@ -66,10 +71,14 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
         total = settings.epochs * batches_per_epoch(settings, data)
         tasks = {method: progress.add_task(method, total=total, note="") for method in METHODS}
         memory = progress.add_task("memory", total=len(METHODS), note="")
-        for _ in range(settings.epochs):
-            for method, training in trainings.items():
+        for epoch in range(settings.epochs):
+            for number, (method, training) in enumerate(trainings.items()):
                 training.epoch(partial(progress.advance, tasks[method]))
-                progress.update(tasks[method], note=f"test accuracy {training.result.accuracy[-1]:.1%}")
+                note = f"test accuracy {training.result.accuracy[-1]:.1%}"
+                progress.update(tasks[method], note=note)
+                if lines is not None:
+                    done = epoch * len(METHODS) + number + 1
+                    lines(f"{method}, epoch {epoch + 1}: {note}", done, settings.epochs * len(METHODS))
         lengths = sorted({*settings.memory_time_steps, settings.time_steps})
         for method, training in trainings.items():
             training.result.peak_bytes = peak_bytes(METHODS[method], settings, data, lengths)
@@ -79,7 +88,13 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
     console.print(_table(rows))
     _save(results, rows, output)
     _plot(results, settings, output / "demo.png")
-    console.print(f"Saved: {output / 'demo.png'}, {output / 'results.csv'}", highlight=False)
+    console.print(conclusion(rows, settings), highlight=False)
+    console.print(f"The picture: {output / 'demo.png'}", highlight=False, soft_wrap=True)
+    console.print(
+        "Left, accuracy over training time: a curve further left is faster. Right, memory over the number of time steps T: BPTT's "
+        f"grows with T, SLTT's does not. The numbers: {output / 'results.csv'}, epochs.csv and memory.csv.",
+        highlight=False,
+    )
     return results
 
 
@@ -99,6 +114,23 @@ def summary(results: dict[str, MethodResult], settings: DemoSettings) -> list[di
         }
         for method, result in results.items()
     ]
+
+
+def conclusion(rows: list[dict[str, Any]], settings: DemoSettings) -> str:
+    """What came out, in words."""
+    sltt = next(row for row in rows if row["method"] == "SLTT")
+    bptt = next(row for row in rows if row["method"] == "BPTT")
+    return (
+        f"At T = {settings.time_steps}, SLTT took {sltt['memory_ratio']:.0%} of BPTT's memory and {sltt['time_ratio']:.0%} of its time, and "
+        f"classified {sltt['test_accuracy']:.1%} of the test images correctly (BPTT: {bptt['test_accuracy']:.1%})."
+    )
+
+
+def _in_words(seconds: float) -> str:
+    if seconds < 50:
+        return f"about {max(10 * round(seconds / 10), 10)} seconds"
+    minutes = max(round(seconds / 60), 1)
+    return f"about {minutes} minute{'s' * (minutes != 1)}"
 
 
 def _table(rows: list[dict[str, Any]]) -> Any:

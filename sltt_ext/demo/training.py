@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,12 @@ from sltt_ext.data import Digits
 from sltt_ext.methods import COMPARED, GradientTrainer, Method, method_named
 from sltt_ext.optional import require
 
-__all__ = ["METHODS", "DemoSettings", "MethodResult", "Training", "network", "peak_bytes"]
+__all__ = ["METHODS", "DemoSettings", "MethodResult", "Training", "network", "peak_bytes", "seconds_needed"]
 
 METHODS: dict[str, Method] = {method.name: method for method in map(method_named, COMPARED)}
 """Name -> method."""
+_WITH_TESTS = 1.2
+"""What the tests after each epoch and the optimizer add to the time."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class DemoSettings:
     channels: int = 32
     device: str = "cpu"
     memory_time_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+
+    def quick(self) -> DemoSettings:
+        """A smaller network, trained for two epochs."""
+        return replace(self, epochs=2, channels=16, memory_time_steps=(1, 4, 16))
 
 
 @dataclass
@@ -131,6 +137,23 @@ def _trainer(method: Method, net: nn.Module, time_steps: int) -> GradientTrainer
 def batches_per_epoch(settings: DemoSettings, data: Digits) -> int:
     """Number of iterations in an epoch."""
     return -(-len(data.train_labels) // settings.batch_size)
+
+
+def seconds_needed(settings: DemoSettings, data: Digits) -> float:
+    """About how long the whole comparison will take, from the second of two batches of each method."""
+    batch = slice(settings.batch_size)
+    needed = 0.0
+    for method in METHODS.values():
+        training = Training(method, settings, data)
+        for _ in range(2):
+            start = time.perf_counter()
+            training.trainer.forward_backward(data.train_images[batch], data.train_labels[batch])
+            if settings.device != "cpu":
+                torch.cuda.synchronize()
+            iteration = time.perf_counter() - start
+        needed += iteration * settings.epochs * batches_per_epoch(settings, data)
+        needed += iteration * sum(settings.memory_time_steps) / settings.time_steps
+    return needed * _WITH_TESTS
 
 
 def peak_bytes(

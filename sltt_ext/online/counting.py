@@ -21,6 +21,7 @@ from sltt_ext.forwards import Layer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
+from sltt_ext.online.silent import Silence
 
 __all__ = ["FirstCalls", "NeuronSteps"]
 
@@ -41,9 +42,11 @@ class FirstCalls:
     Attributes:
         runs: Whether the network runs: a call has begun, and nothing has been returned.
         other_batch: What is to be said of the batch of the output, if anything.
+        silence: Which layers have not fired.
     """
 
     def __init__(self) -> None:
+        self.silence = Silence()
         self.runs = False
         self.other_batch = ""
         self._watched: set[bool] = set()  # passes that learn, and others
@@ -81,11 +84,12 @@ class FirstCalls:
         self._batch = batches.pop() if len(batches) == 1 else None
 
     def reading(self, output: Callable[[Any, int], Any], looks: bool = True) -> Callable[[Any, int], Any]:
-        """``output`` of a pass, which looks at the batch, if it is known where that is."""
+        """``output`` of a pass, which looks at the batch, if it is known where that is, and at what is read."""
 
         def read(returned: Any, steps: int) -> Any:
             self.runs = False
             output_seq = output(returned, steps)
+            self.silence.read(output_seq)
             if looks:
                 self._look(output_seq)
             return output_seq

@@ -20,6 +20,7 @@ from sltt_ext.online.norms import NormsInParts
 from sltt_ext.online.outside import KeptTensors
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
+from sltt_ext.online.silent import SilentLayers
 from sltt_ext.online.states import carry_charged
 from sltt_ext.online.watching import Watch
 
@@ -115,5 +116,6 @@ def speed_ups_of(
         NormsInParts(once.evaluates),
         *watching,
         NeuronSteps(grouping.keep_apart, first, counts=measuring or shared),
+        SilentLayers(first.silence),
         packed,
     ), once

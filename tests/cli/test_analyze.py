@@ -129,8 +129,15 @@ def test_the_page_needs_nothing_else(report):
 def test_the_page_has_every_part(report):
     html, printed = report
     page = Page(html)
-    assert page.tags.count("svg") == 8
-    for heading in ("Gradient similarity", "Temporal credit", "Memory", "Operations", "Firing rates"):
+    assert page.tags.count("svg") == 9
+    answer = r"SLTT keeps (0\.\d+|1) of the gradient's direction,? (only, )?at \d+% of BPTT's memory and \d+% of its time\."
+    assert re.search(answer, " ".join(page.text))
+    assert re.match(answer, " ".join(printed[printed.index("SLTT keeps") :].split()))
+    for heading in (
+        "Will it hurt? The gradient against BPTT's",
+        "What does it save? Memory",
+        "What runs? Operations and spikes",
+    ):
         assert heading in page.text
     for layer in ("0", "1", "2", "5", "6", "7", "5.weight"):
         assert layer in page.text
@@ -138,7 +145,6 @@ def test_the_page_has_every_part(report):
     assert "random numbers" in " ".join(printed.split())
     advice = r"Windows of \d of the 3 time steps.* keep [01]\.\d{4} of the direction of BPTT's gradient at \d\.\d\d of"
     assert re.search(advice, " ".join(page.text))
-    assert re.search(advice, " ".join(printed.split()))
     assert 'name="viewport"' in html
     assert "prefers-color-scheme" in html or "light-dark(" in html
 
@@ -155,6 +161,8 @@ def test_json_has_the_numbers_of_the_tools(tmp_path, capsys):
     assert windows[3]["cosine"] == pytest.approx(1)
     assert [counts["method"] for counts in printed["operations"]] == ["BPTT", "SLTT", "SLTT-1"]
     assert {row["time_steps"] for row in printed["memory"]["rows"]} == {1, 2, 3}
+    assert len(printed["drawn_steps"]["cosines"]) == 3
+    assert [row["method"] for row in printed["timing"]["rows"]][:2] == ["BPTT", "SLTT"]
     assert [row["layer"] for row in printed["activity"]["rows"]] == ["2", "6"]
 
 
@@ -290,9 +298,10 @@ def test_a_device_that_holds_no_numbers_is_told_before_the_work(command, capsys)
     assert "--device meta: sltt runs on cpu and cuda devices" in capsys.readouterr().err
 
 
-def test_output_that_nobody_reads_on_is_no_error():
+@pytest.mark.parametrize("arguments", [["env"], ["analyze", "--help"], ["--version"]], ids=str)
+def test_output_that_nobody_reads_on_is_no_error(arguments):
     """As `sltt env | head` has it."""
-    command = [sys.executable, "-c", "from sltt_ext.cli import main; raise SystemExit(main(['env']))"]
+    command = [sys.executable, "-c", f"from sltt_ext.cli import main; raise SystemExit(main({arguments}))"]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
@@ -365,4 +374,4 @@ def test_a_browser_opens_the_page_without_complaint(report, tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    assert done.stdout.count("<svg") == 8
+    assert done.stdout.count("<svg") == 9

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import alive
 import pytest
 
 pytest.importorskip("lightning")
@@ -25,10 +26,15 @@ def test_default_folders():
         assert module.default_root == (None if embedded else f"data/{name}")
 
 
-def test_examples_run_as_printed():
+def test_examples_run_as_printed_and_their_networks_learn(monkeypatch):
     pytest.importorskip("spikingjelly")
+    seen = alive.Seen(monkeypatch)
     for example in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
         exec(example, {})
+    monkeypatch.undo()
+    assert seen.networks
+    for net, iteration in seen.networks.items():
+        alive.check(net, iteration)
 
 
 def test_the_figure_is_drawn(tmp_path):

@@ -1,0 +1,128 @@
+"""An analysis in a few sentences: is SLTT right for the network, what does it save, which K, and what to look at."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sltt_ext.analysis.analyze import Analysis
+
+__all__ = ["cautions", "verdict"]
+
+KEPT = 0.9
+"""Less than this part of the direction, and SLTT's gradient is not BPTT's any more."""
+KEPT_BY_WINDOW = 0.95
+KEPT_BY_DRAWS = 0.9
+LEAST = 0.7
+"""A layer that keeps less of its own gradient, in direction or in norm, is named."""
+
+
+def verdict(analysis: Analysis) -> list[str]:
+    """The answer, in one sentence or two."""
+    saved = _saved(analysis)
+    if analysis.similarity is None:
+        return [f"SLTT takes {saved}. BPTT does not fit, so nobody can say here what its gradient keeps."]
+    cosine = analysis.similarity.overall.cosine
+    if math.isnan(cosine):
+        return [
+            "Neither gradient is anything but zero: nothing can be said of SLTT before the network learns."
+        ]
+    if cosine < KEPT:
+        return [
+            f"SLTT keeps {number(cosine)} of the gradient's direction only, at {saved}.",
+            _window(analysis),
+        ]
+    return [f"SLTT keeps {number(cosine)} of the gradient's direction, at {saved}.", *_k(analysis)]
+
+
+def cautions(analysis: Analysis) -> list[str]:
+    """What the answer hides."""
+    found = []
+    if analysis.similarity is not None:
+        layers = [row for row in analysis.similarity.select("layer") if not math.isnan(row.cosine)]
+        least = min(layers, key=lambda row: min(row.cosine, row.norm_ratio), default=None)
+        if least is not None and min(least.cosine, least.norm_ratio) < LEAST:
+            found.append(
+                f"Least is kept in the layer {least.name or '(network)'}: {number(least.cosine)} of the direction of its own gradient, "
+                f"at {number(least.norm_ratio)} of the norm."
+            )
+    silent = [row.layer or "(network)" for row in analysis.activity.rows if row.dead == row.neurons]
+    if silent:
+        samples = analysis.activity.samples
+        found.append(
+            f"No neuron has fired in the layer{'s' * (len(silent) != 1)} {', '.join(silent)}, with {samples} sample{'s' * (samples != 1)}: what is "
+            "behind learns from nothing. Try a smaller threshold, a batch norm in front of it, or a larger input."
+        )
+    return found
+
+
+def take(analysis: Analysis) -> str:
+    """What to use, in a word or two."""
+    if analysis.similarity is not None and not analysis.similarity.overall.cosine >= KEPT:
+        credit = analysis.credit
+        row = None if credit is None else credit.smallest(KEPT_BY_WINDOW)
+        return (
+            "BPTT"
+            if row is None or row.window == analysis.activity.time_steps
+            else f"windows of {row.window}"
+        )
+    k = recommended_k(analysis)
+    return "SLTT" if k is None else f"K = {k}"
+
+
+def recommended_k(analysis: Analysis) -> int | None:
+    """The smallest K that keeps enough of SLTT's direction; None where that takes all steps, or is not known."""
+    draws = analysis.draws
+    if draws is None or draws.smallest(KEPT_BY_DRAWS) == draws.time_steps:
+        return None
+    return draws.smallest(KEPT_BY_DRAWS)
+
+
+def number(value: float) -> str:
+    """Three digits, and never 1 for what is less."""
+    return f"{math.floor(1000 * value + 1e-9) / 1000:g}"
+
+
+def memory(analysis: Analysis) -> float:
+    """SLTT's peak memory relative to BPTT's."""
+    steps = analysis.activity.time_steps
+    return analysis.memory.peak_bytes("sltt", steps) / analysis.memory.peak_bytes("bptt", steps)
+
+
+def seconds(analysis: Analysis, method: str) -> float | None:
+    """How long an iteration of a method takes, relative to BPTT's; None where that was not measured."""
+    rows = () if analysis.timing is None else analysis.timing.rows
+    return next((row.relative_seconds for row in rows if row.method == method), None)
+
+
+def _saved(analysis: Analysis) -> str:
+    time = seconds(analysis, "SLTT")
+    return f"{memory(analysis):.0%} of BPTT's memory" + (
+        "" if time is None else f" and {time:.0%} of its time"
+    )
+
+
+def _k(analysis: Analysis) -> list[str]:
+    k, draws = recommended_k(analysis), analysis.draws
+    if k is None or draws is None:
+        return [] if draws is None else ["Back-propagate all steps: fewer would be too far from it."]
+    time = seconds(analysis, f"SLTT-{k}")
+    return [
+        f"Take K = {k} to save time: {k} of {draws.time_steps} steps keep {number(draws.cosine(k))} of SLTT's direction"
+        + ("." if time is None else f", at {time:.0%} of BPTT's time.")
+    ]
+
+
+def _window(analysis: Analysis) -> str:
+    credit = analysis.credit
+    row = None if credit is None else credit.smallest(KEPT_BY_WINDOW)
+    if credit is None or row is None or row.window == credit.time_steps:
+        return (
+            f"No shorter window keeps {KEPT_BY_WINDOW:g}. What that costs in accuracy, only training shows: compare both before you "
+            "choose SLTT."
+        )
+    return (
+        f"Take windows of {row.window} steps, convert(net, temporal='call') and chunk={row.window}: they keep {number(row.cosine)}, at "
+        f"{credit.memory_ratio(row):.0%} of the memory."
+    )
