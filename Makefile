@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FUZZ := --cases 5000
 
-.PHONY: demo test test-slow fuzz lint docs bench cubins gpu-test gpu-sanitizer gpu-bench clean
+.PHONY: demo test test-slow fuzz lint docs bench cubins gpu-test gpu-sanitizer gpu-bench gpu-proof clean
 
 demo: $(READY)  ## train one network on real images with BPTT, SLTT and SLTT-K, side by side
 	$(BIN)/sltt demo
@@ -58,6 +58,9 @@ gpu-sanitizer:  ## the kernels' tests on the device under compute-sanitizer
 
 gpu-bench:  ## the fused neuron against copies and SpikingJelly on the device, with the machine's own Python
 	PYTHONPATH=. $(PYTHON) benchmarks/neuron_kernel.py
+
+gpu-proof:  ## all of it, and whole networks against the peers, in 9 minutes (GPU_WHEELS=FOLDER with what the machine's Python lacks)
+	$(PYTHON) benchmarks/gpu_proof.py $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS)) $(if $(GPU_OUTPUT),--output $(GPU_OUTPUT))
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed here (SpikingJelly 2.0 needs it): make PYTHON=python3.11 ...")'

@@ -13,10 +13,15 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def main() -> None:
+    pages()
+    figures.draw(DOCS)
+
+
+def pages() -> None:
+    """The tables alone, for which nothing has to be drawn."""
     for name in tables.PAGES:
         page = DOCS / name
         page.write_text(tables.with_tables(page.read_text()))
-    figures.draw(DOCS)
 
 
 if __name__ == "__main__":
