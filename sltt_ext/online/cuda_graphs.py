@@ -36,6 +36,9 @@ WARM_UP = 3
 AT_MOST = 32
 """Graphs of a trainer; each keeps the memory of one gradient, and all share that of an iteration."""
 
+_IN_A_ROW = 50
+"""Iterations without a graph, one after the other, after which that is said."""
+
 _PLAIN = (bool, int, float, str, type(None))
 _CANNOT = "graph=True cannot capture this iteration:"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -159,7 +162,8 @@ class IterationGraphs:
         self._runs: Counter[Hashable] = Counter()
         self._frozen = _Frozen()
         self._watch = _Watch()
-        self._is_full = False
+        self._in_a_row = 0
+        self._has_said = False
 
     def run(self, one: Iteration, x: Any, target: Any, counts: Mapping[int, float]) -> Any:
         """The result of an iteration, from a graph as soon as there is one. The states are at rest afterwards.
@@ -176,14 +180,17 @@ class IterationGraphs:
         every_draw = (held, _described(x, target), _surroundings(self.backend.device_type))
         key = (every_draw, tuple(counts.items()))
         graph = self._graphs.get(key)
-        if graph is None:
-            if self._runs[every_draw] < WARM_UP or not self._runs[key]:
-                result, settled = self._warm_up(one, x, target, counts, device)
-                self._runs.update([every_draw, key] if settled else [])
-                return result
-            if self._has_enough():
-                return self._eager(one, x, target, counts)
-            graph = self._graphs[key] = self._capture(one, x, target, counts, device)
+        if graph is not None:
+            self._in_a_row = 0
+            return graph.replay(x, target)
+        self._say_if_many()
+        if self._runs[every_draw] < WARM_UP or not self._runs[key]:
+            result, settled = self._warm_up(one, x, target, counts, device)
+            self._runs.update([every_draw, key] if settled else [])
+            return result
+        if len(self._graphs) >= AT_MOST:
+            return self._eager(one, x, target, counts)
+        graph = self._graphs[key] = self._capture(one, x, target, counts, device)
         return graph.replay(x, target)
 
     def _eager(self, one: Iteration, x: Any, target: Any, counts: Mapping[int, float]) -> Any:
@@ -201,19 +208,18 @@ class IterationGraphs:
             one.reset()
         return result, one.is_settled()
 
-    def _has_enough(self) -> bool:
-        """Whether there are as many graphs as there may be; said once."""
-        full = len(self._graphs) >= AT_MOST
-        if full and not self._is_full:
-            self._is_full = True
+    def _say_if_many(self) -> None:
+        """Warn, once, if graphs are asked for and not used."""
+        self._in_a_row += 1
+        if self._in_a_row == _IN_A_ROW and not self._has_said:
+            self._has_said = True
             warnings.warn(
-                f"graph=True has captured {AT_MOST} kinds of iterations, as many as it keeps (a shape, a mode and the steps "
-                "drawn by SLTT-K make a kind): all others run without a graph. A smaller k, k=1, or batches of one size have "
-                "fewer kinds",
+                f"graph=True: {_IN_A_ROW} iterations in a row had no graph, as each was of another kind, or of one more than the "
+                f"{AT_MOST} that are kept. A kind is a shape of the data, a mode, plain attributes of modules, and the steps that "
+                "SLTT-K has drawn: k=1, or data of one shape, has fewer",
                 SLTTWarning,
                 stacklevel=4,
             )
-        return full
 
     def _capture(
         self, one: Iteration, x: Any, target: Any, counts: Mapping[int, float], device: torch.device
@@ -329,17 +335,20 @@ class _Frozen:
 
     def __init__(self) -> None:
         self.states: set[Place] = set()
-        self._known: list[dict[Place, Any]] = []
+        self._known: dict[int, dict[Place, Any]] = {}
+        self._latest = -1
 
     def version(self, one: Iteration) -> tuple[int, bool]:
         """A number for all that is frozen, the same for the same, and whether weights have moved since earlier versions."""
         now = self.held(one)
-        for number, known in enumerate(self._known):
+        for number, known in self._known.items():
             if known == now:
                 return number, False
-        moved = bool(self._known) and _weights(now) != _weights(self._known[-1])
-        self._known.append(now)
-        return len(self._known) - 1, moved
+        moved = bool(self._known) and _weights(now) != _weights(self._known[self._latest])
+        self._latest += 1
+        self._known[self._latest] = now
+        self._known.pop(self._latest - AT_MOST, None)
+        return self._latest, moved
 
     def held(self, one: Iteration) -> dict[Place, Any]:
         """All of it, but for what is known as state."""
@@ -349,7 +358,9 @@ class _Frozen:
             for store in (vars(module), module._parameters, module._buffers):
                 for name, value in store.items():
                     if isinstance(value, Tensor):
-                        found[path, name] = _Where(value.data_ptr(), value.requires_grad, value.dtype)
+                        found[path, name] = _Where(
+                            value.data_ptr(), value.requires_grad, value.dtype, value.shape
+                        )
                     elif isinstance(value, _PLAIN) and not name.startswith("_sltt"):
                         found[path, name] = value
         for place in self.states & found.keys():
@@ -361,6 +372,7 @@ class _Where(NamedTuple):
     pointer: int
     requires_grad: bool
     dtype: torch.dtype
+    shape: torch.Size
 
 
 def _weights(held: Mapping[Place, Any]) -> dict[Place, int]:
