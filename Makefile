@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 FUZZ := --cases 5000
 
-.PHONY: demo test test-slow fuzz lint docs bench cubins gpu-test gpu-sanitizer gpu-bench clean
+.PHONY: demo test test-slow fuzz lint docs bench cubins gpu-test gpu-sanitizer gpu-bench gpu-proof clean
 
 demo: $(or $(wildcard $(READY)),$(DEMO_READY))  ## train one network on real images with BPTT, SLTT and SLTT-K (DEMO=--quick)
 	$(BIN)/sltt demo $(DEMO)
@@ -59,6 +59,9 @@ gpu-sanitizer:  ## the kernels' tests on the device under compute-sanitizer
 
 gpu-bench:  ## the fused neuron against copies and SpikingJelly on the device, with the machine's own Python
 	PYTHONPATH=. $(PYTHON) benchmarks/neuron_kernel.py
+
+gpu-proof:  ## all of it, and whole networks against the peers, in 9 minutes (GPU_WHEELS=FOLDER with what the machine's Python lacks)
+	$(PYTHON) benchmarks/gpu_proof.py $(if $(GPU_WHEELS),--wheels $(GPU_WHEELS)) $(if $(GPU_OUTPUT),--output $(GPU_OUTPUT))
 
 $(READY): EXTRA := dev
 $(DEMO_READY): EXTRA := demo

@@ -29,8 +29,9 @@ def write_results(
     device: str = "cpu",
     framework: str = "spikingjelly",
     show: bool = True,
+    say: bool = True,
 ) -> None:
-    """Write ``benchmarks/results/NAME.csv``, with device and versions in every row, and ``show`` the rows."""
+    """Write ``benchmarks/results/NAME.csv``, with device and versions in every row; ``show`` the rows, ``say`` where."""
     common = {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -45,4 +46,5 @@ def write_results(
         writer.writerows(rows)
     for row in rows if show else ():
         print({key: value for key, value in row.items() if key not in common})
-    print(f"-> {path}")
+    if say:
+        print(f"-> {path}")

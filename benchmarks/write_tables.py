@@ -13,10 +13,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def main() -> None:
+    pages()
+    figures.draw(ROOT / "docs")
+
+
+def pages() -> None:
+    """The tables alone, for which nothing has to be drawn."""
     for name in tables.PAGES:
         page = ROOT / name
         page.write_text(tables.with_tables(page.read_text()))
-    figures.draw(ROOT / "docs")
 
 
 if __name__ == "__main__":

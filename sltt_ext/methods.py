@@ -66,6 +66,7 @@ class Method:
         full_output: Whether the steps after the last one that is back-propagated run as well.
         cache_invariant: Whether what does not depend on time is evaluated once.
         pack_spikes: Whether spikes are kept for backward as bits.
+        graph: Whether whole iterations run as CUDA graphs, as in `OnlineTrainer`.
         backend: What the fused neurons run on, as in `convert`.
 
     Raises:
@@ -80,6 +81,7 @@ class Method:
     full_output: bool = True
     cache_invariant: bool = True
     pack_spikes: bool = False
+    graph: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -143,7 +145,7 @@ class Method:
             net, loss_fn, time_steps, k=k, chunk=self._chunk(net, time_steps),
             scale=self.scale, schedule=schedule or draws, time_dim=time_dim, output=output, full_output=self.full_output,
             backward=backward, target_time_dim=target_time_dim, cache_invariant=self.cache_invariant,
-            pack_spikes=self.pack_spikes,
+            pack_spikes=self.pack_spikes, graph=self.graph,
         )  # fmt: skip
 
     def _chunk(self, net: nn.Module, time_steps: int) -> int | Literal["auto"]:

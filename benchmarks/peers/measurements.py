@@ -52,7 +52,7 @@ class Run:
         """Run one iteration; the gradients of the last are gone first."""
         self.net.zero_grad()
         lower = self.dtype != torch.float32
-        with torch.autocast("cpu", self.dtype) if lower else nullcontext():
+        with torch.autocast(self.task.x.device.type, self.dtype) if lower else nullcontext():
             self.contender.iterate(self.net, self.task, next(self.selected))
 
 

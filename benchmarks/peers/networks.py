@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -99,6 +100,10 @@ class Task:
     target: Tensor
     time_steps: int
 
+    def to(self, device: str) -> Task:
+        """The same batch on another device."""
+        return replace(self, x=self.x.to(device), target=self.target.to(device))
+
     @property
     def time_dim(self) -> int | None:
         """The axis of time, as `sltt_ext.OnlineTrainer` takes it."""
@@ -153,6 +158,19 @@ def of_sltt_ext(factory: Callable[..., nn.Module]) -> Callable[[Callable[..., nn
     return lambda maker: factory(CLASSES, neuron=maker)
 
 
+def of_spikingjelly(
+    module: str, name: str, **options: Any
+) -> Callable[[Callable[..., nn.Module]], nn.Module]:
+    """A network of SpikingJelly's; where a class is named and not a function, it is made of basic blocks."""
+
+    def make(maker: Callable[..., nn.Module]) -> nn.Module:
+        models = import_module(f"spikingjelly.activation_based.model.{module}")
+        block = (models.BasicBlock,) if isinstance(getattr(models, name), type) else ()
+        return getattr(models, name)(*block, num_classes=CLASSES, spiking_neuron=maker, **options)  # type: ignore[no-any-return]
+
+    return make
+
+
 NF_RESNET34 = Network("NF-ResNet-34", of_sltt_ext(nf_resnet34), (3, 96, 96), 8, spread=3.0)
 HALF_AS_WIDE = Network(
     "NF-ResNet-34, half as wide",
@@ -168,6 +186,12 @@ VGG11 = Network(
 SPIKFORMER = Network(
     "Spikformer", spikformer, (3, 32, 32), 8, single_step=False, blocks=spikformer_blocks
 )  # fmt: skip
+SPIKING_RESNET18 = Network(
+    "spiking ResNet-18", of_spikingjelly("spiking_resnet", "spiking_resnet18"), (3, 64, 64), 16
+)
+SEW_RESNET18 = Network(
+    "SEW ResNet-18", of_spikingjelly("sew_resnet", "sew_resnet18", cnf="ADD"), (3, 64, 64), 16
+)
 LARGE = tuple(
     Network(name, of_sltt_ext(factory), (3, 224, 224), 256, spread=3.0)
     for name, factory in (

@@ -213,6 +213,44 @@ def memory_tasks() -> str:
     )
 
 
+def on_device(network: str, dtype: str) -> str:
+    """One network in one precision on a device: a row for each contender, a column for each batch."""
+    rows = [row for row in results("gpu_networks") if (row["network"], row["dtype"]) == (network, dtype)]
+    cells = {(row["contender"], row["batch"]): row for row in rows}
+    batches = sorted({row["batch"] for row in rows}, key=int)
+    names = dict.fromkeys(row["contender"] for row in rows)
+
+    def cell(name: str, batch: str) -> str:
+        row, peer = cells.get((name, batch)), cells.get(("BPTT, sequence", batch))
+        if row is None or row["status"]:
+            return "" if row is None else row["status"]
+        figures = []
+        for column, unit in (("milliseconds", "ms"), ("peak_mb", "MB")):
+            ratio = f" ({float(row[column]) / float(peer[column]):.2f})" if peer and peer[column] else ""
+            figures.append(f"{row[column]} {unit}{ratio}")
+        return "; ".join(figures)
+
+    return table(
+        ["contender", *(f"batch {batch}" for batch in batches)],
+        ([name, *(cell(name, batch) for batch in batches)] for name in names),
+    )
+
+
+def launches() -> str:
+    """What the host launches in one iteration on a device, and how many kernels then run; a column for each network."""
+    rows = results("gpu_launches")
+    cells = {
+        (row["contender"], row["network"]): row["status"] or f"{row['launches']} ({row['kernels']})"
+        for row in rows
+    }
+    networks = dict.fromkeys(row["network"] for row in rows)
+    names = dict.fromkeys(row["contender"] for row in rows)
+    return table(
+        ["contender", *networks],
+        ([name, *(cells.get((name, network), "") for network in networks)] for name in names),
+    )
+
+
 def figure(path: str, name: str, text: str) -> str:
     """A plot, once its results are there."""
     return f"![{text}]({path})\n" if results(name) else MISSING
@@ -233,6 +271,15 @@ TABLES: dict[str, Callable[[], str]] = {
             "VGG-11": "vgg_11",
             "Spikformer": "spikformer",
         }.items()
+        for dtype in ("float32", "bfloat16")
+    },
+    "device": partial(
+        as_measured, "gpu_proof", {"section": "section", "outcome": "outcome", "seconds": "seconds"}
+    ),
+    "device, launches": launches,
+    **{
+        f"device, {network}, {dtype}": partial(on_device, network, dtype)
+        for network in ("spiking ResNet-18", "NF-ResNet-34", "Spikformer", "SEW ResNet-18")
         for dtype in ("float32", "bfloat16")
     },
     "speed-ups": speed_ups,

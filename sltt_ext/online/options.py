@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
 from sltt_ext.online.draws import DRAWS, Draws
 from sltt_ext.online.schedule import Schedule, in_windows
 
@@ -27,7 +27,9 @@ __all__ = [
     "called_with_one_input",
     "chunk_size",
     "count",
+    "graph",
     "loss_of_a_step",
+    "not_captured",
     "one_loss",
     "one_of",
     "reads",
@@ -206,6 +208,36 @@ def reads(value: Any) -> Any:
     if value is None or callable(value):
         return value
     return one_of("output", value, ("spike", "membrane"), "None, 'spike', 'membrane' or a function")
+
+
+def graph(value: Any, forbidden: Mapping[str, str]) -> bool:
+    """``graph``: whether iterations run as CUDA graphs, and what forbids it."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"graph must be True or False, got {value!r}")
+    if value and forbidden:
+        raise ConfigurationError(
+            listed("graph=True captures whole iterations, and does not go with:", forbidden)
+        )
+    return value
+
+
+def not_captured(on_step: Any, backward: Any, loss_on: str, wrapper: Any) -> dict[str, str]:
+    """Options that forbid a CUDA graph, and why."""
+    python = "it is Python, and a replay of the graph calls it no more"
+    return {
+        name: why
+        for name, given, why in (
+            ("on_step=", on_step is not None, python),
+            ("backward=", backward is not None, f"{python}; bfloat16 under autocast needs no scaler"),
+            (
+                f"loss_on={loss_on!r}",
+                loss_on != "step",
+                "its backward runs the steps again: take loss_on='step'",
+            ),
+            ("wrapper=", wrapper is not None, "the exchange of gradients between processes is not captured"),
+        )
+        if given
+    }
 
 
 def one_loss(loss_on: str, target_time_dim: Any, on_step: Any) -> None:

@@ -18,6 +18,7 @@ from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
+from sltt_ext.online.cuda_graphs import Iteration, IterationGraphs
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
@@ -140,6 +141,10 @@ class OnlineTrainer:
             ``on_step``. Your own module takes part with an attribute ``sltt_time_invariant = True``.
         pack_spikes: Store spikes that are saved for backward as bits, and of what average pooling saves the
             shape: less memory, a little more time.
+        graph: Experimental: run whole iterations as CUDA graphs, one launch instead of thousands, once the first few have
+            run without. For networks on a CUDA device, in one process, with a loss per step; what cannot be captured is
+            named in an error. Python runs only while an iteration is captured: what is no tensor (a weight in the loss,
+            say) stays as it was then. The states are at rest after each iteration. Each draw of SLTT-K has its own graph.
         wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
             inside a LightningModule); None where ``net`` itself is the wrapped one.
 
@@ -169,6 +174,7 @@ class OnlineTrainer:
         memory_budget: int | str | None = None,
         cache_invariant: bool = True,
         pack_spikes: bool = False,
+        graph: bool = False,
         wrapper: nn.Module | None = None,
     ) -> None:
         self.net = net
@@ -195,6 +201,8 @@ class OnlineTrainer:
         self.cache_invariant = cache_invariant
         self.pack_spikes = pack_spikes
         self.wrapper = wrapper
+        self._graphs = IterationGraphs() if options.graph(graph, self._not_captured()) else None
+        self._is_measuring = False
         budget = options.budget(memory_budget, self.chunk)
         self._common: torch.Generator | None = None
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
@@ -230,6 +238,13 @@ class OnlineTrainer:
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         counts = self._steps()
+        if self._graphs is not None:
+            return self._graphs.run(self._iteration_for_graphs(x, neurons), x, target, counts)  # type: ignore[no-any-return]
+        return self._iteration(x, target, counts, sync)
+
+    def _iteration(self, x: Any, target: Any, counts: Mapping[int, float], sync: bool = True) -> OnlineResult:
+        """`forward_backward`, with the steps that were drawn."""
+        neurons, _ = self._neurons()
         steps = tuple(counts)
         divisor = self._divisor(steps)
         stop = self.time_steps if self.full_output or self.loss_on != "step" else steps[-1] + 1
@@ -298,6 +313,16 @@ class OnlineTrainer:
         self.generator.set_state(saved.cpu())
         self._common = None
 
+    def _iteration_for_graphs(self, x: Any, neurons: list[StatefulModule]) -> Iteration:
+        return Iteration(
+            self.net, self.loss_fn, self._leaves(x), self._iteration, partial(reset, neurons),
+            lambda: not self._is_measuring, self._not_captured(),
+        )  # fmt: skip
+
+    def _not_captured(self) -> dict[str, str]:
+        """Options that a graph does not go with."""
+        return options.not_captured(self.on_step, self.backward, self.loss_on, self.wrapper)
+
     def _run(
         self,
         x: Any,
@@ -311,6 +336,7 @@ class OnlineTrainer:
         neurons, multi_step = self._neurons()
         source = self._source(x, multi_step)
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
+        self._is_measuring = measuring
         learns = loss_of_call is not None
         output = self._first.reading(self._read(multi_step))
         run = self._all_of_window(neurons) if self._in_windows(multi_step) else self.net

@@ -1,0 +1,628 @@
+import copy
+import random
+from types import SimpleNamespace
+
+import networks
+import oracle
+import pytest
+import torch
+from recorded_operators import RecordedOperators
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+from torch.nn import functional as F
+
+import sltt_ext
+from sltt_ext.errors import ConfigurationError, LossError, SLTTWarning
+from sltt_ext.online import cuda_graphs
+from sltt_ext.online.cuda_graphs import IterationGraphs
+
+T = 3
+BATCH = 4
+
+
+def net_of(step_mode="m", middle=nn.Identity, dropout=0.3):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(1, 4, 3, padding=1),
+        layer.BatchNorm2d(4),
+        neuron.ParametricLIFNode(),
+        middle(),
+        layer.Conv2d(4, 4, 3, padding=1),
+        neuron.LIFNode(),
+        layer.Dropout(dropout),
+        layer.Flatten(),
+        layer.Linear(256, 5),
+    )
+    functional.set_step_mode(net, step_mode)
+    return sltt_ext.convert(net)
+
+
+def online_of(net, graph=True, loss_fn=F.cross_entropy, **options):
+    online = sltt_ext.OnlineTrainer(net, loss_fn, T, graph=graph, **options)
+    if graph:
+        online._graphs = IterationGraphs(RecordedOperators(net))
+    return online
+
+
+def batch(seed, n=BATCH):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, 1, 8, 8, generator=generator), torch.randint(0, 5, (n,), generator=generator)
+
+
+def twins(step_mode="m", dropout=0.3, **options):
+    """The same network and options, with and without graphs."""
+    net = net_of(step_mode, dropout=dropout)
+    return [online_of(copy.deepcopy(net), graph, **options) for graph in (True, False)]
+
+
+def seen(online, result):
+    """All that a user can see of an iteration."""
+    gradients = [None if p.grad is None else p.grad.clone() for p in online.net.parameters()]
+    buffers = [buffer.clone() for buffer in online.net.buffers()]
+    return [result.loss, result.output, *gradients, *buffers], (result.time_steps, result.output_steps)
+
+
+def iterations(online, number, before=lambda online, i: online.net.zero_grad(), data=batch):
+    """What each of several iterations shows."""
+    torch.manual_seed(5)
+    found = []
+    for i in range(number):
+        before(online, i)
+        found.append(seen(online, online.forward_backward(*data(i))))
+    return found
+
+
+def assert_same(actual, expected):
+    for (tensors, steps), (own, own_steps) in zip(actual, expected, strict=True):
+        assert steps == own_steps
+        for one, other in zip(tensors, own, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def assert_as_eager(
+    number=8, before=lambda online, i: online.net.zero_grad(), data=batch, replays=4, **options
+):
+    graphed, eager = twins(**options)
+    assert_same(iterations(graphed, number, before, data), iterations(eager, number, before, data))
+    assert graphed._graphs.backend.replays >= replays
+    return graphed
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chunk": T}, {"chunk": "auto", "dropout": 0}, {"pack_spikes": True}, {"cache_invariant": False}],
+)
+def test_iterations_are_those_without_graphs(step_mode, options):
+    if step_mode == "s" and "chunk" in options:
+        pytest.skip("single steps have no chunk")
+    assert_as_eager(10, step_mode=step_mode, **options)
+
+
+@pytest.mark.parametrize("full_output", [True, False])
+@pytest.mark.parametrize("k", [1, 2])
+def test_every_draw_has_a_graph_and_draws_go_on_outside(k, full_output):
+    graphed, eager = twins(k=k, full_output=full_output)
+    for online in (graphed, eager):
+        online.generator = torch.Generator().manual_seed(3)
+    assert_same(iterations(graphed, 24), iterations(eager, 24))
+    assert graphed._graphs.captured == 3
+    assert graphed._graphs.backend.replays >= 12
+
+
+def test_a_schedule_with_counts_has_a_graph_for_each():
+    assert_as_eager(12, schedule=lambda time_steps, generator: {0: 1.0, 2: 2.0})
+
+
+def keep(online, i):
+    """Gradients of all iterations add up."""
+
+
+def fill_with_zeros(online, i):
+    online.net.zero_grad(set_to_none=False)
+
+
+def every_other(online, i):
+    if i % 2:
+        online.net.zero_grad()
+
+
+@pytest.mark.parametrize("before", [keep, fill_with_zeros, every_other])
+def test_gradients_accumulate_as_backward_accumulates_them(before):
+    assert_as_eager(before=before)
+
+
+def test_what_a_user_keeps_of_an_iteration_stays():
+    graphed, _ = twins()
+    iterations(graphed, 6)
+    kept = [parameter.grad.detach() for parameter in graphed.net.parameters()]
+    result = graphed.forward_backward(*batch(1))
+    before = [tensor.clone() for tensor in (*kept, result.loss, result.output)]
+    graphed.net.zero_grad()
+    graphed.forward_backward(*batch(2))
+    assert all(map(torch.equal, (*kept, result.loss, result.output), before))
+
+
+def test_an_optimizer_trains_as_without():
+    found = []
+    for online in twins():
+        optimizer = torch.optim.Adam(online.net.parameters(), 0.01)
+        torch.manual_seed(5)
+        for i in range(10):
+            optimizer.zero_grad()
+            online.forward_backward(*batch(i))
+            optimizer.step()
+        found.append([parameter.detach().clone() for parameter in online.net.parameters()])
+    assert oracle.relative_error(*found) < 1e-5
+
+
+def test_a_parameter_without_a_gradient_gets_none():
+    def before(online, i):
+        online.net.zero_grad()
+        online.net[0].weight.requires_grad_(False)
+
+    assert_as_eager(before=before)
+
+
+def shapes(i):
+    return batch(i, 2 if i % 5 == 4 else BATCH)
+
+
+def test_a_smaller_last_batch_has_its_own_graph():
+    graphed = assert_as_eager(30, data=shapes, replays=12)
+    assert graphed._graphs.captured == 2
+
+
+def evaluates(online, i):
+    online.net.zero_grad()
+    online.net.train(i % 2 == 0)
+
+
+def thaws(online, i):
+    online.net.zero_grad()
+    online.net[0].weight.requires_grad_(i >= 6)
+
+
+def moves_weights(online, i):
+    online.net.zero_grad()
+    if i == 6:
+        online.net[0].weight.data = online.net[0].weight.data + 1
+
+
+def changes_dropout(online, i):
+    online.net.zero_grad()
+    online.net[6].p = 0.3 if i < 6 else 0.9
+
+
+def changes_tau(online, i):
+    online.net.zero_grad()
+    if i == 6:
+        online.net[5].tau = 5.0
+
+
+def replaces_a_layer(online, i):
+    online.net.zero_grad()
+    if i == 6:
+        online.net[7] = nn.Sequential(layer.Flatten(step_mode=online.net[7].step_mode), nn.Tanh())
+
+
+def loads(online, i):
+    online.net.zero_grad()
+    if i == 6:
+        state = {name: 2 * value for name, value in online.net.state_dict().items()}
+        online.net.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "before", [evaluates, thaws, moves_weights, changes_dropout, changes_tau, replaces_a_layer, loads]
+)
+def test_what_changes_between_iterations_is_seen(before):
+    assert_as_eager(14, before=before)
+
+
+def test_autocast_has_a_graph_of_its_own_and_leaves_nothing_in_its_cache():
+    found = []
+    for online in twins(k=1, full_output=False):
+        online.generator = torch.Generator().manual_seed(3)
+        torch.manual_seed(5)
+        own = []
+        for i in range(24):
+            online.net.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=i % 4 > 0):
+                own.append(seen(online, online.forward_backward(*batch(i))))
+                own[-1][0].append(online.net[8](torch.ones(1, BATCH, 256)).detach())
+            with torch.no_grad():
+                online.net[8].weight.mul_(0.9)
+        found.append(own)
+    assert_same(*found)
+
+
+def test_the_states_are_at_rest_afterwards():
+    graphed, _ = twins()
+    for i in range(6):
+        graphed.forward_backward(*batch(i))
+        assert isinstance(graphed.net[2].v, float)
+
+
+def test_predictions_in_between_change_nothing():
+    def before(online, i):
+        online.net.zero_grad()
+        online.predict(batch(i)[0])
+
+    assert_as_eager(before=before)
+
+
+def test_two_trainers_share_a_network():
+    found = []
+    for graph in (True, False):
+        net = net_of()
+        both = [online_of(net, graph), online_of(net, graph, chunk=T)]
+        torch.manual_seed(5)
+        own = []
+        for i in range(8):
+            for online in both:
+                net.zero_grad()
+                own.append(seen(online, online.forward_backward(*batch(i))))
+        found.append(own)
+        assert not graph or all(online._graphs.backend.replays > 3 for online in both)
+    assert_same(*found)
+
+
+def test_inputs_over_time_and_in_parts():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net_of()
+
+        def forward(self, x):
+            return self.net(x["a"] + x["b"])
+
+    found = []
+    for graph in (True, False):
+        online = online_of(Both(), graph, time_dim=1, target_time_dim=1)
+        torch.manual_seed(5)
+        own = []
+        for i in range(8):
+            online.net.zero_grad()
+            x, target = batch(i)
+            x_seq = torch.stack([x, 2 * x, 3 * x], 1)
+            own.append(
+                seen(online, online.forward_backward({"a": x_seq, "b": x_seq}, target[:, None].expand(-1, T)))
+            )
+        found.append(own)
+    assert_same(*found)
+
+
+def test_a_plan_that_is_still_measured_is_waited_for():
+    net = net_of(dropout=0)
+    online = online_of(net, chunk="auto")
+    measuring = []
+    for i in range(8):
+        online.forward_backward(*batch(i))
+        measuring.append(online._is_measuring)
+    assert measuring[0]
+    assert not online._is_measuring
+    assert online._graphs.captured == 1
+
+
+def test_more_kinds_than_are_kept_run_without_a_graph_and_that_is_said_once(monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "AT_MOST", 1)
+    monkeypatch.setattr(cuda_graphs, "_IN_A_ROW", 2)
+    graphed, eager = twins(k=1)
+    for online in (graphed, eager):
+        online.generator = torch.Generator().manual_seed(3)
+    with pytest.warns(SLTTWarning, match="iterations in a row had no graph") as said:
+        actual = iterations(graphed, 20)
+    assert len([one for one in said if "in a row" in str(one.message)]) == 1
+    assert_same(actual, iterations(eager, 20))
+    assert graphed._graphs.captured == 1
+
+
+def test_who_looks_at_operators_sees_them():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    graphed, _ = twins()
+    iterations(graphed, 6)
+    with FlopCounterMode(display=False) as counter:
+        graphed.forward_backward(*batch(0))
+    assert counter.get_total_flops() > 0
+
+
+REFUSED_OPTIONS = [
+    ({"on_step": print}, "on_step="),
+    ({"backward": torch.Tensor.backward}, "backward="),
+    ({"loss_on": "mean"}, "loss_on='mean'"),
+    ({"loss_on": "sequence"}, "loss_on='sequence'"),
+    ({"wrapper": nn.Identity()}, "wrapper="),
+    ({"graph": "yes"}, "graph must be True or False"),
+]
+
+
+@pytest.mark.parametrize(("options", "name"), REFUSED_OPTIONS, ids=str)
+def test_options_that_cannot_be_captured_are_refused_by_name(options, name):
+    with pytest.raises(ConfigurationError, match=name):
+        sltt_ext.OnlineTrainer(net_of(), F.cross_entropy, T, **{"graph": True, **options})
+
+
+def test_an_option_that_is_set_later_is_refused_too():
+    online = online_of(net_of())
+    online.backward = torch.Tensor.backward
+    with pytest.raises(ConfigurationError, match="backward="):
+        online.forward_backward(*batch(0))
+
+
+def test_a_network_on_the_cpu_is_refused():
+    online = sltt_ext.OnlineTrainer(net_of(), F.cross_entropy, T, graph=True)
+    with pytest.raises(ConfigurationError, match="one CUDA device, and are on cpu"):
+        online.forward_backward(*batch(0))
+
+
+def forward_hook(net):
+    net[1].register_forward_hook(lambda *_: None)
+
+
+def backward_hook(net):
+    net[1].register_full_backward_hook(lambda *_: None)
+
+
+def gradient_hook(net):
+    net[1].weight.register_hook(lambda gradient: gradient)
+
+
+def accumulation_hook(net):
+    net[1].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+def generator_elsewhere(net):
+    net[1].source = _Elsewhere()
+
+
+class _Elsewhere(torch.Generator):
+    """A generator that says it is on another device."""
+
+    device = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (forward_hook, "1: its hooks"),
+        (backward_hook, "1: its hooks"),
+        (gradient_hook, "1.weight: a hook"),
+        (accumulation_hook, "1.weight: a hook"),
+        (generator_elsewhere, "1.source: it is a generator"),
+    ],
+)
+def test_what_a_replay_would_leave_out_is_refused_by_name(change, name):
+    net = net_of()
+    change(net)
+    with pytest.raises(ConfigurationError, match=name):
+        online_of(net).forward_backward(*batch(0))
+
+
+@pytest.mark.parametrize(
+    ("x", "target", "name"),
+    [
+        (iter([torch.ones(BATCH, 1, 8, 8)] * T), torch.zeros(BATCH).long(), "x: it is a"),
+        ([torch.ones(BATCH, 1, 8, 8)] * T, torch.zeros(BATCH).long(), "x: it is a list"),
+        (torch.ones(BATCH, 1, 8, 8, requires_grad=True), torch.zeros(BATCH).long(), "x: it wants a gradient"),
+        (torch.ones(BATCH, 1, 8, 8), SimpleNamespace(), "target: it is a SimpleNamespace"),
+        (torch.ones(BATCH, 1, 8, 8), (SimpleNamespace(),), "target: there is a SimpleNamespace"),
+    ],
+)
+def test_data_that_a_graph_cannot_read_is_refused_by_name(x, target, name):
+    with pytest.raises(ConfigurationError, match=name):
+        online_of(net_of()).forward_backward(x, target)
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * (1 + 0 * self.calls)
+
+
+class KeepsAMean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mean = torch.zeros(())
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x - self.mean
+
+
+class BuffersAMean(KeepsAMean):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.register_buffer("mean", torch.zeros(()))
+
+
+class DrawsInPython(nn.Module):
+    def forward(self, x):
+        return x * random.random()
+
+
+class DrawsInNumPy(nn.Module):
+    def forward(self, x):
+        import numpy
+
+        return x * float(numpy.random.rand())
+
+
+@pytest.mark.filterwarnings("ignore::sltt_ext.errors.SLTTWarning")
+@pytest.mark.parametrize(
+    ("middle", "name"),
+    [
+        (Counts, "3.calls: every iteration gives it another value"),
+        (KeepsAMean, "3.mean: every iteration gives it another value"),
+        (BuffersAMean, "3.mean: every iteration gives it another value"),
+        (DrawsInPython, "Python's random: every iteration draws from it|draws from Python's random"),
+        (DrawsInNumPy, "draws from NumPy's random"),
+    ],
+)
+def test_what_a_graph_would_freeze_is_refused_by_name(middle, name):
+    online = online_of(net_of(middle=middle))
+    with pytest.raises(ConfigurationError, match=name):
+        iterations(online, 6)
+
+
+def test_draws_of_the_user_between_iterations_are_no_concern():
+    def before(online, i):
+        online.net.zero_grad()
+        random.random()
+
+    assert_as_eager(before=before)
+
+
+class InPlace(nn.Module):
+    def forward(self, x):
+        return x.mul_(2)
+
+
+def test_a_network_that_changes_its_input_is_refused():
+    net = nn.Sequential(InPlace(), *net_of())
+    with pytest.raises(ConfigurationError, match="x: the network or the loss changes it in place"):
+        online_of(net, cache_invariant=False).forward_backward(*batch(0))
+
+
+def reads_its_value(output, target):
+    loss = F.cross_entropy(output, target)
+    return loss if float(loss) > 0 else 0 * loss
+
+
+def test_a_loss_that_reads_values_back_is_refused_when_captured_and_nothing_is_lost():
+    online = online_of(net_of(), loss_fn=reads_its_value)
+    for i in range(3):
+        online.net.zero_grad()
+        online.forward_backward(*batch(i))
+    before = [parameter.grad.clone() for parameter in online.net.parameters()]
+    buffers = [buffer.clone() for buffer in online.net.buffers()]
+    with pytest.raises(ConfigurationError, match="reads values back from the device"):
+        online.forward_backward(*batch(3))
+    assert all(map(torch.equal, before, [parameter.grad for parameter in online.net.parameters()]))
+    assert all(map(torch.equal, buffers, online.net.buffers()))
+    assert isinstance(online.net[2].v, float)
+
+
+def test_errors_of_an_iteration_are_those_without_graphs():
+    online = online_of(net_of(), loss_fn=lambda output, target: output.sum(1))
+    with pytest.raises(LossError, match="scalar"):
+        online.forward_backward(*batch(0))
+    with torch.no_grad(), pytest.raises(LossError, match="gradients are disabled"):
+        online.forward_backward(*batch(0))
+
+
+def test_generators_of_modules_are_registered():
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.source = torch.Generator().manual_seed(1)
+
+        def forward(self, x):
+            return x + torch.rand(x.shape, generator=self.source)
+
+    net = net_of(middle=Noise)
+    found = []
+    for graph in (True, False):
+        online = online_of(copy.deepcopy(net), graph)
+        online.net[3].source = torch.Generator().manual_seed(1)
+        found.append(iterations(online, 8))
+        if graph:
+            assert online._graphs.backend.generators == [[online.net[3].source]]
+    assert_same(*found)
+
+
+def test_networks_of_snntorch(monkeypatch):
+    import snntorch
+    from snntorch import surrogate
+
+    def make():
+        torch.manual_seed(0)
+        grad = surrogate.atan()
+        return sltt_ext.convert(
+            nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(64, 20),
+                snntorch.Leaky(0.8, init_hidden=True, learn_beta=True, spike_grad=grad),
+                nn.Linear(20, 5),
+                snntorch.Leaky(0.8, init_hidden=True, spike_grad=grad),
+            )
+        )
+
+    found = []
+    for graph in (True, False):
+        online = online_of(make(), graph)
+        found.append([tensors[:2] for tensors, _ in iterations(online, 12)])
+    for ours, expected in zip(*found):
+        assert torch.allclose(ours[0], expected[0])
+        assert torch.allclose(ours[1], expected[1])
+
+
+def test_the_stream_that_captures_waits_and_is_waited_for(monkeypatch):
+    """The backend on a device, with a device that writes down what it is told."""
+    told = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def register_generator_state(self, generator):
+            told.append("registers")
+
+        def pool(self):
+            return "pool"
+
+        def replay(self):
+            told.append("replays")
+
+    class Capture:
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            told.append(f"captures on {stream.name}, {pool}, {capture_error_mode}")
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    from contextlib import nullcontext
+
+    cuda = SimpleNamespace(
+        Stream=lambda device: Stream("side"), current_stream=lambda device: Stream("current"),
+        stream=lambda stream: nullcontext(), device=lambda device: nullcontext(), CUDAGraph=Graph, graph=Capture,
+    )  # fmt: skip
+    monkeypatch.setattr(cuda_graphs.torch, "cuda", cuda)
+    backend = cuda_graphs.CudaGraphs()
+    device = torch.device("cpu")
+    with backend.aside(device):
+        told.append("runs")
+    for _ in range(2):
+        outputs, replay = backend.capture(lambda: ["outputs"], ["generator"], device)
+    replay()
+    assert outputs == ["outputs"]
+    assert told == [
+        "side waits for current", "runs", "current waits for side",
+        "registers", "captures on side, None, thread_local",
+        "registers", "captures on side, pool, thread_local",
+        "replays",
+    ]  # fmt: skip
+
+
+def test_the_networks_of_the_other_tests_are_captured():
+    net = networks.conv_net()
+    x, target = networks.images()
+    expected = oracle.sltt_gradients(net, [x] * T, target, F.cross_entropy)
+    online = online_of(sltt_ext.convert(net))
+    for _ in range(5):
+        net.zero_grad()
+        online.forward_backward(x, target)
+    assert online._graphs.backend.replays == 2
+    assert oracle.relative_error(oracle.gradients(net), expected) < 1e-5
