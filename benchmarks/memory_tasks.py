@@ -24,9 +24,8 @@ from typing import Any
 
 import snntorch
 import torch
-from accuracy import append
+from accuracy import append, recorded
 from measure import RESULTS, version_of, write_results
-from norms_over_time import recorded
 from snntorch import surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F

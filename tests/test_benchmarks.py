@@ -155,7 +155,7 @@ def test_the_rate_based_gradient_is_the_papers_formula(detach_reset, chunk):
     network = Network("linear", lambda maker: net, (6, 1, 1), 4, sequence=True)
     task = network.task(5)
     task = type(task)(network, 2 * task.x.flatten(2), task.target, 5)
-    rate_gradients(net, task, chunk)
+    rate_gradients(net, task.x_seq, task.loss, chunk)
 
     with torch.no_grad():
         s1, r1, e1 = rate_and_trace_of(first(task.x), detach_reset)
