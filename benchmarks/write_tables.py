@@ -1,4 +1,4 @@
-"""Bring docs/benchmarks.md and docs/fit.md up to date: their tables, and the plots beside them, from benchmarks/results.
+"""Bring docs/benchmarks.md, docs/fit.md and docs/reproduce.md up to date: tables and plots, from benchmarks/results.
 
 python benchmarks/write_tables.py
 """

@@ -1,11 +1,13 @@
-"""The plots of docs/benchmarks.md, drawn from the results."""
+"""The plots of docs/benchmarks.md and docs/reproduce.md, drawn from the results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from peers.tables import Rows, results
+from paired import Paired, paired
+
+from peers.tables import SETS, Rows, differences, results
 from sltt_ext.analysis.plots import BLUE, COLORS, MARKERS, ORANGE, WIDTH
 from sltt_ext.optional import require
 
@@ -20,6 +22,8 @@ def draw(folder: Path) -> None:
     ):
         if rows:
             plot(rows).savefig(folder / f"{name}.png")
+    if any(differences().values()):
+        accuracy().savefig(folder / "accuracy.png")
 
 
 def relative(rows: Rows) -> Any:
@@ -63,6 +67,56 @@ def over_time(rows: Rows) -> Any:
     panels[-1].set_xlabel("time steps T")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     return figure
+
+
+def accuracy() -> Any:
+    """How far each method is from BPTT in accuracy, with intervals: where each step shows what is asked, and where not."""
+    sets, tasks = differences(), _memory_tasks()
+    methods = [method for method in METHODS if any(method in runs for runs in sets.values())]
+    by_set = {label: [sets[name].get(method) for method in methods] for name, label in SETS.items()}
+    by_window = {
+        label: [runs[place] if place < len(runs) else None for runs in tasks.values()]
+        for place, label in enumerate(("SLTT", "smaller window", "larger window"))
+    }
+    figure = _figure(7.5)
+    panels = figure.subplots(2, 1, height_ratios=(len(methods), max(len(tasks), 1)))
+    for axes, title, names, groups in zip(
+        panels,
+        ("Each step shows what is asked", "Tasks that need memory"),
+        (methods, list(tasks)),
+        (by_set, by_window),
+    ):
+        _intervals(axes, names, groups)
+        axes.set_title(title, pad=22)
+    panels[-1].set_xlabel("difference to BPTT in points, 95 % interval")
+    return figure
+
+
+METHODS = ("SLTT", "SLTT-2", "SLTT-1", "window 2", "window 4", "rate-based")
+
+
+def _memory_tasks() -> dict[str, list[Paired]]:
+    """Task -> SLTT, smaller and larger window beside BPTT."""
+    tasks: dict[str, Rows] = {}
+    for row in results("memory_tasks"):
+        tasks.setdefault(f"{row['task']}\n({row['neuron']})", []).append(row)
+    return {task: list(paired(rows).values())[1:] for task, rows in tasks.items()}
+
+
+def _intervals(axes: Any, names: list[str], groups: dict[str, list[Paired | None]]) -> None:
+    """A row for each name, and in it a point with its interval for each group that has some."""
+    for group, (label, values) in enumerate(groups.items()):
+        shown = [(row, value.interval) for row, value in enumerate(values) if value and value.interval]
+        axes.errorbar(
+            [each.mean for _, each in shown], [row + 0.22 * (group - 1) for row, _ in shown],
+            xerr=[each.half for _, each in shown], label=label, color=COLORS[group], marker=MARKERS[group],
+            linestyle="none", capsize=3, markersize=5,
+        )  # fmt: skip
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=7, frameon=False)
 
 
 def _figure(height: float) -> Any:
