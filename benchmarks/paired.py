@@ -36,27 +36,39 @@ def interval(differences: Sequence[float], level: float = 0.95) -> Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """A method beside another one that had the same seeds.
+    """A method beside another one, the baseline, that had the same seeds.
 
     Attributes:
         accuracies: The method's, in percent.
-        differences: To the other one's of the same seed, in points.
+        differences: To the baseline's of the same seed, in points.
     """
 
     accuracies: tuple[float, ...]
     differences: tuple[float, ...]
 
     @property
+    def mean(self) -> float:
+        """The method's."""
+        return statistics.mean(self.accuracies)
+
+    @property
+    def baseline_mean(self) -> float:
+        """The baseline's, over the same seeds."""
+        return self.mean - statistics.mean(self.differences)
+
+    @property
     def interval(self) -> Interval | None:
-        """Of the mean difference; None where there is one seed, or nothing differs by nature."""
+        """Of the mean difference; None where there is one seed."""
         return interval(self.differences) if len(self.differences) > 1 else None
 
 
-def paired(rows: Rows, baseline: str = "BPTT", column: str = "test_accuracy") -> dict[str, Paired]:
-    """By method, in the rows' order: its runs of the seeds that the baseline has, too."""
+def paired(
+    rows: Rows, baseline: str = "BPTT", column: str = "test_accuracy", factor: float = 100
+) -> dict[str, Paired]:
+    """By method, in the rows' order: its runs of the seeds that the baseline has, too; ``factor`` makes percent of parts."""
     percent: dict[str, dict[str, float]] = {}
     for row in rows:
-        percent.setdefault(row["method"], {})[row["seed"]] = 100 * float(row[column])
+        percent.setdefault(row["method"], {})[row["seed"]] = factor * float(row[column])
     reference = percent.get(baseline, {})
     return {
         method: Paired(

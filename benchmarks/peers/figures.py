@@ -7,7 +7,8 @@ from typing import Any
 
 from paired import Paired, paired
 
-from peers.tables import SETS, Rows, differences, results
+from peers.accuracy_tables import SETS, differences
+from peers.markdown import Rows, results
 from sltt_ext.analysis.plots import BLUE, COLORS, MARKERS, ORANGE, WIDTH
 from sltt_ext.optional import require
 

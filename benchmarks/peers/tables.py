@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import re
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
-import measure
-from paired import Paired, paired
-
+from peers.accuracy_tables import ACCURACY_TABLES
 from peers.claims import CLAIMS, Claim
-
-Rows = list[dict[str, str]]
+from peers.markdown import Rows, figure, results, spread, table
 
 PAGES = ("benchmarks.md", "fit.md", "reproduce.md")
-SETS = {
-    "digits": "digits",
-    "event_digits": "event digits",
-    "images": "CIFAR-10, 10,000 training images",
-}
-"""Set of the accuracy benchmark -> what the docs call it."""
-MISSING = "Not measured yet.\n"
 MARKED = re.compile(r"(<!-- table: ([\w, .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def results(name: str) -> Rows:
-    """The rows of a results' file; none where there is no file yet."""
-    path = measure.RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def with_tables(page: str) -> str:
@@ -42,15 +21,6 @@ def with_tables(page: str) -> str:
         KeyError: If a marker names a table that does not exist.
     """
     return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", page)
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, or a word that there are no rows yet."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if not lines:
-        return MISSING
-    head = list(header)
-    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines]) + "\n"
 
 
 def as_measured(name: str, columns: dict[str, str]) -> str:
@@ -177,100 +147,6 @@ def memory_tasks() -> str:
     )
 
 
-def spread(percent: Iterable[float], digits: int = 2) -> str:
-    """Mean, and lowest and highest."""
-    values = list(percent)
-    mean, lowest, highest = (
-        f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values))
-    )
-    return f"{mean} ({lowest}-{highest})"
-
-
-def differences() -> dict[str, dict[str, Paired]]:
-    """Of the accuracy benchmark: set -> method -> its runs beside BPTT's."""
-    return {
-        name: paired([row for row in results(f"accuracy_{name}") if row["scale"] == "mean"]) for name in SETS
-    }
-
-
-def accuracy() -> str:
-    """A row for each method on each set: accuracy, and the paired difference to BPTT."""
-    return table(
-        ["data", "method", "seeds", "test accuracy", "difference to BPTT"],
-        (
-            [
-                SETS[name],
-                method,
-                str(len(runs.accuracies)),
-                spread(runs.accuracies),
-                "" if method == "BPTT" else str(runs.interval or ""),
-            ]
-            for name, methods in differences().items()
-            for method, runs in methods.items()
-            if runs.accuracies
-        ),
-    )
-
-
-def accuracy_cost() -> str:
-    """Time and memory of an iteration of each method on each set."""
-    columns = ("method", "seconds", "relative_seconds", "peak_mb", "relative_peak")
-    return table(
-        ["data", "method", "seconds", "relative to BPTT", "peak MB", "relative to BPTT"],
-        ([SETS[row["set"]], *(row[column] for column in columns)] for row in results("accuracy_cost")),
-    )
-
-
-def accuracy_by_scale() -> str:
-    """SLTT-K with either scale, of the seeds that both have."""
-    rows = []
-    for name, label in SETS.items():
-        runs: dict[tuple[str, str], dict[str, float]] = {}
-        for row in results(f"accuracy_{name}"):
-            percent = 100 * float(row["test_accuracy"])
-            runs.setdefault((row["method"], row["scale"]), {})[row["seed"]] = percent
-        for method in sorted(method for method, scale in runs if scale == "paper"):
-            paper, mean = runs[method, "paper"], runs.get((method, "mean"), {})
-            shared = [seed for seed in paper if seed in mean]
-            if shared:
-                cells = (spread(by_seed[seed] for seed in shared) for by_seed in (mean, paper))
-                rows.append([label, method, str(len(shared)), *cells])
-    return table(["data", "method", "seeds", '`scale="mean"`', '`scale="paper"`'], rows)
-
-
-def readout() -> str:
-    """The tutorial's readout: a row for each method, read from spikes and from membranes."""
-    columns = {"spikes": "accuracy_by_spikes", "membranes": "accuracy_by_membranes"}
-    read = {name: paired(results("readout"), column=column) for name, column in columns.items()}
-    return table(
-        [
-            "method",
-            "seeds",
-            *(f"{what} by {name}" for name in columns for what in ("accuracy", "difference to BPTT")),
-        ],
-        (
-            [
-                method,
-                str(len(runs.accuracies)),
-                *(
-                    cell
-                    for name in columns
-                    for cell in (
-                        spread(read[name][method].accuracies, 1),
-                        "" if method == "BPTT" else str(read[name][method].interval or ""),
-                    )
-                ),
-            ]
-            for method, runs in read["spikes"].items()
-        ),
-    )
-
-
-def figure(path: str, name: str, text: str) -> str:
-    """A plot, once its results are there."""
-    return f"![{text}]({path})\n" if results(name) else MISSING
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "peers.png": partial(figure, "peers.png", "peers_nf_resnet_34", "Time and memory relative to BPTT"),
@@ -292,16 +168,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "seconds over time": partial(over_time, "seconds"),
     "memory": memory,
     "memory tasks": memory_tasks,
-    "accuracy": accuracy,
-    "accuracy.png": partial(
-        figure,
-        "accuracy.png",
-        "accuracy_digits",
-        "Difference of each method's test accuracy to BPTT's, with 95 % intervals",
-    ),
-    "accuracy cost": accuracy_cost,
-    "accuracy by scale": accuracy_by_scale,
-    "readout": readout,
+    **ACCURACY_TABLES,
     "digits": partial(
         as_measured,
         "digits",
