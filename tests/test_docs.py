@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import modules
+import paired
 import pytest
 from spikingjelly.activation_based import base
 
@@ -246,6 +247,40 @@ def test_where_sltt_is_at_chance_a_window_that_covers_the_delay_learns_with_less
     assert max(accuracy["window 12"]) < 0.35
     assert min(accuracy["window 24"] + accuracy["BPTT"]) >= 0.95
     assert peak["window 24"] < 0.6 * peak["BPTT"]
+
+
+def test_what_brings_the_gradients_apart_on_colour_images_is_tau():
+    page = " ".join((ROOT / "docs" / "reproduce.md").read_text().split())
+    trained = {
+        row["variant"]: row for row in results("accuracy_causes_similarity") if row["iterations"] == "40"
+    }
+    cosine = {variant: float(row["cosine"]) for variant, row in trained.items()}
+    own, *same, quicker, slower = cosine.values()
+    shorter = 1 - float(next(iter(trained.values()))["norm_ratio"])
+    assert f"a cosine of {own:.3f} after 40 iterations. SLTT's is {shorter:.0%}".replace("%", " %") in page
+    assert all(abs(each - own) < 0.002 for each in same)
+    assert own > quicker > slower
+    assert f"with tau = 2 the cosine is {cosine['tau = 2']:.3f}" in page
+
+
+def test_sltt_is_behind_where_spikes_are_counted_and_not_where_membranes_are_read():
+    by_spikes, by_membranes = (
+        paired.paired(results("readout"), column=f"accuracy_by_{read}")["SLTT"].interval
+        for read in ("spikes", "membranes")
+    )
+    assert by_spikes.mean < 0
+    assert not by_spikes.holds_zero
+    assert by_membranes.holds_zero
+
+
+def test_the_longer_the_window_the_better_where_a_task_needs_memory():
+    for part in ("row", "pixel"):
+        runs = [row for row in results("memory_tasks") if row["task"] == f"digits {part} by {part}"]
+        sltt, smaller, larger = [
+            each.interval for method, each in paired.paired(runs).items() if method != "BPTT"
+        ]
+        assert sltt.mean < smaller.mean < larger.mean < 0
+        assert not larger.holds_zero
 
 
 def test_runs_of_a_recurrent_network_that_learned_are_counted():
