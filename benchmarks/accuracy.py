@@ -1,33 +1,40 @@
-"""Test accuracy of BPTT, SLTT and SLTT-K, with the same seeds and settings: on digits, simulated event digits, images.
+"""Test accuracy by BPTT, SLTT, SLTT-K, windows between them, and rate-based backpropagation.
 
 python benchmarks/accuracy.py digits
 python benchmarks/accuracy.py event_digits
 python benchmarks/accuracy.py images --data FOLDER      FOLDER/{train,test}/<class>/*.jpg, 32 x 32 pixels
 python benchmarks/accuracy.py cost                      time and memory of one iteration of each
 
-One row a run, appended to benchmarks/results/accuracy_SET.csv as soon as it is there; runs that are in the
-file are not repeated, so a stopped measurement goes on where it was.
+For each seed all methods start with the same weights and see the same batches, so that their differences are paired. One
+row a run, seed by seed, appended to benchmarks/results/accuracy_SET.csv as soon as it is there; runs that are in the file
+are not repeated, so a stopped measurement goes on where it was. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import RESULTS, version_of, write_results
+from peers.rate_based import RateBasedTrainer
 from rich.progress import track
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import datasets, transforms
+from torchvision.datasets.folder import default_loader
 
 import sltt_ext
-from sltt_ext.analysis.timing import benchmark, device_name
-from sltt_ext.methods import method_named
+from sltt_ext.analysis import peak_activation_bytes
+from sltt_ext.analysis.timing import device_name, interleaved_medians
+from sltt_ext.methods import GradientTrainer, method_named
 from sltt_ext.models import PreActResNet, paper_lif
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -37,7 +44,12 @@ Sets = tuple[Dataset[tuple[Tensor, int]], Dataset[tuple[Tensor, int]]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share on one data set; the rest is the paper's: SGD, momentum 0.9, cosine annealing."""
+    """What all methods share on one data set; the rest is the paper's: SGD, momentum 0.9, cosine annealing.
+
+    Attributes:
+        methods: ``BPTT``, ``SLTT``, ``SLTT-K``, ``window C`` (BPTT within C steps) and ``rate-based``.
+        by_scale: Which of them are trained with ``scale="paper"``, too.
+    """
 
     sets: Callable[[Path | None], Sets]
     network: Callable[[], nn.Module]
@@ -48,7 +60,15 @@ class Setting:
     learning_rate: float
     weight_decay: float
     seeds: int
-    methods: tuple[tuple[str, str], ...]
+    methods: tuple[str, ...]
+    by_scale: tuple[str, ...] = ()
+
+    def runs(self, seeds: int, methods: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+        """Seed, method and scale, seed by seed."""
+        for seed in range(seeds):
+            yield from ((seed, method, "mean") for method in self.methods if method in methods)
+            if seed < SEEDS_BY_SCALE:
+                yield from ((seed, method, "paper") for method in self.by_scale if method in methods)
 
 
 def digits(_: Path | None) -> Sets:
@@ -74,11 +94,12 @@ def event_digits(_: Path | None) -> Sets:
 def images(root: Path | None) -> Sets:
     if root is None:
         raise SystemExit("images needs --data FOLDER, with FOLDER/{train,test}/<class>/*.jpg")
+    load = cache(default_loader)
     plain = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     augmented = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), *plain]
     return (
-        datasets.ImageFolder(str(root / "train"), transforms.Compose(augmented)),
-        datasets.ImageFolder(str(root / "test"), transforms.Compose(plain)),
+        datasets.ImageFolder(str(root / "train"), transforms.Compose(augmented), loader=load),
+        datasets.ImageFolder(str(root / "test"), transforms.Compose(plain), loader=load),
     )
 
 
@@ -94,41 +115,50 @@ def small_network(in_channels: int, channels: tuple[int, ...], pixels: int) -> n
     return nn.Sequential(*layers, layer.Flatten(), layer.Linear(in_channels * pixels**2, 10))
 
 
-COMPARED = (("BPTT", "mean"), ("SLTT", "mean"), ("SLTT-2", "mean"))
-SCALES = (("SLTT-1", "mean"), ("SLTT-2", "paper"), ("SLTT-1", "paper"))
+BASELINE, RATE_BASED = "BPTT", "rate-based"
+METHODS = (BASELINE, "SLTT", "window 2", "SLTT-2", "window 4", RATE_BASED, "SLTT-1")
+BY_SCALE, SEEDS_BY_SCALE = ("SLTT-2", "SLTT-1"), 5
+"""What is trained with the published scale, too, and with so many seeds."""
 
 SETTINGS = {
     "digits": Setting(
-        digits, lambda: small_network(1, (32, 32, 32), 8), 6, None, 15, 64, 0.1, 5e-4, 5, (*COMPARED, *SCALES)
+        digits, lambda: small_network(1, (32, 32, 32), 8), 6, None, 15, 64, 0.1, 5e-4, 10, METHODS, BY_SCALE
     ),
     "event_digits": Setting(
-        event_digits,
-        lambda: small_network(2, (16, 32, 32), 16),
-        10,
-        1,
-        15,
-        64,
-        0.1,
-        5e-4,
-        5,
-        (*COMPARED, *SCALES),
+        event_digits, lambda: small_network(2, (16, 32, 32), 16), 10, 1, 15, 64, 0.1, 5e-4, 10, METHODS, BY_SCALE,
     ),
     "images": Setting(
-        images, lambda: PreActResNet([1, 1, 1, 1], width=8), 4, None, 8, 100, 0.1, 5e-4, 3, COMPARED
+        images, lambda: PreActResNet([1, 1, 1, 1], width=8), 4, None, 8, 100, 0.1, 5e-4, 5,
+        tuple(method for method in METHODS if method != "window 4"),  # which is BPTT, at T = 4
     ),
-}
+}  # fmt: skip
 
 INPUTS = {"digits": (1, 8, 8), "event_digits": (10, 2, 16, 16), "images": (3, 32, 32)}
-COST_REPEATS = 15
+
+
+def trainer(
+    net: nn.Module, method: str, time_steps: int, time_dim: int | None, scale: str = "mean", seed: int = 0
+) -> GradientTrainer:
+    """What computes a method's gradients; the steps of SLTT-K are drawn apart from all other random numbers."""
+    loss_fn = sltt_ext.CrossEntropyMSELoss()
+    if method == RATE_BASED:
+        return RateBasedTrainer(net, loss_fn, time_steps, time_dim=time_dim)
+    if method.startswith("window"):
+        sltt_ext.convert(net, temporal="call")
+        return sltt_ext.OnlineTrainer(
+            net, loss_fn, time_steps, chunk=int(method.split()[1]), time_dim=time_dim
+        )
+    found = replace(method_named(method), scale=scale).trainer(net, loss_fn, time_steps, time_dim=time_dim)
+    if isinstance(found, sltt_ext.OnlineTrainer):
+        found.generator = torch.Generator().manual_seed(seed)
+    return found
 
 
 def run(setting: Setting, method: str, scale: str, seed: int, train_set: Dataset, test_set: Dataset) -> float:
     """Train, then the accuracy on the test set."""
     torch.manual_seed(seed)
     net = setting.network().to(memory_format=torch.channels_last)
-    chosen = replace(method_named(method), scale=scale)
-    loss_fn = sltt_ext.CrossEntropyMSELoss()
-    online = chosen.trainer(net, loss_fn, setting.time_steps, time_dim=setting.time_dim)
+    online = trainer(net, method, setting.time_steps, setting.time_dim, scale, seed)
     optimizer = torch.optim.SGD(
         net.parameters(), setting.learning_rate, momentum=0.9, weight_decay=setting.weight_decay
     )
@@ -150,43 +180,42 @@ def run(setting: Setting, method: str, scale: str, seed: int, train_set: Dataset
     return int(torch.stack(correct).sum()) / len(test_set)
 
 
-def cost() -> None:
-    """Time and memory of one training iteration of each setting, random input."""
-    rows = []
+def cost(repeats: int) -> Iterator[dict[str, Any]]:
+    """Time and memory of one training iteration of each method on each set, random input; the methods take turns."""
     for name, shape in INPUTS.items():
         setting = SETTINGS[name]
         torch.manual_seed(0)
         x, target = torch.randn(setting.batch_size, *shape), torch.arange(setting.batch_size) % 10
-        net = setting.network().to(memory_format=torch.channels_last)
-        measured = benchmark(
-            net, x, target, sltt_ext.CrossEntropyMSELoss(), setting.time_steps,
-            methods=("bptt", "sltt", "sltt-2"), repeats=COST_REPEATS, time_dim=setting.time_dim,
-        )  # fmt: skip
-        rows += [
-            {
+        iterations = {}
+        for method in setting.methods:
+            net = setting.network().to(memory_format=torch.channels_last)
+            online = trainer(net, method, setting.time_steps, setting.time_dim)
+            iterations[method] = partial(_iteration, online, x, target)
+        peaks = {method: peak_activation_bytes(iterate) for method, iterate in iterations.items()}
+        seconds = interleaved_medians(iterations, repeats, time.process_time)
+        for method in setting.methods:
+            yield {
                 "set": name,
-                "method": row.method,
+                "method": method,
                 "time_steps": setting.time_steps,
-                "seconds": round(row.seconds, 4),
-                "relative_seconds": round(row.relative_seconds, 2),
-                "peak_mb": round(row.peak_bytes / 1e6, 1),
-                "relative_peak": round(row.relative_bytes, 2),
+                "seconds": round(seconds[method], 4),
+                "relative_seconds": round(seconds[method] / seconds[BASELINE], 2),
+                "peak_mb": round(peaks[method] / 1e6, 1),
+                "relative_peak": round(peaks[method] / peaks[BASELINE], 2),
             }
-            for row in measured.rows
-        ]
-    write_results("accuracy_cost", rows)
 
 
-def missing(path: Path, setting: Setting) -> Iterator[tuple[int, str, str]]:
-    """Runs that are not in the file yet, method by method."""
-    done = set()
-    if path.exists():
-        with path.open() as file:
-            done = {(int(row["seed"]), row["method"], row["scale"]) for row in csv.DictReader(file)}
-    for method, scale in setting.methods:
-        for seed in range(setting.seeds):
-            if (seed, method, scale) not in done:
-                yield seed, method, scale
+def _iteration(online: GradientTrainer, x: Tensor, target: Tensor) -> None:
+    online.net.zero_grad()
+    online.forward_backward(x, target)
+
+
+def recorded(path: Path, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """What is in a file of results, by these columns."""
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        return {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
 
 
 def append(path: Path, row: dict[str, object]) -> None:
@@ -205,25 +234,31 @@ def main() -> None:
     )
     parser.add_argument("set", choices=[*SETTINGS, "cost"])
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", type=int, help="so many; default: the setting's")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--repeats", type=int, default=15, help="of an iteration whose cost is measured")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.set == "cost":
-        cost()
+        write_results("accuracy_cost", cost(options.repeats))
         return
     setting, path = SETTINGS[options.set], RESULTS / f"accuracy_{options.set}.csv"
-    train_set, test_set = setting.sets(options.data)
-    for seed, method, scale in missing(path, setting):
-        accuracy = run(setting, method, scale, seed, train_set, test_set)
+    sets = setting.sets(options.data)
+    done = recorded(path, ("seed", "method", "scale"))
+    for seed, method, scale in setting.runs(options.seeds or setting.seeds, options.methods):
+        if (str(seed), method, scale) in done:
+            continue
         append(
             path,
             {
                 "method": method,
                 "scale": scale,
                 "seed": seed,
-                "test_accuracy": round(accuracy, 4),
+                "test_accuracy": round(run(setting, method, scale, seed, *sets), 4),
                 "time_steps": setting.time_steps,
                 "epochs": setting.epochs,
-                "training_samples": len(train_set),
-                "test_samples": len(test_set),
+                "training_samples": len(sets[0]),
+                "test_samples": len(sets[1]),
                 "device": device_name(),
                 "torch": torch.__version__,
                 "spikingjelly": version_of("spikingjelly"),

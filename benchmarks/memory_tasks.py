@@ -5,7 +5,8 @@ python benchmarks/memory_tasks.py similarity        of SLTT's and BPTT's gradien
 
 Store and recall: one of four cues is shown for one step, noise follows, and after a delay a signal asks which cue it was.
 Noise also comes before: the sequence is twice as long as a window that holds cue and question. And scikit-learn's digits,
-shown row by row. In both, the loss reads the last step's output alone, so only the window that ends with it is back-propagated.
+shown row by row, and pixel by pixel. In all of them the loss reads the last step's output alone, so only the window that ends
+with it is back-propagated.
 
 The networks are snnTorch's. For each seed all methods have the same weights at the start and the same batches. One row a run,
 appended as soon as it is there; runs that are in the file are not repeated.
@@ -24,9 +25,8 @@ from typing import Any
 
 import snntorch
 import torch
-from accuracy import append
+from accuracy import append, recorded
 from measure import RESULTS, version_of, write_results
-from norms_over_time import recorded
 from snntorch import surrogate
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -138,23 +138,35 @@ def recall_task(delay: int, neuron: str, iterations: int, learning_rate: float) 
     )
 
 
-def rows_task() -> Task:
+def by_row(images: Tensor) -> Tensor:
+    """Images ``[N, 1, 8, 8]`` as sequences ``[8, N, 8]``."""
+    return images[:, 0].transpose(0, 1)
+
+
+def by_pixel(images: Tensor) -> Tensor:
+    """Images ``[N, 1, 8, 8]`` as sequences ``[64, N, 64]``: each pixel at its own step, through its own input."""
+    return torch.diag_embed(images.flatten(1)).transpose(0, 1)
+
+
+def digits_task(shown: Callable[[Tensor], Tensor], windows: tuple[int, int], iterations: int) -> Task:
+    """scikit-learn's digits, a part at each step."""
     data = load_digits()
-    train, test = (images[:, 0].transpose(0, 1) for images in (data.train_images, data.test_images))
+    train, test = shown(data.train_images), shown(data.test_images)
 
     def batch(generator: torch.Generator) -> Batch:
         chosen = torch.randint(len(data.train_labels), (BATCH,), generator=generator)
         return train[:, chosen], data.train_labels[chosen]
 
+    part = shown.__name__.removeprefix("by_")
     return Task(
-        "digits row by row",
+        f"digits {part} by {part}",
         "Leaky",
-        partial(network, 8, leaky, 10),
+        partial(network, train.shape[-1], leaky, 10),
         batch,
         lambda: (test, data.test_labels),
-        8,
-        (2, 4),
-        600,
+        len(train),
+        windows,
+        iterations,
     )
 
 
@@ -162,7 +174,8 @@ def tasks() -> tuple[Task, ...]:
     return (
         *(recall_task(delay, "Leaky", 250, 5e-3) for delay in (5, 10, 20)),
         recall_task(10, "RLeaky", 700, 2e-3),
-        rows_task(),
+        digits_task(by_row, (2, 4), 600),
+        digits_task(by_pixel, (16, 32), 300),
     )
 
 

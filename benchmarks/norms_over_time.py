@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import statistics
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import MEAN, STD, append
+from accuracy import MEAN, STD, append, recorded
 from measure import RESULTS, version_of, write_results
 from networks_in_one_call import NETWORKS, SEWResNet
 from spikingjelly.activation_based import functional
@@ -140,14 +139,6 @@ def gradients(sets: dict[str, Data]) -> None:
                         **VERSIONS,
                     },
                 )
-
-
-def recorded(path: Path, columns: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """What is in a file of results, by these columns."""
-    if not path.exists():
-        return set()
-    with path.open() as file:
-        return {tuple(row[column] for column in columns) for row in csv.DictReader(file)}
 
 
 def compared(

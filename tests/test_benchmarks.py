@@ -155,7 +155,7 @@ def test_the_rate_based_gradient_is_the_papers_formula(detach_reset, chunk):
     network = Network("linear", lambda maker: net, (6, 1, 1), 4, sequence=True)
     task = network.task(5)
     task = type(task)(network, 2 * task.x.flatten(2), task.target, 5)
-    rate_gradients(net, task, chunk)
+    rate_gradients(net, task.x_seq, task.loss, chunk)
 
     with torch.no_grad():
         s1, r1, e1 = rate_and_trace_of(first(task.x), detach_reset)
@@ -331,6 +331,14 @@ def test_a_cue_is_shown_once_and_asked_for_after_the_delay(delay):
     assert window / 2 < delay + 2 <= window
 
 
+def test_digits_are_shown_a_part_at_each_step():
+    images = torch.rand(3, 1, 8, 8)
+    rows, pixels = memory_tasks.by_row(images), memory_tasks.by_pixel(images)
+    assert torch.equal(torch.stack(list(rows), 1), images[:, 0])
+    assert torch.equal(pixels.sum(0), images.flatten(1))
+    assert all(step.count_nonzero() == step[:, t].count_nonzero() for t, step in enumerate(pixels))
+
+
 @pytest.mark.parametrize("window", [1, 4, 8])
 @pytest.mark.parametrize("neuron", ["Leaky", "RLeaky"])
 def test_a_last_window_has_the_gradient_of_a_loss_on_the_last_step(neuron, window):
@@ -351,7 +359,7 @@ def test_a_last_window_has_the_gradient_of_a_loss_on_the_last_step(neuron, windo
 
 
 def test_a_run_of_a_memory_task_learns_what_a_window_covers():
-    task = replace(memory_tasks.rows_task(), iterations=50)
+    task = replace(memory_tasks.digits_task(memory_tasks.by_row, (2, 4), 600), iterations=50)
     found = memory_tasks.run(task, 4, 0)
     assert found["test_accuracy"] > 0.2
     assert (

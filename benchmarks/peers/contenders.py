@@ -156,7 +156,7 @@ def converted(method: Method, task: Task) -> nn.Module:
 
 
 def rate_based(net: nn.Module, task: Task, _: Steps, chunk: int | None = None) -> None:
-    rate_gradients(net, task, chunk or task.time_steps)
+    rate_gradients(net, task.x_seq, task.loss, chunk or task.time_steps)
 
 
 def with_memopt(task: Task) -> nn.Module:

@@ -1,12 +1,16 @@
-"""The plots of docs/benchmarks.md, drawn from the results."""
+"""The plots of docs/benchmarks.md and docs/reproduce.md, drawn from the results."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from peers.tables import FRONT, Rows, results
-from sltt_ext.analysis.plots import BLUE, COLORS, GREEN, MARKERS, ORANGE, WIDTH
+from paired import Paired, paired
+
+from peers import front_page
+from peers.accuracy_tables import SETS, differences
+from peers.markdown import Rows, results
+from sltt_ext.analysis.plots import BLUE, COLORS, MARKERS, ORANGE, WIDTH
 from sltt_ext.optional import require
 
 LINES = ("-", "--", ":", "-.")
@@ -21,40 +25,9 @@ def draw(folder: Path) -> None:
         if rows:
             plot(rows).savefig(folder / f"{name}.png")
     if results("peers_over_time") and results("peers_nf_resnet_34"):
-        front().savefig(folder / "front.png")
-
-
-def front() -> Any:
-    """Memory over T, and the time of an iteration: the picture of the front page."""
-    figure = require("matplotlib.figure", extra="plots").Figure(figsize=(8, 3), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2)
-    shown = {
-        "BPTT, step by step": "BPTT, steps",
-        "BPTT, all steps in one call": "BPTT, sequence",
-        "SLTT": "SLTT, sltt_ext, cache_invariant, pack_spikes",
-    }
-    rows = results("peers_over_time")
-    for index, (label, contender) in enumerate(shown.items()):
-        own = [row for row in rows if row["contender"] == contender]
-        left.plot([int(row["time_steps"]) for row in own], [float(row["peak_mb"]) / 1000 for row in own], label=label,
-                  color=(ORANGE, GREEN, BLUE)[index], marker=MARKERS[index])  # fmt: skip
-    left.set(xlabel="time steps T", ylabel="GB", ylim=(0, None), title="peak memory")
-    left.legend(fontsize=8)
-    times = {
-        row["contender"]: float(row["to_bptt_steps"])
-        for row in results("peers_nf_resnet_34")
-        if row["dtype"] == "float32"
-    }
-    values = [times[fastest] for _, fastest in FRONT.values()]
-    bars = right.barh(list(FRONT), values, color=(ORANGE, GREEN, BLUE, BLUE))
-    right.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, fontsize=8)
-    right.set(title="time of an iteration, T = 6", xlabel="relative to BPTT, step by step", xlim=(0, 1.15))
-    right.invert_yaxis()
-    for axes in (left, right):
-        axes.grid(alpha=0.3, axis="both" if axes is left else "x")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+        front_page.figure().savefig(folder / "front.png")
+    if any(differences().values()):
+        accuracy().savefig(folder / "accuracy.png")
 
 
 def relative(rows: Rows) -> Any:
@@ -98,6 +71,56 @@ def over_time(rows: Rows) -> Any:
     panels[-1].set_xlabel("time steps T")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     return figure
+
+
+def accuracy() -> Any:
+    """How far each method is from BPTT in accuracy, with intervals: where each step shows what is asked, and where not."""
+    sets, tasks = differences(), _memory_tasks()
+    methods = [method for method in METHODS if any(method in runs for runs in sets.values())]
+    by_set = {label: [sets[name].get(method) for method in methods] for name, label in SETS.items()}
+    by_window = {
+        label: [runs[place] if place < len(runs) else None for runs in tasks.values()]
+        for place, label in enumerate(("SLTT", "smaller window", "larger window"))
+    }
+    figure = _figure(7.5)
+    panels = figure.subplots(2, 1, height_ratios=(len(methods), max(len(tasks), 1)))
+    for axes, title, names, groups in zip(
+        panels,
+        ("Each step shows what is asked", "Tasks that need memory"),
+        (methods, list(tasks)),
+        (by_set, by_window),
+    ):
+        _intervals(axes, names, groups)
+        axes.set_title(title, pad=22)
+    panels[-1].set_xlabel("difference to BPTT in points, 95 % interval")
+    return figure
+
+
+METHODS = ("SLTT", "SLTT-2", "SLTT-1", "window 2", "window 4", "rate-based")
+
+
+def _memory_tasks() -> dict[str, list[Paired]]:
+    """Task -> SLTT, smaller and larger window beside BPTT."""
+    tasks: dict[str, Rows] = {}
+    for row in results("memory_tasks"):
+        tasks.setdefault(f"{row['task']}\n({row['neuron']})", []).append(row)
+    return {task: list(paired(rows).values())[1:] for task, rows in tasks.items()}
+
+
+def _intervals(axes: Any, names: list[str], groups: dict[str, list[Paired | None]]) -> None:
+    """A row for each name, and in it a point with its interval for each group that has some."""
+    for group, (label, values) in enumerate(groups.items()):
+        shown = [(row, value.interval) for row, value in enumerate(values) if value and value.interval]
+        axes.errorbar(
+            [each.mean for _, each in shown], [row + 0.22 * (group - 1) for row, _ in shown],
+            xerr=[each.half for _, each in shown], label=label, color=COLORS[group], marker=MARKERS[group],
+            linestyle="none", capsize=3, markersize=5,
+        )  # fmt: skip
+    axes.axvline(0, color="gray", linewidth=1)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=7, frameon=False)
 
 
 def _figure(height: float) -> Any:

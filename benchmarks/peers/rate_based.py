@@ -25,10 +25,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from spikingjelly.activation_based import functional, neuron
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from peers.networks import Task
+from sltt_ext.online import OnlineResult
 
 
 class RateLIFNode(nn.Module):
@@ -169,21 +170,75 @@ def _folded(forward: Callable[[Tensor], Tensor], norm: _BatchNorm) -> Callable[[
     return lambda x_seq: forward(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
 
 
-def rate_gradients(net: nn.Module, task: Task, chunk: int) -> None:
+def rate_gradients(net: nn.Module, x_seq: Tensor, loss: Callable[[Tensor], Tensor], chunk: int) -> Tensor:
     """Accumulate the rate-based gradient of one batch into ``.grad``.
 
     Args:
         net: A multi-step network of `RateLIFNode` neurons.
-        task: The batch.
+        x_seq: The input ``[T, N, ...]``; one that is the same at all steps may be expanded.
+        loss: ``mean output -> scalar``.
         chunk: How many steps go through the network in one call without gradients.
+
+    Returns:
+        The loss, detached.
     """
+    _reset(net)
+    with rate_norms(net):
+        with torch.no_grad():
+            for part in x_seq.split(chunk):
+                net(part)
+        torch.clear_autocast_cache()  # it has weights that were cast without gradients
+        x = x_seq[0] if x_seq.stride(0) == 0 else x_seq.mean(0)
+        total = loss(net(x.unsqueeze(0)).squeeze(0))
+        total.backward()
+    return total.detach()
+
+
+class RateBasedTrainer:
+    """Rate-based backpropagation behind the interface of `sltt_ext.OnlineTrainer`, step by step in time.
+
+    Args:
+        net: A network of SpikingJelly, whose LIF neurons are replaced in place; they have a soft reset, no decay of the input,
+            and the triangle surrogate.
+        loss_fn: ``(mean output, target) -> scalar``.
+        time_steps: T.
+        time_dim: The axis of time in the input; None shows it at every step.
+    """
+
+    backward = wrapper = None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss_fn: Callable[[Tensor, Any], Tensor],
+        time_steps: int,
+        *,
+        time_dim: int | None = None,
+    ) -> None:
+        self.net, self.loss_fn, self.time_steps, self.time_dim = net, loss_fn, time_steps, time_dim
+        for parent in list(net.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, neuron.LIFNode):
+                    setattr(parent, name, RateLIFNode(child.tau, child.v_threshold, child.detach_reset))
+        functional.set_step_mode(net, "m")
+
+    def forward_backward(self, x: Tensor, target: Any, *, sync: bool = True) -> OnlineResult:
+        """Accumulate the gradient of one batch into ``.grad``."""
+        loss = rate_gradients(self.net, self._sequence(x), lambda output: self.loss_fn(output, target), 1)
+        return OnlineResult(loss, None, (), self.time_steps)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The network's output averaged over all T steps, without gradients."""
+        _reset(self.net)
+        return torch.cat([self.net(part) for part in self._sequence(x).split(1)]).mean(0)
+
+    def _sequence(self, x: Tensor) -> Tensor:
+        """``[T, N, ...]``."""
+        return x.expand(self.time_steps, *x.shape) if self.time_dim is None else x.movedim(self.time_dim, 0)
+
+
+def _reset(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, RateLIFNode):
             module.reset()
-    with rate_norms(net):
-        with torch.no_grad():
-            for x_seq in task.x_seq.split(chunk):
-                net(x_seq)
-        torch.clear_autocast_cache()  # it has weights that were cast without gradients
-        x = task.x.mean(0) if task.network.sequence else task.x
-        task.loss(net(x.unsqueeze(0)).squeeze(0)).backward()

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import re
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
-import measure
-
+from peers import front_page
+from peers.accuracy_tables import ACCURACY_TABLES
 from peers.claims import CLAIMS, Claim
+from peers.markdown import Rows, figure, results, spread, table
 
-Rows = list[dict[str, str]]
-
-PAGES = ("README.md", "docs/benchmarks.md", "docs/fit.md")
-MISSING = "Not measured yet.\n"
+PAGES = ("README.md", "docs/benchmarks.md", "docs/fit.md", "docs/reproduce.md")
 MARKED = re.compile(r"(<!-- table: ([\w, .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def results(name: str) -> Rows:
-    """The rows of a results' file; none where there is no file yet."""
-    path = measure.RESULTS / f"{name}.csv"
-    if not path.exists():
-        return []
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def with_tables(page: str) -> str:
@@ -35,15 +22,6 @@ def with_tables(page: str) -> str:
         KeyError: If a marker names a table that does not exist.
     """
     return MARKED.sub(lambda match: f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}", page)
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A Markdown table, or a word that there are no rows yet."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    if not lines:
-        return MISSING
-    head = list(header)
-    return "\n".join([f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}", *lines]) + "\n"
 
 
 def as_measured(name: str, columns: dict[str, str]) -> str:
@@ -72,49 +50,6 @@ def iterations(name: str, dtype: str) -> str:
             [row["contender"], *(row[column] for column in COLUMNS.values())]
             for row in rows
             if row["dtype"] == dtype and row["contender"] in shared
-        ),
-    )
-
-
-FRONT = {
-    "BPTT, step by step": ("BPTT, steps", "BPTT, steps"),
-    "BPTT, all steps in one call": ("BPTT, sequence", "BPTT, sequence"),
-    "SLTT": ("SLTT, sltt_ext, pack_spikes", "SLTT, sltt_ext, cache_invariant, chunk=T"),
-    "SLTT-1": ("SLTT, sltt_ext, pack_spikes", "SLTT-1, tail skipped, sltt_ext, cache_invariant, chunk=T"),
-}
-"""Method on the front page -> the contenders whose memory and whose time it shows: the leanest, and the fastest."""
-
-
-def front() -> str:
-    """What counts, in three numbers: memory, time and accuracy."""
-    peaks = {
-        row["contender"]: row
-        for row in results("peers_memory")
-        if row["tensors"] == "fake" and row["network"] == "NF-ResNet-34"
-    }
-    times = {row["contender"]: row for row in results("peers_nf_resnet_34") if row["dtype"] == "float32"}
-
-    def accuracy(method: str) -> str:
-        runs = [
-            row for row in results("accuracy_digits") if (row["method"], row["scale"]) == (method, "mean")
-        ]
-        return f"{100 * statistics.mean(float(row['test_accuracy']) for row in runs):.1f} %" if runs else ""
-
-    return table(
-        [
-            "",
-            "peak memory: NF-ResNet-34, 256 images of 224 px, T = 6",
-            "time of an iteration: NF-ResNet-34, T = 6",
-            "test accuracy: digits",
-        ],
-        (
-            [
-                method,
-                f"{float(peaks[leanest]['peak_gib']):.1f} GiB",
-                f"{float(times[fastest]['to_bptt_steps']):.2f}",
-                accuracy(method.partition(",")[0]),
-            ]
-            for method, (leanest, fastest) in FRONT.items()
         ),
     )
 
@@ -205,7 +140,7 @@ def memory_tasks() -> str:
         peak, bptt = (float(by_method[name][0]["peak_activation_kb"]) for name in (method, "BPTT"))
         size = f"{method.removeprefix('window ')} steps: " if method.startswith("window") else ""
         memory = "" if method == "BPTT" else f"; {peak / bptt:.2f}"
-        return f"{size}{statistics.mean(percent):.1f} ({min(percent):.1f}-{max(percent):.1f}){memory}"
+        return f"{size}{spread(percent, 1)}{memory}"
 
     return table(
         ["task", "neuron", "T", "BPTT", "SLTT", "smaller window", "larger window"],
@@ -251,14 +186,9 @@ def launches() -> str:
     )
 
 
-def figure(path: str, name: str, text: str) -> str:
-    """A plot, once its results are there."""
-    return f"![{text}]({path})\n" if results(name) else MISSING
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
-    "front": front,
+    "front": front_page.table_of_methods,
     "peers.png": partial(figure, "peers.png", "peers_nf_resnet_34", "Time and memory relative to BPTT"),
     "peers_over_time.png": partial(
         figure, "peers_over_time.png", "peers_over_time", "Seconds and memory over time steps"
@@ -287,6 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "seconds over time": partial(over_time, "seconds"),
     "memory": memory,
     "memory tasks": memory_tasks,
+    **ACCURACY_TABLES,
     "digits": partial(
         as_measured,
         "digits",
