@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,15 +53,15 @@ def _give_back(buffers: dict[str, Tensor | None], counter: _Counter) -> None:
 
 
 def _bring_up_to_date(counters: Iterable[_Counter]) -> None:
-    by_device: dict[torch.device, list[_Counter]] = {}
+    by_device: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
     for counter in counters:
-        if counter.waiting:
-            by_device.setdefault(counter.counted.device, []).append(counter)
-    for waiting in by_device.values():
-        numbers = [counter.waiting for counter in waiting]
-        for counter in waiting:
-            counter.waiting = 0
-        torch._foreach_add_([counter.counted for counter in waiting], numbers)
+        number, counter.waiting = counter.waiting, 0
+        if number:
+            tensors, numbers = by_device.setdefault(counter.counted.device, ([], []))
+            tensors.append(counter.counted)
+            numbers.append(number)
+    for tensors, numbers in by_device.values():
+        torch._foreach_add_(tensors, numbers)
 
 
 class _Counter(Tensor):
@@ -78,7 +78,7 @@ class _Counter(Tensor):
     @classmethod
     def of(cls, tensor: Tensor) -> _Counter:
         """What stands in for ``tensor``."""
-        counter = cast(_Counter, tensor.as_subclass(cls))  # type: ignore[arg-type]
+        counter = tensor.as_subclass(cls)
         counter.counted, counter.waiting = tensor, 0
         return counter
 

@@ -115,7 +115,7 @@ def _smallest_first(net: nn.Module) -> list[Tensor]:
         return []
     if any(module._backward_hooks or module._backward_pre_hooks for module in net.modules()):
         return []
-    plain = [
+    plain: list[Tensor] = [
         parameter
         for parameter in net.parameters()
         if type(parameter) in _PLAIN
@@ -124,7 +124,8 @@ def _smallest_first(net: nn.Module) -> list[Tensor]:
         and pays_off(parameter)
         and not _is_waited_at(parameter)
     ]
-    chosen, size = [], 0
+    chosen: list[Tensor] = []
+    size = 0
     for parameter in sorted(plain, key=lambda parameter: parameter.nbytes):
         size += parameter.nbytes
         if size > MOST_BYTES:
