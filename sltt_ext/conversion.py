@@ -178,6 +178,7 @@ def revert(net: Module) -> Module:
     with whole, whole:  # twice, for interrupts
         for neuron in neurons:
             neuron.carry_charged(False)
+            neuron.settle_state()
             for name in [name for name in vars(neuron) if name.startswith(_OWN)]:
                 del vars(neuron)[name]
             _give_class(neuron, neuron.original)

@@ -114,9 +114,19 @@ class SLTTNeuron(StatefulModule):
     def carry_charged(self, on: bool) -> None:
         """Whether to carry, from step to step, the tensor that backward reads instead of one more.
 
-        For the time loop: on after the reset, off at the end. The state is what it is at any time, to everyone
+        For the time loop: on after the reset, off at the end. The state is what it is at any time, also afterwards, to everyone
         who reads it; a neuron that carries nothing else than what backward reads has nothing to do.
         """
+
+    def settle_state(self) -> None:
+        """Have nothing stand in for the state any more: what comes next knows of none."""
+
+    def potential(self, output: Any) -> tuple[Tensor, float] | None:
+        """The potential ``h`` and the threshold of the spikes ``h >= threshold`` in what the module returned.
+
+        Only where the module carries ``h`` anyway, laid out as the spikes are, until their backward pass.
+        """
+        return None
 
     def keep_charged(self) -> None:
         """Write over no tensor that is carried, from here on until `carry_charged` ends."""

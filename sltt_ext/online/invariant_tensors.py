@@ -198,6 +198,11 @@ class Reads:
             for tensor in self._tensors
         )
 
+    @property
+    def ids(self) -> list[int]:
+        """The ids of all of them."""
+        return [id(tensor) for tensor in self._tensors]
+
     def are_the_same_tensors(self, other: Reads) -> bool:
         """Whether no tensor was exchanged for another."""
         ours, theirs = self._tensors, other._tensors
@@ -230,12 +235,14 @@ class BatchStatistics:
     def __init__(self, module: Any) -> None:
         self._module = module
         self._numbers = 0
+        self._unbiased: dict[int, Tensor] = {}  # variances, of calls of so many steps
 
     def normalise(self, x: Tensor, time: Time) -> Tensor:
         """The normalised ``x``, which is ``[1, N, ...]`` where it has an axis of time."""
         module, x = self._module, x[0] if time is Time.AXIS else x
         self._numbers = x.numel() // x.shape[1]
         like = state_dtype(x.dtype) if module.running_mean is None else module.running_mean.dtype
+        self._unbiased = {}
         self._mean, self._variance = torch.zeros(2, x.shape[1], dtype=like, device=x.device)
         output = F.batch_norm(
             x, self._mean, self._variance, module.weight, module.bias, True, 1.0, module.eps
@@ -252,9 +259,10 @@ class BatchStatistics:
         mean, variance = module.running_mean.data, module.running_var.data  # unseen by autograd, as in torch
         for steps in parts:
             numbers = steps * self._numbers
-            unbiased = biased * numbers / (numbers - 1)
-            mean.mul_(1 - module.momentum).add_(self._mean, alpha=module.momentum)
-            variance.mul_(1 - module.momentum).add_(self._variance, alpha=module.momentum * unbiased)
+            if steps not in self._unbiased:
+                self._unbiased[steps] = self._variance * (biased * numbers / (numbers - 1))
+            torch._foreach_mul_([mean, variance], 1 - module.momentum)
+            torch._foreach_add_([mean, variance], [self._mean, self._unbiased[steps]], alpha=module.momentum)
         module.num_batches_tracked.add_(len(parts))
 
 

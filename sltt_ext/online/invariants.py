@@ -162,6 +162,10 @@ class EvaluatedOnce(SpeedUp):
         """Whether a step has read something that was evaluated once."""
         return bool(self._tensors)
 
+    def read(self) -> set[int]:
+        """The ids of all tensors that what was evaluated once has read."""
+        return {tensor for one in self._tensors.values() if one.reads for tensor in one.reads.ids}
+
     def _is_proven(self, module: nn.Module) -> bool:
         return self._modules.are_proven(module, self._differentiable)
 

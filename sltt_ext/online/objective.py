@@ -92,6 +92,8 @@ def sum_of_losses(
 
 def _steps(output_seq: Any) -> list[Any]:
     leaves, structure = tree_flatten(output_seq)
+    if all(len(leaf) == 1 for leaf in leaves):
+        return [tree_unflatten([leaf.squeeze(0) for leaf in leaves], structure)]
     return [
         tree_unflatten(parts, structure) for parts in zip(*(leaf.unbind() for leaf in leaves), strict=True)
     ]

@@ -84,7 +84,10 @@ class MeanOutput(Outputs):
         if self._weights is not None:
             weights = self._weights[self._steps : self._steps + steps]
             parts = [part * weights_like(part, weights) for part in parts]
-        parts = [part.sum(0, dtype=state_dtype(part.dtype)) for part in parts]
+        if steps == 1 and self._sums:
+            parts = [part[0] for part in parts]
+        else:
+            parts = [part.sum(0, dtype=state_dtype(part.dtype)) for part in parts]
         self._sums = (
             [sum_ + part for sum_, part in zip(self._sums, parts, strict=True)] if self._sums else parts
         )

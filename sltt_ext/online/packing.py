@@ -3,7 +3,8 @@
 A convolution or linear layer saves the spikes it reads, to compute its weight's gradient: 32 bits for what is one.
 The neurons say which tensors are their spikes; where autograd saves one of these, or a view of it, bits are kept,
 and the floats are made again when backward reads them. The float tensor is freed as soon as the forward pass is
-done with it. Average pooling saves its input, and backward reads nothing but its shape: that is kept.
+done with it. A neuron that carries, for its own backward, the potential from which it has fired needs not even bits: the
+spikes are made again from that. Average pooling saves its input, and backward reads nothing but its shape: that is kept.
 
 What is kept never holds the tensor that autograd saves, but another one of the same memory: a node that saves its own
 output would keep itself alive. And it remembers the tensor's version: autograd checks that nobody has changed what
@@ -45,6 +46,7 @@ class PackedSpikes(SpeedUp):
         self._enabled = enabled
         self._spikes: dict[int, _Spikes] = {}
         self._freed: deque[_Storage] = deque()
+        self._tables = _Tables()
         self._averaging = 0
         self._asked = False  # to pack something
 
@@ -100,7 +102,8 @@ class PackedSpikes(SpeedUp):
                 tensor.untyped_storage(), self._freed.append
             )  # no code that an interrupt could hit
             storage.key = id(tensor.untyped_storage())
-            self._spikes[storage.key] = _Spikes(tensor, factor, storage)
+            source = None if (potential := neuron.potential(output)) is None else _Potential(*potential)
+            self._spikes[storage.key] = _Spikes(tensor, factor, storage, source or _Bits(self._tables))
         return output
 
     def _pack(self, tensor: Tensor) -> _Saved:
@@ -147,13 +150,15 @@ class _Storage(weakref.ref[torch.UntypedStorage]):
 class _Spikes:
     """The memory of a neuron's spikes: zeros and, for a spike, ones or ``factor``."""
 
-    def __init__(self, tensor: Tensor, factor: Tensor | None, storage: _Storage) -> None:
+    def __init__(
+        self, tensor: Tensor, factor: Tensor | None, storage: _Storage, source: _Bits | _Potential
+    ) -> None:
         self.version = tensor._version
         self.dtype = tensor.dtype
         self.storage = storage
         self._factor = factor
         self._numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
-        self._bits: Tensor | None = None
+        self._source = source
 
     def is_still(self, tensor: Tensor, storage: Any) -> bool:
         """Whether ``tensor`` is a view of these spikes, unchanged since the neuron fired them."""
@@ -161,14 +166,70 @@ class _Spikes:
         return same and self.version == tensor._version
 
     def pack(self, tensor: Tensor) -> _View:
-        if self._bits is None:
-            self._bits = pack_bits(tensor.detach().as_strided((self._numbers,), (1,), 0))
+        self._source.keep(tensor, self._numbers)
         return _View(self, tensor)
 
     def unpack(self) -> Tensor:
-        assert self._bits is not None
-        numbers = unpack_bits(self._bits, self._numbers, self.dtype)
+        numbers = self._source.fired(self._numbers, self.dtype)
         return numbers if self._factor is None else numbers.mul_(self._factor)
+
+
+class _Bits:
+    """Spikes as bits.
+
+    Args:
+        tables: Of the pass.
+    """
+
+    def __init__(self, tables: _Tables) -> None:
+        self._tables = tables
+        self._bits: Tensor | None = None
+
+    def keep(self, tensor: Tensor, numbers: int) -> None:
+        """Keep the memory of ``tensor``, so many numbers."""
+        if self._bits is None:
+            self._bits = pack_bits(tensor.detach().as_strided((numbers,), (1,), 0))
+
+    def fired(self, numbers: int, dtype: torch.dtype) -> Tensor:
+        """Zeros and ones."""
+        assert self._bits is not None
+        return unpack_bits(self._bits, numbers, dtype, self._tables.of(self._bits.device, dtype))
+
+
+class _Potential:
+    """Spikes as what is at least ``threshold`` in ``h``, which is kept by the neuron anyway.
+
+    Args:
+        h: In the order that the spikes have in memory.
+        threshold: Where the neuron fires.
+    """
+
+    def __init__(self, h: Tensor, threshold: float) -> None:
+        self._h = _AsItIs(h)
+        self._threshold = threshold
+
+    def keep(self, tensor: Tensor, numbers: int) -> None:
+        """There is nothing else to keep."""
+
+    def fired(self, numbers: int, dtype: torch.dtype) -> Tensor:
+        """Zeros and ones."""
+        h = self._h.unpack()
+        h = h.as_strided((numbers,), (1,), h.storage_offset())
+        return torch.ge(h, self._threshold, out=torch.empty_like(h, dtype=dtype))
+
+
+class _Tables:
+    """The eight numbers that each byte stands for, made once a pass: for each stream, as none waits for another."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Tensor] = {}
+
+    def of(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table ``[256, 8]``."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        if (table := self._made.get((device, dtype, stream))) is None:
+            table = self._made[device, dtype, stream] = table_of_bits(device, dtype)
+        return table
 
 
 class _View(_Saved):
@@ -226,12 +287,17 @@ def pack_bits(numbers: Tensor) -> Tensor:
     return gathered.view(torch.uint8)[7::8].clone(memory_format=torch.contiguous_format)
 
 
-def unpack_bits(bits: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """The zeros and ones ``[count]`` that `pack_bits` packed.
+def table_of_bits(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The eight zeros and ones that each byte stands for, ``[256, 8]``."""
+    every_byte = torch.arange(256, device=device).unsqueeze(1)
+    return (every_byte >> torch.arange(8, device=device)).bitwise_and_(1).to(dtype)
+
+
+def unpack_bits(bits: Tensor, count: int, dtype: torch.dtype, table: Tensor | None = None) -> Tensor:
+    """The zeros and ones ``[count]`` that `pack_bits` packed; ``table`` is that of `table_of_bits`.
 
     >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3, torch.float32)
     tensor([1., 0., 1.])
     """
-    every_byte = torch.arange(256, device=bits.device).unsqueeze(1)
-    bits_of = (every_byte >> torch.arange(8, device=bits.device)).bitwise_and_(1).to(dtype)
-    return F.embedding(bits.int(), bits_of).flatten()[:count]  # a table: one pass over memory
+    table = table_of_bits(bits.device, dtype) if table is None else table
+    return F.embedding(bits.int(), table).flatten()[:count]  # a table: one pass over memory

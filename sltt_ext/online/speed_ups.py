@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sltt_ext.online.batch_counters import CountedAtEnd
 from sltt_ext.online.counting import FirstCalls, NeuronSteps
 from sltt_ext.online.distributed import Step
 from sltt_ext.online.grouping import Grouping, Measuring
@@ -110,6 +111,7 @@ def speed_ups_of(
         kept,
         Synchronisation(step),
         AutocastCache(),
+        CountedAtEnd(),
         *([Measuring(grouping)] if measuring else []),
         *([ChargedState()] if charges else []),
         once,

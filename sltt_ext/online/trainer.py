@@ -59,6 +59,7 @@ from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
 from sltt_ext.online.states import all_or_nothing, reset
 from sltt_ext.online.structures import flatten
+from sltt_ext.online.summed_gradients import SummedGradients
 from sltt_ext.online.windows import each_frame, each_step, read_each
 
 __all__ = ["OnlineResult", "OnlineTrainer"]
@@ -344,7 +345,7 @@ class OnlineTrainer:
         speed_ups, once = self._speed_ups(one, step, measuring)
         objective = None
         if loss_of_call is not None:
-            objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
+            objective = Objective(loss_of_call, self._back_propagating(once), self._after)
         with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
             mean = MeanOutput()
             loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
@@ -424,6 +425,14 @@ class OnlineTrainer:
             *([OneBackward()] if self.on_step is None and has_static_graph(self.wrapper or self.net) else []),
             *([GraphOfStep(x if own_graph else None, target)] if self.backward is None else []),
         ]
+
+    def _back_propagating(self, once: EvaluatedOnce) -> Callable[[Tensor], None]:
+        """What back-propagates the losses of one pass."""
+        own = self.wrapper or self.net
+        if self.backward is not None or self.on_step is not None or is_distributed(own):
+            return partial(self._back_propagate, once)
+        summed = SummedGradients(own, once.read)
+        return partial(back_propagate, backward=summed.backward)
 
     def _back_propagate(self, once: EvaluatedOnce, loss: Tensor) -> None:
         if self.backward is None or not self.cache_invariant:

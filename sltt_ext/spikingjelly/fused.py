@@ -39,8 +39,8 @@ class _Charged:
 class FusedNode(StepwiseNode):
     """A neuron that runs through the fused operator, and by the generic rule where that does not cover its settings.
 
-    While it carries the charged potential, that stands in for ``v`` in SpikingJelly's dictionary. Whoever reads the
-    state finds ``v``: the reset that is due is applied first.
+    While it carries the charged potential, that stands in for ``v`` in SpikingJelly's dictionary, and afterwards until
+    somebody reads the state. Whoever does finds ``v``: the reset that is due is applied first.
     """
 
     _surrogate_in_eval: ClassVar[bool] = True
@@ -74,7 +74,26 @@ class FusedNode(StepwiseNode):
             self._carries_charged = True
             return
         self.__dict__.pop("_carries_charged", None)
+
+    def settle_state(self) -> None:
         self._settle()
+
+    def stores(self) -> tuple[dict[str, Any]]:
+        if not self._carries_charged:
+            self._settle()
+        return super().stores()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self._carries_charged:
+            self._settle()
+        return super().__reduce_ex__(protocol)
+
+    def potential(self, output: Tensor) -> tuple[Tensor, float] | None:
+        held = self._charged()
+        if held is None or held.h.numel() != output.numel():
+            return None
+        h = held.h if held.h.dim() == output.dim() else held.h.unsqueeze(0)
+        return (h, held.settings.v_threshold) if h.stride() == output.stride() else None
 
     def keep_charged(self) -> None:
         self._overwrites = False

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.analysis import ActivationMeter
 from sltt_ext.forwards import Replacements
+from sltt_ext.online import packing
 from sltt_ext.online.packing import PackedSpikes, pack_bits, unpack_bits
 
 T = 3
@@ -155,3 +156,77 @@ def test_graded_spikes_of_snntorch(factor):
     x, target = 3 * torch.rand(8, 5), torch.arange(8) % 3
     expected = gradients(net, x, target)
     assert all(map(torch.equal, gradients(net, x, target, pack_spikes=True), expected))
+
+
+class Twice(nn.Module):
+    """Its neuron runs twice in a step, and a layer learns from spikes that pass no gradient on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.neuron = layer.Linear(4, 6), neuron.LIFNode(v_threshold=0.4)
+        self.between, self.head = layer.Linear(6, 6), layer.Linear(6, 3)
+
+    def forward(self, x):
+        s = self.neuron(self.fc(x))
+        return self.head(self.neuron(2 * self.between(s))) + self.head(s.detach())
+
+
+class HalfPrecision(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(layer.Linear(4, 6), neuron.IFNode(), layer.Linear(6, 3)).bfloat16()
+
+    def forward(self, x):
+        return self.layers(3 * x.bfloat16())
+
+
+class OtherLayouts(nn.Module):
+    """What enters its neuron lies in another order than its state, from the second step on."""
+
+    step = 0
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.neuron = layer.Conv2d(1, 4, 1), neuron.LIFNode(v_threshold=0.1)
+        self.head = nn.Sequential(layer.Conv2d(4, 3, 2), layer.Flatten())
+
+    def forward(self, x):
+        self.step += 1
+        y = self.conv(3 * x.view(-1, 1, 2, 2))
+        y = y.contiguous(memory_format=torch.channels_last) if self.step % T else y
+        return self.head(self.neuron(y))
+
+
+@pytest.mark.filterwarnings("ignore:the trainer calls the network for each time step")
+@pytest.mark.parametrize("make", [Twice, HalfPrecision, OtherLayouts])
+def test_spikes_made_again_from_potentials_give_the_same_gradients(make):
+    results = []
+    for pack_spikes in (False, True):
+        net = sltt_ext.convert(make())
+        results.append(
+            gradients(net, torch.linspace(0, 1, 16).view(4, 4), torch.arange(4) % 3, pack_spikes=pack_spikes)
+        )
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(("step_mode", "chunk", "bits"), [("s", 1, 0), ("m", 1, 0), ("m", T, 1)])
+def test_bits_are_kept_where_no_potential_is(monkeypatch, step_mode, chunk, bits):
+    packed, pack = [], packing.pack_bits
+    monkeypatch.setattr(packing, "pack_bits", lambda numbers: packed.append(numbers) or pack(numbers))
+    net = sltt_ext.convert(networks.conv_net())
+    functional.set_step_mode(net, step_mode)
+    gradients(net, torch.rand(2, 1, 8, 8), torch.tensor([1, 3]), chunk=chunk, pack_spikes=True)
+    assert bool(packed) == bits
+
+
+def test_spikes_whose_potential_was_overwritten_are_not_made_again():
+    potential = torch.rand(4, 4)
+    spikes = packing._Spikes(potential, None, None, packing._Potential(potential, 0.5))
+    saved = spikes.pack(potential)
+    assert torch.equal(saved.unpack(), (potential >= 0.5).float())
+    potential.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.unpack()

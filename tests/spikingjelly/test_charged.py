@@ -207,6 +207,45 @@ def test_nothing_of_it_is_left_after_revert():
     assert isinstance(node.v, torch.Tensor)
 
 
+def trained(step_mode="s"):
+    net = sltt_ext.convert(torch.nn.Sequential(torch.nn.Linear(3, 4), neuron.LIFNode(step_mode=step_mode)))
+    online = sltt_ext.OnlineTrainer(net, lambda output, target: output.sum(), 3)
+    online.forward_backward(2 * torch.rand(2, 3), None)
+    return net
+
+
+READERS = {
+    "attribute": lambda net: net[1].v,
+    "memories": lambda net: next(net[1].memories()),
+    "named": lambda net: dict(net[1].named_memories())["v"],
+    "of the interface": lambda net: net[1].carried()["v"],
+    "reverted": lambda net: sltt_ext.revert(net)[1]._memories["v"],
+    "copied": lambda net: copy.deepcopy(net)[1]._memories["v"],
+    "pickled": lambda net: pickle.loads(pickle.dumps(net))[1]._memories["v"],
+    "moved": lambda net: net.double()[1]._memories["v"].float(),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_the_reset_that_is_due_after_training_waits_for_a_reader(read, monkeypatch):
+    torch.manual_seed(0)
+    net = trained()
+    assert isinstance(net[1]._memories["v"], fused._Charged)
+    state = read(net)
+    monkeypatch.setattr(fused.FusedNode, "_settle", lambda node: None)
+    torch.manual_seed(0)
+    expected = trained()[1]._memories["v"].settled()
+    assert isinstance(state, torch.Tensor)
+    assert torch.equal(state, expected)
+
+
+def test_a_state_that_nobody_has_read_is_not_settled(monkeypatch):
+    monkeypatch.setattr(fused._Charged, "settled", lambda held: pytest.fail("a state was settled"))
+    net = trained()
+    functional.reset_net(net)
+    assert net[1].v == 0
+
+
 def test_a_failure_is_not_hidden_by_the_reset_that_is_due(monkeypatch):
     """Which needs memory, and that may be what has run out."""
 
