@@ -9,6 +9,7 @@ gradients of every parameter, have to be the same.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,18 +68,20 @@ class SequenceTrial(StepTrial):
         tried, paths = self._tried, self._paths
         self._tried, self._paths = net, {module: path for path, module in net.named_modules()}
         try:
-            if in_one_call:
-                outputs = _leaves(self._returned(x))
-            else:
-                each = [_leaves(self._returned(tree_map(lambda leaf: leaf[t], x))) for t in range(self.time_steps)]
-                outputs = None if None in each else [torch.stack(parts) for parts in zip(*each)]  # type: ignore[arg-type]
+            frames = [x] if in_one_call else [tree_map(partial(_step, t), x) for t in range(self.time_steps)]
+            each = [leaves for frame in frames if (leaves := _leaves(self._returned(frame))) is not None]
         finally:
             self._tried, self._paths = tried, paths
-        if not outputs or any(len(output) != self.time_steps for output in outputs):
+        if len(each) < len(frames):
+            return None
+        outputs = each[0] if in_one_call else [torch.stack(parts) for parts in zip(*each)]
+        if any(len(output) != self.time_steps for output in outputs):
             return None
         generator = torch.Generator().manual_seed(0)
         weighted = [
-            (output * torch.rand(output.shape, dtype=torch.float64, generator=generator).to(output.device)).sum()
+            (
+                output * torch.rand(output.shape, dtype=torch.float64, generator=generator).to(output.device)
+            ).sum()
             for output in outputs
             if output.requires_grad
         ]
@@ -86,6 +89,10 @@ class SequenceTrial(StepTrial):
             sum(weighted[1:], weighted[0]).backward()
         gradients = [weight.grad for weight in net.parameters() if weight.grad is not None]
         return [*(output.detach() for output in outputs), *gradients]
+
+
+def _step(t: int, leaf: Tensor) -> Tensor:
+    return leaf[t]
 
 
 def _leaves(returned: Any) -> list[Tensor] | None:

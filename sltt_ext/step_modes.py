@@ -72,7 +72,11 @@ def sequence_form(net: nn.Module) -> list[Setting] | None:
         seen.add(module)
         if any(getattr(module, name) for name in _HOOKS) or has_own_forward(module):
             return None
-        cls = module.original if isinstance(module, SLTTNeuron) else parametrize.type_before_parametrizations(module)
+        cls = (
+            module.original
+            if isinstance(module, SLTTNeuron)
+            else parametrize.type_before_parametrizations(module)
+        )
         if cls in _MODES:
             name, value, usable = _MODES[cls]
             if not usable(module):

@@ -106,7 +106,9 @@ class Measured:
             return
         if trial.timed:
             taken = {kind: (numbers[14 + 2 * i], int(numbers[15 + 2 * i])) for i, kind in enumerate(_KINDS)}
-            self.seconds.setdefault(trial.way, []).append({kind: one for kind, one in taken.items() if one[1]})
+            self.seconds.setdefault(trial.way, []).append(
+                {kind: one for kind, one in taken.items() if one[1]}
+            )
             return
         self.attempts[trial] = self.attempts.get(trial, 0) + 1
         self._add_bytes((trial.way.packs, trial.way.caches), _calls(numbers[2:8]))
@@ -147,7 +149,11 @@ class Measured:
         packs, caches = variant
         if variant in self.needs:
             return known
-        sides = [self.needs[side].shortest[1] - known[1] for side in ((packs, not caches), (not packs, caches)) if side in self.needs]
+        sides = [
+            self.needs[side].shortest[1] - known[1]
+            for side in ((packs, not caches), (not packs, caches))
+            if side in self.needs
+        ]
         return known[0], known[1] + sum(sides)
 
     def seconds_of(self, way: Way) -> float | None:
@@ -189,7 +195,9 @@ class Measured:
                 (tuple(way), [[(kind, one) for kind, one in taken.items()] for taken in found])
                 for way, found in self.seconds.items()
             ],
-            "attempts": [(tuple(trial.way), trial.timed, trial.doubles, n) for trial, n in self.attempts.items()],
+            "attempts": [
+                (tuple(trial.way), trial.timed, trial.doubles, n) for trial, n in self.attempts.items()
+            ],
             "modules": self.modules,
             "packed": self.packed,
         }
@@ -261,14 +269,16 @@ class Choices:
 
     def leanest(self) -> Way:
         """The way that needs the least memory."""
-        packs = {True: True, False: False}.get(self.packs, self.measured.packed)  # type: ignore[call-overload]
-        own = [Way(self.part, self.multi_step, bool(packs), caches) for caches in _values(self.caches, True)]
+        packs = self.packs if isinstance(self.packs, bool) else self.measured.packed
+        own = [Way(self.part, self.multi_step, packs, caches) for caches in _values(self.caches, True)]
         known = [way for way in own if (way.packs, way.caches) in self.measured.needs]
         return min(known or [self._lean()], key=self._bytes)
 
     def is_leanest_known(self) -> bool:
         """Whether all has been counted that the leanest way is found by."""
-        return all(self._is_known(trial) or self.measured.attempts.get(trial) for trial in self._of_bytes()[:3])
+        return all(
+            self._is_known(trial) or self.measured.attempts.get(trial) for trial in self._of_bytes()[:3]
+        )
 
     def _lean(self, chunk: int | None = None, sequences: bool | None = None) -> Way:
         """Packed, evaluated once, as far as the user lets it."""
@@ -312,7 +322,11 @@ class Choices:
         variants = self._variants(min(lean, key=lambda way: self.measured.seconds_of(way) or 0.0))
         if len(lean) + len(variants) < 2:
             return None
-        return self._timed(lean) or self._timed(self._variants(min(lean, key=self._measured_seconds))) or self._last()
+        return (
+            self._timed(lean)
+            or self._timed(self._variants(min(lean, key=self._measured_seconds)))
+            or self._last()
+        )
 
     def _timed(self, ways: Sequence[Way]) -> Trial | None:
         """One of ``ways`` that was not timed often enough; they take turns."""
@@ -330,7 +344,9 @@ class Choices:
         if (trial := self._timed([best])) is not None:
             return trial
         limit = ways[fastest] * self._within
-        close = [way for way in ways if abs(ways[way] / limit - 1) < DOUBT - 1 and way in self.measured.seconds]
+        close = [
+            way for way in ways if abs(ways[way] / limit - 1) < DOUBT - 1 and way in self.measured.seconds
+        ]
         for way in [fastest, *close] if close else ():
             if len(self.measured.seconds.get(way, ())) < SAMPLES:
                 return Trial(way, timed=True)
@@ -416,7 +432,11 @@ class Choices:
         if self.asks is None:
             return self.leanest()._replace(caches=self.caches in (True, "auto"))
         fitting = [way for way in self._fitting_sizes() if self._fits(way)]
-        return max(fitting, key=lambda way: (way.chunk, way.caches, not way.packs)) if fitting else self.leanest()
+        return (
+            max(fitting, key=lambda way: (way.chunk, way.caches, not way.packs))
+            if fitting
+            else self.leanest()
+        )
 
     def _fitting_sizes(self) -> Iterable[Way]:
         """Ways with as many steps in a call as fit."""
@@ -425,7 +445,9 @@ class Choices:
             need = self.measured.need(way)
             if self.automatic and need is not None and self.budget is not None and way.sequences:
                 chunk = need.steps_within(self.budget) // self.part * self.part
-                yield way._replace(chunk=min(max(chunk, self.part), max(self.measured.longest.get(True, 0), self.part)))
+                yield way._replace(
+                    chunk=min(max(chunk, self.part), max(self.measured.longest.get(True, 0), self.part))
+                )
 
     def _fits(self, way: Way) -> bool:
         return self.budget is None or self._bytes(way) <= self.budget

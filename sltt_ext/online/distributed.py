@@ -28,8 +28,8 @@ __all__ = [
     "is_distributed",
     "is_sharded",
     "is_synchronised",
-    "largest_of_all",
     "keep_states_apart",
+    "largest_of_all",
     "no_synchronisation",
     "replica",
     "synchronised_once",
@@ -214,9 +214,7 @@ def is_synchronised(net: nn.Module, sync: bool) -> bool:
     Where processes may have fewer batches than others (``join()``), they may not.
     """
     replicated = _replicated(net)
-    return sync and all(
-        ddp.require_backward_grad_sync and not ddp._join_config.enable for ddp in replicated
-    )
+    return sync and all(ddp.require_backward_grad_sync and not ddp._join_config.enable for ddp in replicated)
 
 
 def largest_of_all(net: nn.Module, numbers: Sequence[float]) -> list[float]:

@@ -125,7 +125,7 @@ class Grouping:
             back_propagated: Whether steps that are back-propagated were to share a call.
             quietly: Tell nobody.
         """
-        reason = self.kept_apart or layers_tell_calls_apart(net)
+        reason = layers_tell_calls_apart(net) or self.kept_apart
         if reason is None and (path := untold_norm(net)) is not None:
             reason = (
                 f"nobody tells where the batch norm {path!r} has its time (if it reads [T * N, ...], the samples of the "

@@ -44,6 +44,7 @@ LossOn = Literal["step", "mean", "sequence"]
 TimeDim = Literal[0, 1]
 Choice = TypeVar("Choice")
 
+
 class _Unasked(str):
     """Text that is known from equal text by its identity."""
 

@@ -59,7 +59,9 @@ class Plan:
         """Whether nothing is measured any more."""
         return not self.measuring
 
-    def __str__(self) -> str:
+    @property
+    def how(self) -> str:
+        """How an iteration is run, in words."""
         parts = [f"chunk {self.chunk} of {self.time_steps}"]
         if self.group > self.chunk:
             parts.append(f"{self.group} without gradients")
@@ -69,7 +71,10 @@ class Plan:
             parts.append("spikes as bits")
         if self.cache_invariant and self.modules_once:
             parts.append(f"{self.modules_once} module{'s' * (self.modules_once > 1)} once")
-        text = ", ".join(parts)
+        return ", ".join(parts)
+
+    def __str__(self) -> str:
+        text = self.how
         if self.peak_bytes is not None:
             of = "" if self.budget_bytes is None else f" of {size_of(self.budget_bytes)}"
             text += f"; {size_of(self.peak_bytes)}{of}"

@@ -165,6 +165,8 @@ class Planner:
         opaque = compiled or capturing()
         measures = measures and not opaque and self._held is None
         self._look_at(given)
+        if self._is_decided and self._budget is None:  # resumed with another one
+            self._budget = self._room(net)
         trial = None
         if self._held is not None:
             way = self._held
@@ -176,7 +178,11 @@ class Planner:
             trial = (self._next or choices.first_trial()) if measures and not self._is_decided else None
             way = choices.chosen() if trial is None else trial.way
         settings: list[Setting] = []
-        if way.chunk > self._part or way.sequences != given.multi_step or (given.multi_step and given.selects):
+        if (
+            way.chunk > self._part
+            or way.sequences != given.multi_step
+            or (given.multi_step and given.selects)
+        ):
             shares = not compiled and self._may_share(net, given)
             if shares and not given.multi_step and way.sequences:
                 settings = sequence_form(net) or []
@@ -244,8 +250,12 @@ class Planner:
         )
 
     def ways(self) -> list[Way]:
-        """The ways that were timed, or where none was, the one that is taken."""
-        return [*self._measured.seconds] or [self._choices().chosen()]
+        """The ways that were timed."""
+        return [*self._measured.seconds]
+
+    def taken(self) -> Way:
+        """The way that is taken, as far as it is known."""
+        return self._choices().chosen()
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured: a resumed run has to send the same calls."""
@@ -274,7 +284,9 @@ class Planner:
         """Measure again where inputs have grown; one of several processes reckons with it, as the others may not know."""
         self._multi_step, self._selects = given.multi_step, given.selects
         measured = self._measured
-        if given.elements <= measured.elements or (not given.alone and measured.needs and not self._is_decided):
+        if given.elements <= measured.elements or (
+            not given.alone and measured.needs and not self._is_decided
+        ):
             return
         if measured.needs and given.alone:
             self._measured = measured = Measured()

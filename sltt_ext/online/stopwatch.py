@@ -34,10 +34,7 @@ def may_be_timed(net: nn.Module) -> bool:
     fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
     device = next((parameter.device.type for parameter in net.parameters()), "cpu")
     return not (
-        fake
-        or capturing()
-        or torch.are_deterministic_algorithms_enabled()
-        or device not in ("cpu", "cuda")
+        fake or capturing() or torch.are_deterministic_algorithms_enabled() or device not in ("cpu", "cuda")
     )
 
 

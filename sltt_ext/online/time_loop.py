@@ -37,8 +37,8 @@ from sltt_ext.online.kept_graphs import Found
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
-from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
+from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps

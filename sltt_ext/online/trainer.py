@@ -280,7 +280,9 @@ class OnlineTrainer:
             if self.loss_on != "step":
                 loss, output = self._whole(x, target, counts, divisor, iteration, step)
             else:
-                loss, output = self._run(x, stop, iteration, steps, loss_of_call, step, self._guards(x, target))
+                loss, output = self._run(
+                    x, stop, iteration, steps, loss_of_call, step, self._guards(x, target)
+                )
             self._planner.learn(self.net, iteration, self._combined)
         assert loss is not None  # the schedule selects at least one step
         return OnlineResult(IterationLoss.of(loss), output, steps, stop)
@@ -296,7 +298,9 @@ class OnlineTrainer:
         neurons, multi_step = self._neurons()
         block = Replacements()
         with block, block, torch.no_grad():
-            iteration = self._iteration(x, neurons, multi_step, longest_runs(self.time_steps, ()), learns=False)
+            iteration = self._iteration(
+                x, neurons, multi_step, longest_runs(self.time_steps, ()), learns=False
+            )
             return self._run(x, self.time_steps, iteration)[1]
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,5 +33,8 @@ for _names, _room in ((_LAYERS, layer), (_NEURONS, neuron)):
     for _name in _names:
         if hasattr(_room, _name):
             register_step_modes(
-                "_step_mode", "m", _flattens_samples if _name == "Flatten" else _takes_both, getattr(_room, _name)
+                "_step_mode",
+                "m",
+                _flattens_samples if _name == "Flatten" else _takes_both,
+                getattr(_room, _name),
             )
