@@ -20,7 +20,7 @@ from peers.contenders import bptt_sequence, bptt_steps
 from peers.measurements import draws
 from peers.networks import NF_RESNET34, Network, Task
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
 import sltt_ext

@@ -111,7 +111,7 @@ class Measured:
             )
             return
         self.attempts[trial] = self.attempts.get(trial, 0) + 1
-        self._add_bytes((trial.way.packs, trial.way.caches), _calls(numbers[2:8]))
+        self._add_bytes(self.variant(trial.way), _calls(numbers[2:8]))
         for call in _calls(numbers[8:14]):
             self.unselected = Need(*call) if self.unselected is None else self.unselected.with_another(*call)
 
@@ -127,21 +127,27 @@ class Measured:
             known = self.needs.get(variant)
             self.needs[variant] = Need(*call) if known is None else known.with_another(*call)
 
+    def variant(self, way: Way) -> Variant:
+        """What tells the memory of ``way`` apart from that of others with as many steps in a call."""
+        return way.packs and self.packed, way.caches
+
     def need(self, way: Way) -> Need | None:
         """What a back-propagated call of ``way`` needs, as far as it is known.
 
-        A variant that was counted in short calls alone adds as much more or less to each step of a longer one.
+        A variant that was counted in short calls alone adds as much more to each step of a longer one; or as much less
+        once, as what it spares may be there once.
         """
         longest = max(self.needs, key=lambda variant: self.needs[variant].steps, default=None)
         if longest is None:
             return None
-        variant = (way.packs, way.caches)
+        variant = self.variant(way)
         reference, known = self.needs[longest], self.needs.get(variant)
         if known is not None and known.steps == reference.steps:
             return known
         more, steps = self._shortest(variant, longest)[1] - reference.shortest[1], reference.shortest[0]
         fewer = None if reference.fewer is None else (steps, reference.shortest[1] + more)
-        return Need(reference.steps, reference.peak + more * reference.steps // steps, reference.own, fewer)
+        of_all = more * reference.steps // steps if more > 0 else more
+        return Need(reference.steps, reference.peak + of_all, reference.own, fewer)
 
     def _shortest(self, variant: Variant, otherwise: Variant) -> tuple[int, int]:
         """Steps and bytes of the shortest call of a variant, or what those that differ in one thing let expect."""
@@ -269,9 +275,8 @@ class Choices:
 
     def leanest(self) -> Way:
         """The way that needs the least memory."""
-        packs = self.packs if isinstance(self.packs, bool) else self.measured.packed
-        own = [Way(self.part, self.multi_step, packs, caches) for caches in _values(self.caches, True)]
-        known = [way for way in own if (way.packs, way.caches) in self.measured.needs]
+        own = [self._lean()._replace(caches=caches) for caches in _values(self.caches, True)]
+        known = [way for way in own if self.measured.variant(way) in self.measured.needs]
         return min(known or [self._lean()], key=self._bytes)
 
     def is_leanest_known(self) -> bool:
@@ -285,9 +290,15 @@ class Choices:
         return Way(
             self.part if chunk is None else chunk,
             self.multi_step if sequences is None else sequences,
-            self.packs in (True, "auto"),
+            self._packs(),
             self.caches in (True, "auto"),
         )
+
+    def _packs(self) -> bool:
+        """Whether spikes are packed, if there are any to be seen, and the user lets it."""
+        if isinstance(self.packs, bool):
+            return self.packs
+        return self.measured.packed or not self.measured.needs
 
     def _of_bytes(self) -> list[Trial]:
         """Iterations whose bytes are counted, in order."""
@@ -306,7 +317,7 @@ class Choices:
         return trials
 
     def _is_known(self, trial: Trial) -> bool:
-        measured, variant = self.measured, (trial.way.packs, trial.way.caches)
+        measured, variant = self.measured, self.measured.variant(trial.way)
         need = measured.needs.get(variant)
         if not trial.doubles:
             never = not measured.longest.get(True)
@@ -389,7 +400,7 @@ class Choices:
         return [
             size._replace(packs=packs, caches=caches)
             for size in self._sizes()
-            for packs in _values(self.packs, self.measured.packed)
+            for packs in _values(self.packs, self.measured.packed, otherwise=self._packs())
             for caches in _values(self.caches, bool(self.measured.modules))
         ]
 
@@ -433,7 +444,7 @@ class Choices:
             return self.leanest()._replace(caches=self.caches in (True, "auto"))
         fitting = [way for way in self._fitting_sizes() if self._fits(way)]
         return (
-            max(fitting, key=lambda way: (way.chunk, way.caches, not way.packs))
+            max(fitting, key=lambda way: (way.caches, way.chunk, not way.packs))
             if fitting
             else self.leanest()
         )
@@ -457,11 +468,11 @@ class Choices:
         return 0 if need is None else need.of(way.chunk)
 
 
-def _values(option: bool | str, matters: bool) -> list[bool]:
+def _values(option: bool | str, matters: bool, otherwise: bool = True) -> list[bool]:
     """What a choice may be."""
     if isinstance(option, bool):
         return [option]
-    return [True, False] if matters else [True]
+    return [True, False] if matters else [otherwise]
 
 
 def _largest(calls: Sequence[CallBytes], selected: bool) -> list[float]:

@@ -233,14 +233,13 @@ class Planner:
         choices = self._choices()
         way = choices.chosen() if self._held is None else self._held
         need, given = measured.need(way), self._asked.memory_budget
-        packs = way.packs and (self._asked.pack_spikes is True or measured.packed)
         measuring = str(self._next or choices.first_trial() or "")
         return Plan(
             self._time_steps,
             min(way.chunk, self._time_steps),
             min(self._group(way, measured.longest.get(False, 0)), self._time_steps),
             way.sequences and not self._multi_step,
-            packs,
+            way.packs,
             way.caches,
             measured.modules if way.caches else 0,
             None if need is None else need.of(way.chunk),
