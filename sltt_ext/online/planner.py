@@ -163,6 +163,7 @@ class Planner:
                 "chunk='auto' counts the memory of every operator, and torch.compile hides them: give chunk a number"
             )
         opaque = compiled or capturing()
+        self._is_decided |= compiled  # whose operators are hidden
         measures = measures and not opaque and self._held is None
         self._look_at(given)
         if self._is_decided and self._budget is None:  # resumed with another one
@@ -171,8 +172,7 @@ class Planner:
         if self._held is not None:
             way = self._held
         elif opaque and not self._measured.needs:
-            packs, caches = self._asked.pack_spikes is True, bool(self._asked.cache_invariant)
-            way = Way(self._part, given.multi_step, packs, caches)
+            way = self._as_said()
         else:
             choices = self._choices()
             trial = (self._next or choices.first_trial()) if measures and not self._is_decided else None
@@ -232,6 +232,8 @@ class Planner:
         measured = self._measured
         choices = self._choices()
         way = choices.chosen() if self._held is None else self._held
+        if self._is_decided and not measured.needs:
+            way = self._as_said()
         need, given = measured.need(way), self._asked.memory_budget
         measuring = str(self._next or choices.first_trial() or "")
         return Plan(
@@ -279,9 +281,17 @@ class Planner:
         self._is_decided, following = state["decided"]
         self._next = following and Trial(Way(*following[0]), *following[1:])
 
+    def _as_said(self) -> Way:
+        """The way of one who asks for no plan, where nothing can be measured."""
+        return Way(
+            self._part, self._multi_step, self._asked.pack_spikes is True, bool(self._asked.cache_invariant)
+        )
+
     def _look_at(self, given: Given) -> None:
         """Measure again where inputs have grown; one of several processes reckons with it, as the others may not know."""
         self._multi_step, self._selects = given.multi_step, given.selects
+        if given.fixed is not None:
+            self._part = given.fixed.part
         measured = self._measured
         if given.elements <= measured.elements or (
             not given.alone and measured.needs and not self._is_decided

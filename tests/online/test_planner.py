@@ -361,3 +361,34 @@ def test_inputs_that_grow_are_measured_anew():
     x, target = networks.images(8)
     online.forward_backward(x, target)
     assert not online.plan.is_decided
+
+
+class ReadsSparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.neuron, self.head = (
+            nn.Parameter(torch.randn(6, 8)),
+            neuron.LIFNode(),
+            layer.Linear(8, 3),
+        )
+
+    def forward(self, x):
+        return self.head(self.neuron(torch.sparse.mm(x, self.weight)))
+
+
+def test_sparse_frames_are_counted_as_they_are():
+    x, target = (torch.rand(4, 6) * 3).to_sparse(), torch.tensor([0, 1, 2, 0])
+    results = []
+    for options in ({}, PLAIN):
+        online = sltt_ext.OnlineTrainer(sltt_ext.convert(ReadsSparse()), F.cross_entropy, T, **options)
+        online.forward_backward(x, target)
+        results.append(oracle.gradients(online.net))
+    assert oracle.relative_error(*results) < 1e-6
+
+
+def test_a_compiled_network_is_run_as_it_is_said():
+    net = torch.compile(sltt_ext.convert(normed("m")), backend="eager")
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+    trained_on(online, 1)
+    assert str(online.plan) == "chunk 1 of 4"
