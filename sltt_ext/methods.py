@@ -62,10 +62,11 @@ class Method:
         schedule: How they are drawn, as in `OnlineTrainer`.
         scale: As in `OnlineTrainer`, and so are the following.
         chunk: How many steps go through the network in one call; ``"all"`` takes all T where the network is
-            multi-step, as BPTT does, and one where it is not.
+            multi-step, as BPTT does, and one where it is not; ``"auto"`` plans it, as in `OnlineTrainer`.
         full_output: Whether the steps after the last one that is back-propagated run as well.
-        cache_invariant: Whether what does not depend on time is evaluated once.
-        pack_spikes: Whether spikes are kept for backward as bits.
+        cache_invariant: Whether what does not depend on time is evaluated once; or ``"auto"``.
+        pack_spikes: Whether spikes are kept for backward as bits; or ``"auto"``.
+        memory_budget: As in `OnlineTrainer`, for what is ``"auto"``.
         graph: Whether whole iterations run as CUDA graphs, as in `OnlineTrainer`.
         backend: What the fused neurons run on, as in `convert`.
 
@@ -79,8 +80,9 @@ class Method:
     scale: Literal["mean", "paper"] = "mean"
     chunk: int | Literal["auto", "all"] = 1
     full_output: bool = True
-    cache_invariant: bool = True
-    pack_spikes: bool = False
+    cache_invariant: bool | Literal["auto"] = True
+    pack_spikes: bool | Literal["auto"] = False
+    memory_budget: int | str | None = None
     graph: bool = False
     backend: str = "auto"
 
@@ -145,7 +147,7 @@ class Method:
             net, loss_fn, time_steps, k=k, chunk=self._chunk(net, time_steps),
             scale=self.scale, schedule=schedule or draws, time_dim=time_dim, output=output, full_output=self.full_output,
             backward=backward, target_time_dim=target_time_dim, cache_invariant=self.cache_invariant,
-            pack_spikes=self.pack_spikes, graph=self.graph,
+            pack_spikes=self.pack_spikes, memory_budget=self.memory_budget, graph=self.graph,
         )  # fmt: skip
 
     def _chunk(self, net: nn.Module, time_steps: int) -> int | Literal["auto"]:

@@ -20,3 +20,9 @@ def pytest_collect_file(file_path, parent):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bytes_alone(monkeypatch):
+    """Plans are decided by bytes, which are the same in every run, and not by seconds."""
+    monkeypatch.setattr("sltt_ext.online.planner.may_be_timed", lambda net: False)

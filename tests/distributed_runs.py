@@ -1,5 +1,8 @@
 """What the processes of the distributed tests run: an iteration, and how often they talked to each other."""
 
+import random
+from unittest import mock
+
 import networks
 import torch
 from spikingjelly.activation_based import layer
@@ -13,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import sltt_ext
+from sltt_ext.online import stopwatch
 from sltt_ext.online.distributed import _groups
 
 T, BATCH = 4, 8
@@ -87,6 +91,24 @@ def windows(rank, world_size, wrap, options):
         net.zero_grad()
         steps = online.forward_backward(*batch(rank, world_size)).time_steps
     return {"gradients": full(gradients(net)), "steps": steps}
+
+
+def plans(rank, world_size, step_mode, options):
+    """The plan after each iteration, where clocks differ and one process alone has a larger batch later on."""
+    draw = random.Random(rank)
+    with mock.patch.object(stopwatch, "now", draw.random):
+        online = trainer(DistributedDataParallel(network(step_mode)), **options)
+        found = []
+        for iteration in range(30):
+            online.net.zero_grad()
+            x, target = batch(rank, world_size)
+            if iteration == 28 and rank == 1:
+                x, target = x.repeat(2, 1, 1, 1), target.repeat(2)
+            online.forward_backward(x, target, sync=iteration not in (2, 6))
+            found.append(str(online.plan))
+            if iteration == 27:
+                of_plan = [gradient.clone() for gradient in gradients(online.net)]
+    return {"plans": found, "gradients": of_plan}
 
 
 def default_generator(rank, world_size):

@@ -31,6 +31,7 @@ __all__ = [
     "device_name",
     "interleaved_medians",
     "interleaved_seconds",
+    "synchronised_clock",
 ]
 
 
@@ -121,7 +122,7 @@ def benchmark(
         runs[method.name] = run = partial(_iteration, trainer, x, target)
         peaks[method.name] = peak_activation_bytes(run)
         on_run()
-    clock = time.perf_counter if device.type == "cpu" else _synchronised_clock
+    clock = time.perf_counter if device.type == "cpu" else synchronised_clock
     seconds = interleaved_seconds(runs, repeats, clock, on_run)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     first = next(iter(runs))
@@ -185,6 +186,7 @@ def _iteration(trainer: GradientTrainer, x: Any, target: Any) -> None:
     trainer.forward_backward(x, target)
 
 
-def _synchronised_clock() -> float:
+def synchronised_clock() -> float:
+    """Seconds, once a CUDA device has done what it was given."""
     torch.cuda.synchronize()
     return time.perf_counter()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import sltt_ext
-from sltt_ext.cli import analyze, bench, demo, env
+from sltt_ext.cli import analyze, bench, demo, env, plan
 from sltt_ext.errors import SLTTError, is_out_of_memory, one_line
 
 __all__ = ["main"]
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"sltt-ext {sltt_ext.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, env, analyze, bench):
+    for command in (demo, env, analyze, bench, plan):
         command.register(commands)
     for command_parser in commands.choices.values():
         command_parser.add_argument("--debug", action="store_true", help="the traceback of an error")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sltt_ext.methods import Method, method_named
+from sltt_ext.online.options import UNASKED
 from sltt_ext.optional import require
 
 __all__ = ["Experiment", "from_command_line"]
@@ -33,6 +34,12 @@ class Experiment:
         k: How many of the T steps sltt-k back-propagates.
         schedule: How sltt-k draws them: random, stratified (one of each k-th of the T), or early (late ones less often).
         scale: What divides the sum of the losses of sltt-k: their number (mean), or T (paper).
+        chunk: How many steps that sltt and sltt-k back-propagate share a call of the network: a number, or auto for the plan
+            that `OnlineTrainer` takes.
+        pack_spikes: Whether spikes are kept as bits, true, false or auto.
+        cache_invariant: Whether what does not depend on time is evaluated once, true, false or auto.
+        memory_budget: For what is auto, such as 6GiB, 0.8 of the device, or least; none is the leanest plan that is about as
+            fast as the fastest.
         mse_weight: Weight lambda of the squared error; the cross-entropy's is 1 - lambda.
         mse_target: What the squared error pulls the output to: a number, or one_hot.
         dropout: Probability of dropping a spike; not for NF-ResNets.
@@ -62,6 +69,10 @@ class Experiment:
     k: int = 2
     schedule: Literal["random", "stratified", "early"] = "random"
     scale: Literal["mean", "paper"] = "mean"
+    chunk: int | Literal["auto"] = "auto"
+    pack_spikes: bool | Literal["auto"] = "auto"
+    cache_invariant: bool | Literal["auto"] = "auto"
+    memory_budget: str | None = None
     mse_weight: float = 0.05
     mse_target: float | Literal["one_hot"] = 1.0
     dropout: float = 0.0
@@ -83,7 +94,15 @@ class Experiment:
     def chosen_method(self) -> Method:
         """The method with its options."""
         name = f"sltt-{self.k}" if self.method == "sltt-k" else self.method
-        return replace(method_named(name), schedule=self.schedule, scale=self.scale)
+        return replace(
+            method_named(name),
+            schedule=self.schedule,
+            scale=self.scale,
+            chunk=UNASKED if self.chunk == "auto" else self.chunk,
+            pack_spikes=self.pack_spikes,
+            cache_invariant=self.cache_invariant,
+            memory_budget=self.memory_budget,
+        )
 
     @property
     def folder(self) -> Path:

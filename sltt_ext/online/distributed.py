@@ -27,7 +27,9 @@ __all__ = [
     "has_static_graph",
     "is_distributed",
     "is_sharded",
+    "is_synchronised",
     "keep_states_apart",
+    "largest_of_all",
     "no_synchronisation",
     "replica",
     "synchronised_once",
@@ -204,6 +206,29 @@ def common_generator(net: nn.Module, generator: torch.Generator | None) -> torch
     )
     common.set_state(state[0])
     return common
+
+
+def is_synchronised(net: nn.Module, sync: bool) -> bool:
+    """Whether all processes meet in an iteration that ends with synchronised gradients, if it does.
+
+    Where processes may have fewer batches than others (``join()``), they may not.
+    """
+    replicated = _replicated(net)
+    return sync and all(ddp.require_backward_grad_sync and not ddp._join_config.enable for ddp in replicated)
+
+
+def largest_of_all(net: nn.Module, numbers: Sequence[float]) -> list[float]:
+    """The largest of each number in all processes that train ``net``."""
+    ddp = next(iter(_replicated(net)), None)
+    device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+    given = torch.tensor(numbers, dtype=torch.float64, device=device)
+    distributed.all_reduce(
+        given,
+        op=distributed.ReduceOp.MAX,
+        group=distributed.group.WORLD if ddp is None else ddp.process_group,
+    )
+    largest: list[float] = given.tolist()
+    return largest
 
 
 def _replicated(net: nn.Module) -> list[DistributedDataParallel]:

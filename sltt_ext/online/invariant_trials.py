@@ -41,6 +41,10 @@ class InvariantModules:
             return False
         return module in self._proven or (not differentiable and module in self._proven_without_gradient)
 
+    def number(self, net: nn.Module) -> int:
+        """How many modules of ``net`` are evaluated once in a pass that is back-propagated."""
+        return 0 if self.off else sum(self.are_proven(module, True) for module in net.modules())
+
     def refuse(self, module: nn.Module) -> None:
         """Evaluate ``module`` at every step from now on."""
         self.refused.add(module)

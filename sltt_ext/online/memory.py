@@ -122,4 +122,9 @@ class ActivationMeter(LookingAtOperators):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    # sparse tensors are seen as the dense ones that they are made of
+    return [
+        leaf.untyped_storage()
+        for leaf in tree_leaves(tree)
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    ]

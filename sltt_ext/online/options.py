@@ -18,6 +18,7 @@ from sltt_ext.online.schedule import Schedule, in_windows
 
 __all__ = [
     "SIZE",
+    "UNASKED",
     "LossOn",
     "Scale",
     "TimeDim",
@@ -30,6 +31,7 @@ __all__ = [
     "graph",
     "loss_of_a_step",
     "not_captured",
+    "on_or_off",
     "one_loss",
     "one_of",
     "reads",
@@ -44,7 +46,15 @@ LossOn = Literal["step", "mean", "sequence"]
 TimeDim = Literal[0, 1]
 Choice = TypeVar("Choice")
 
+
+class _Unasked(str):
+    """Text that is known from equal text by its identity."""
+
+
 SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT])iB")
+UNASKED: Any = _Unasked("auto")
+"""``"auto"`` that nobody has written: what it cannot do is no news to anyone."""
+
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -69,13 +79,23 @@ def chunk_size(value: Any) -> int | Literal["auto"]:
     )
 
 
-def budget(value: Any, chunk: Any) -> int | str | None:
-    """``memory_budget``: bytes, a part of the device's memory as text, or None."""
+def budget(value: Any, *choices: Any) -> int | str | None:
+    """``memory_budget``: bytes, a part of the device's memory as text, ``"least"``, or None."""
     if value is None:
         return None
-    if chunk != "auto":
-        raise ConfigurationError("memory_budget goes with chunk='auto': leave it out, or say chunk='auto'")
-    return room(value)
+    if "auto" not in choices:
+        raise ConfigurationError(
+            "memory_budget chooses between plans, and chunk, pack_spikes and cache_invariant are all chosen: leave it out, or "
+            "say 'auto' of one of them"
+        )
+    return "least" if isinstance(value, str) and value == "least" else room(value)
+
+
+def on_or_off(name: str, value: Any) -> bool | Literal["auto"]:
+    """``pack_spikes``, ``cache_invariant``: True, False, or ``"auto"``."""
+    if isinstance(value, bool):
+        return value
+    return one_of(name, value, ("auto",), "True, False or 'auto'")
 
 
 def room(value: Any) -> int | str | None:

@@ -30,7 +30,7 @@ from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.time_invariant import is_average_pooling
 
-__all__ = ["PackedSpikes", "leave_saving_contexts"]
+__all__ = ["PackedSpikes", "leave_saving_contexts", "others_save"]
 
 _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1: these bits in the highest byte
 
@@ -40,10 +40,14 @@ class PackedSpikes(SpeedUp):
 
     Args:
         enabled: False saves everything as it is.
+
+    Attributes:
+        has_packed: Whether there was anything to pack.
     """
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
+        self.has_packed = False
         self._spikes: dict[int, _Spikes] = {}
         self._freed: deque[_Storage] = deque()
         self._tables = _Tables()
@@ -109,12 +113,19 @@ class PackedSpikes(SpeedUp):
     def _pack(self, tensor: Tensor) -> _Saved:
         self._asked = True
         if self._averaging:
+            self.has_packed = True
             return _Shape(tensor)
         storage = tensor.untyped_storage()
         known = self._spikes.get(id(storage))
         if known is None or not known.is_still(tensor, storage):
             return _AsItIs(tensor)
+        self.has_packed = True
         return known.pack(tensor)
+
+
+def others_save() -> bool:
+    """Whether hooks of the user's own say how autograd saves tensors: those of a call would take their place."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def leave_saving_contexts(is_asked: Callable[[], bool]) -> None:

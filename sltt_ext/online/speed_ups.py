@@ -5,7 +5,7 @@ From the outermost to the innermost; a speed-up may rely on those further out be
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from sltt_ext.online.batch_counters import CountedAtEnd
 from sltt_ext.online.counting import FirstCalls, NeuronSteps
 from sltt_ext.online.distributed import Step
-from sltt_ext.online.grouping import Grouping, Measuring
+from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.norms import NormsInParts
@@ -24,8 +24,27 @@ from sltt_ext.online.passes import Call, CallSizes, Pass, SpeedUp
 from sltt_ext.online.silent import SilentLayers
 from sltt_ext.online.states import carry_charged
 from sltt_ext.online.watching import Watch
+from sltt_ext.step_modes import Setting
 
-__all__ = ["AutocastCache", "ChargedState", "Synchronisation", "speed_ups_of"]
+__all__ = ["AutocastCache", "ChargedState", "InSequences", "Synchronisation", "speed_ups_of"]
+
+
+class InSequences(SpeedUp):
+    """A network of single steps is told that it takes sequences.
+
+    Args:
+        settings: What tells its modules.
+    """
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        self._settings = settings
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Tell them, until the end of the pass."""
+        for module, name, value in self._settings:
+            one.replaced.entry(vars(module), name, value)
+        yield
 
 
 class Synchronisation(SpeedUp):
@@ -76,11 +95,13 @@ def speed_ups_of(
     kept: KeptTensors,
     step: Step,
     grouping: Grouping,
-    measuring: bool,
     modules: InvariantModules,
     caches: bool,
     keeps_graphs: bool,
-    packs: bool,
+    packed: PackedSpikes,
+    measuring: SpeedUp | None = None,
+    stopwatch: SpeedUp | None = None,
+    settings: Sequence[Setting] = (),
     once: EvaluatedOnce | None = None,
     charges: bool = True,
 ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
@@ -93,31 +114,34 @@ def speed_ups_of(
         kept: Tensors that modules keep as plain attributes.
         step: What surrounds a call where several processes train.
         grouping: How many steps may share a call.
-        measuring: Whether calls are measured for that, and the network watched.
         modules: What is known of time-invariant modules.
         caches: Whether they are evaluated once.
         keeps_graphs: See `EvaluatedOnce`.
-        packs: Whether spikes are saved as bits.
+        packed: Saves spikes as bits.
+        measuring: Measures the memory of calls, and the network is watched meanwhile.
+        stopwatch: Measures their time.
+        settings: What tells a network of single steps that it takes sequences.
         once: What the first run of the pass has evaluated once, if steps of it run again.
         charges: Whether neurons carry what their backward reads, which the next step writes over: not where several steps
             share a graph.
     """
-    packed = PackedSpikes(packs)
     once = once or EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
     shared = max(sizes.chunk, sizes.group) > sizes.part
     watching = [Watch(grouping.keep_apart)] if measuring else []
     return (
+        *([InSequences(settings)] if settings else []),
         tried,
         kept,
+        *([stopwatch] if stopwatch else []),
         Synchronisation(step),
         AutocastCache(),
         CountedAtEnd(),
-        *([Measuring(grouping)] if measuring else []),
+        *([measuring] if measuring else []),
         *([ChargedState()] if charges else []),
         once,
         NormsInParts(once.evaluates),
         *watching,
-        NeuronSteps(grouping.keep_apart, first, counts=measuring or shared),
+        NeuronSteps(grouping.keep_apart, first, counts=measuring is not None or shared),
         SilentLayers(first.silence),
         packed,
     ), once

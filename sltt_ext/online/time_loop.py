@@ -38,6 +38,7 @@ from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
+from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, runs, selected_steps, steps_of_a_draw
@@ -266,9 +267,9 @@ class TimeLoop:
     ) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
         settings = self.settings
         speed_ups, once = speed_ups_of(
-            one.sizes, tried=SpeedUp() if settings.time_inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(one.sizes.chunk, None), measuring=False,
+            one.sizes, tried=SpeedUp() if settings.time_inside else self._tried, first=self._first, kept=self._kept, step=no_synchronisation, grouping=Grouping(),
             modules=self._modules, caches=settings.cache_invariant and not (windows or torch.is_inference_mode_enabled()),
-            keeps_graphs=not is_sharded(net), packs=settings.pack_spikes, once=once, charges=not windows,
+            keeps_graphs=not is_sharded(net), packed=PackedSpikes(settings.pack_spikes), once=once, charges=not windows,
         )  # fmt: skip
         return (*self._around(net), *norms, *speed_ups), once
 

@@ -18,13 +18,16 @@ from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
-from sltt_ext.online.cuda_graphs import Iteration, IterationGraphs
+from sltt_ext.online.cuda_graphs import Iteration as GraphedIteration
+from sltt_ext.online.cuda_graphs import IterationGraphs
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
     has_static_graph,
     is_distributed,
     is_sharded,
+    is_synchronised,
+    largest_of_all,
     no_synchronisation,
     synchronised_once,
     unwrapped,
@@ -32,7 +35,7 @@ from sltt_ext.online.distributed import (
 from sltt_ext.online.draws import Draws
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.frames import Frames, frames
-from sltt_ext.online.grouping import Grouping
+from sltt_ext.online.grouping import Measuring
 from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay
 from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariant_trials import InvariantModules
@@ -52,7 +55,10 @@ from sltt_ext.online.objective import (
 )
 from sltt_ext.online.outputs import MeanOutput, Output, output_sequence
 from sltt_ext.online.outside import KeptTensors, unknown_neurons
+from sltt_ext.online.packing import PackedSpikes, others_save
 from sltt_ext.online.passes import Call, CallSizes, Objective, Pass, SpeedUp, through_time
+from sltt_ext.online.plan import Plan
+from sltt_ext.online.planner import Asked, Given, Iteration, Planner
 from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, longest_runs, selected_steps, steps_of_a_draw
 from sltt_ext.online.speed_ups import speed_ups_of
@@ -61,6 +67,7 @@ from sltt_ext.online.states import all_or_nothing, reset
 from sltt_ext.online.structures import flatten
 from sltt_ext.online.summed_gradients import SummedGradients
 from sltt_ext.online.windows import each_frame, each_step, read_each
+from sltt_ext.sequence_trial import is_the_same_in_sequences
 
 __all__ = ["OnlineResult", "OnlineTrainer"]
 
@@ -85,7 +92,7 @@ class OnlineResult:
 
 
 class OnlineTrainer:
-    """Gradients of a converted network, step by step in time, with the memory of one step.
+    """Gradients of a converted network, step by step in time, with the memory of one step or of a few.
 
     For each back-propagated step the network runs forward, the step's loss is back-propagated, and
     everything is freed before the next step. The gradient is SLTT's (Meng et al. 2023, Sec. 4): the
@@ -103,11 +110,12 @@ class OnlineTrainer:
         time_steps: T, how many steps one input is shown.
         k: None back-propagates every step (SLTT); a number K back-propagates K of them (SLTT-K),
             the others run without gradients. With ``convert(net, temporal="call")``, K windows of ``chunk`` steps.
-        chunk: How many consecutive back-propagated steps go through the network in one call; more than 1
-            needs a multi-step network, or ``convert(net, temporal="call")``: the gradient then goes back through these
-            steps (truncated BPTT; with T it is BPTT). Time is traded for the memory of ``chunk`` steps. ``"auto"`` takes as
-            many as fit into ``memory_budget``, from the second iteration on. In a multi-step network, steps
-            that are not back-propagated share a call as far as that needs no more memory than the others do.
+        chunk: How many consecutive back-propagated steps go through the network in one call. ``"auto"`` plans it (see
+            `plan`), and may run a network of single steps on sequences where all of its layers take both and nothing changes.
+            A number above 1 needs a multi-step network, or ``convert(net, temporal="call")``: the gradient then goes back
+            through these steps (truncated BPTT; with T it is BPTT), and where no number is given, through one. Time is
+            traded for the memory of ``chunk`` steps. In a multi-step network, steps that are not back-propagated share a
+            call as far as that needs no more memory than the others do.
         scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is
             an unbiased estimate of SLTT's; ``"paper"`` divides by T whatever K is.
         schedule: How the K steps are drawn: None or ``"random"``; ``"stratified"``, one of each K-th of the T steps; or
@@ -133,15 +141,17 @@ class OnlineTrainer:
             target to every step.
         on_step: Called with the number t of the time step after each back-propagation, for an update at
             every step: ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
-        memory_budget: For ``chunk="auto"``: bytes for activations, states and gradients, or a part of the
-            memory that a CUDA device has left (of all memory on the CPU) as text; default ``"0.8"``.
+        memory_budget: For what is ``"auto"``: bytes for activations, states and gradients, also as ``"6GiB"``, or a part of
+            the memory that a CUDA device has left (of all memory on the CPU), ``"0.8"``: the fastest plan that fits is
+            taken. ``"least"`` takes the leanest there is; None the leanest that takes at most 15 % longer than
+            the fastest.
         cache_invariant: Evaluate what does not depend on time once an iteration: every time-invariant module until
             the first neuron where one input is shown at all steps, and every weight parametrisation. The first
             iteration evaluates them at every step, and leaves out those whose output, weights or gradient
             turn out to depend on the step. Modules that torch.compile runs are left out, and so is all with
             ``on_step``. Your own module takes part with an attribute ``sltt_time_invariant = True``.
         pack_spikes: Store spikes that are saved for backward as bits, and of what average pooling saves the
-            shape: less memory, a little more time.
+            shape: less memory, a little more time. ``"auto"`` plans it, as it does for ``cache_invariant``.
         graph: Experimental: run whole iterations as CUDA graphs, one launch instead of thousands, once the first few have
             run without. For networks on a CUDA device, in one process, with a loss per step; what cannot be captured is
             named in an error. Python runs only while an iteration is captured: what is no tensor (a weight in the loss,
@@ -160,7 +170,7 @@ class OnlineTrainer:
         loss_fn: LossFn,
         time_steps: int,
         k: int | None = None,
-        chunk: int | Literal["auto"] = 1,
+        chunk: int | Literal["auto"] = options.UNASKED,
         *,
         scale: options.Scale = "mean",
         schedule: Schedule | Draws | None = None,
@@ -173,17 +183,18 @@ class OnlineTrainer:
         target_time_dim: options.TimeDim | None = None,
         on_step: Callable[[int], Any] | None = None,
         memory_budget: int | str | None = None,
-        cache_invariant: bool = True,
-        pack_spikes: bool = False,
+        cache_invariant: bool | Literal["auto"] = "auto",
+        pack_spikes: bool | Literal["auto"] = "auto",
         graph: bool = False,
         wrapper: nn.Module | None = None,
     ) -> None:
         self.net = net
         self.loss_fn = options.loss_of_a_step(loss_fn)
         self.time_steps = options.count("time_steps", time_steps)
-        self.chunk = options.chunk_size(chunk)
-        self.scale = options.one_of("scale", scale, ("mean", "paper"), "'mean' or 'paper'")
         self._through_time = goes_through_time(net.modules())
+        asked = chunk is not options.UNASKED
+        self.chunk = options.chunk_size(chunk) if asked or not self._through_time else 1
+        self.scale = options.one_of("scale", scale, ("mean", "paper"), "'mean' or 'paper'")
         self._window = options.window(self.chunk, self.time_steps) if self._through_time else 1
         self.schedule = options.selection(k, schedule, self.time_steps, self._window)
         self._drawn = self._window if k is not None else None
@@ -199,15 +210,29 @@ class OnlineTrainer:
         self.on_step = on_step
         if self.loss_on != "step":
             options.one_loss(self.loss_on, target_time_dim, on_step)
-        self.cache_invariant = cache_invariant
-        self.pack_spikes = pack_spikes
+        self.cache_invariant = options.on_or_off("cache_invariant", cache_invariant)
+        self.pack_spikes = options.on_or_off("pack_spikes", pack_spikes)
+        self.memory_budget = options.budget(memory_budget, self.chunk, self.pack_spikes, self.cache_invariant)
         self.wrapper = wrapper
         self._graphs = IterationGraphs() if options.graph(graph, self._not_captured()) else None
         self._is_measuring = False
-        budget = options.budget(memory_budget, self.chunk)
         self._common: torch.Generator | None = None
-        self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
         self._modules = InvariantModules()
+        updates = on_step is not None
+        self._planner = Planner(
+            Asked(
+                self.chunk,
+                self.pack_spikes,
+                False if updates or self._window > 1 else self.cache_invariant,
+                self.memory_budget,
+                explicit=asked and self.chunk == "auto",
+                updates=updates,
+            ),
+            self.time_steps,
+            is_the_same_in_sequences,
+            self._modules.number,
+        )
+        self._grouping = self._planner.grouping
         self._kept = KeptTensors()
         self._found = Found()
         self._tried = PartsTried(self._grouping.keep_apart)
@@ -215,6 +240,16 @@ class OnlineTrainer:
         self._unknown: dict[str, str] = {}
         self._neurons()
         options.called_with_one_input(net)
+
+    @property
+    def plan(self) -> Plan:
+        """How iterations are run, as far as it is decided: ``print(online.plan)``.
+
+        What is ``"auto"`` is decided from what the first iterations measure, a handful of them, each run in another way,
+        with the same gradient: bytes, and where it matters seconds (not under ``torch.use_deterministic_algorithms``,
+        where each run sends the same calls). Larger inputs are measured anew.
+        """
+        return self._planner.plan()
 
     def forward_backward(self, x: Any, target: Any, *, sync: bool = True) -> OnlineResult:
         """Accumulate the gradient of one batch into ``.grad``.
@@ -241,11 +276,13 @@ class OnlineTrainer:
         counts = self._steps()
         if self._graphs is not None:
             return self._graphs.run(self._iteration_for_graphs(x, neurons), x, target, counts)  # type: ignore[no-any-return]
-        return self._iteration(x, target, counts, sync)
+        return self._back_propagated(x, target, counts, sync)
 
-    def _iteration(self, x: Any, target: Any, counts: Mapping[int, float], sync: bool = True) -> OnlineResult:
+    def _back_propagated(
+        self, x: Any, target: Any, counts: Mapping[int, float], sync: bool = True
+    ) -> OnlineResult:
         """`forward_backward`, with the steps that were drawn."""
-        neurons, _ = self._neurons()
+        neurons, multi_step = self._neurons()
         steps = tuple(counts)
         divisor = self._divisor(steps)
         stop = self.time_steps if self.full_output or self.loss_on != "step" else steps[-1] + 1
@@ -259,10 +296,14 @@ class OnlineTrainer:
         loss: Tensor | None
         whole = all_or_nothing(self._leaves(x), partial(reset, neurons))
         with whole, whole, synchronised as step:  # twice, for interrupts
+            iteration = self._iteration(x, neurons, multi_step, longest_runs(stop, steps), sync)
             if self.loss_on != "step":
-                loss, output = self._whole(x, target, counts, divisor, step)
+                loss, output = self._whole(x, target, counts, divisor, iteration, step)
             else:
-                loss, output = self._run(x, stop, steps, loss_of_call, step, self._guards(x, target))
+                loss, output = self._run(
+                    x, stop, iteration, steps, loss_of_call, step, self._guards(x, target)
+                )
+            self._planner.learn(self.net, iteration, self._combined)
         assert loss is not None  # the schedule selects at least one step
         return OnlineResult(IterationLoss.of(loss), output, steps, stop)
 
@@ -274,9 +315,13 @@ class OnlineTrainer:
         Raises:
             InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
         """
+        neurons, multi_step = self._neurons()
         block = Replacements()
         with block, block, torch.no_grad():
-            return self._run(x, self.time_steps)[1]
+            iteration = self._iteration(
+                x, neurons, multi_step, longest_runs(self.time_steps, ()), learns=False
+            )
+            return self._run(x, self.time_steps, iteration)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator that draws the steps, and what was found out about the network; for checkpoints.
@@ -286,7 +331,7 @@ class OnlineTrainer:
         generator = self._common or self.generator
         return {
             "generator": None if generator is None else generator.get_state(),
-            "calls": self._grouping.state_dict(),
+            "plan": self._planner.state_dict(),
             "time-invariant": self._modules.state_dict(self.net),
         }
 
@@ -304,7 +349,8 @@ class OnlineTrainer:
             raise ConfigurationError(
                 "the checkpoint is of a trainer without generator=: leave it out here, too"
             )
-        self._grouping.load_state_dict(state["calls"])
+        if "plan" in state:  # earlier versions had none: it is measured anew
+            self._planner.load_state_dict(state["plan"])
         if "time-invariant" in state:  # earlier versions found nothing out
             self._modules.load_state_dict(self.net, state["time-invariant"])
         if saved is None:
@@ -314,9 +360,9 @@ class OnlineTrainer:
         self.generator.set_state(saved.cpu())
         self._common = None
 
-    def _iteration_for_graphs(self, x: Any, neurons: list[StatefulModule]) -> Iteration:
-        return Iteration(
-            self.net, self.loss_fn, self._leaves(x), self._iteration, partial(reset, neurons),
+    def _iteration_for_graphs(self, x: Any, neurons: list[StatefulModule]) -> GraphedIteration:
+        return GraphedIteration(
+            self.net, self.loss_fn, self._leaves(x), self._back_propagated, partial(reset, neurons),
             lambda: not self._is_measuring, self._not_captured(),
         )  # fmt: skip
 
@@ -328,6 +374,7 @@ class OnlineTrainer:
         self,
         x: Any,
         stop: int,
+        iteration: Iteration,
         steps: tuple[int, ...] = (),
         loss_of_call: Callable[[Any, Call], Tensor] | None = None,
         step: Step = no_synchronisation,
@@ -335,14 +382,14 @@ class OnlineTrainer:
     ) -> tuple[Tensor | None, Any]:
         """The sum of the losses and the mean output of a run from rest, ``steps`` of it back-propagated if there is a loss."""
         neurons, multi_step = self._neurons()
+        multi_step = multi_step or bool(iteration.settings)
         source = self._source(x, multi_step)
-        sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
-        self._is_measuring = measuring
+        self._is_measuring = iteration.trial is not None
         learns = loss_of_call is not None
         output = self._first.reading(self._read(multi_step))
         run = self._all_of_window(neurons) if self._in_windows(multi_step) else self.net
-        one = Pass(self.net, run, neurons, multi_step, source, stop, steps, learns, sizes, output)
-        speed_ups, once = self._speed_ups(one, step, measuring)
+        one = Pass(self.net, run, neurons, multi_step, source, stop, steps, learns, iteration.sizes, output)
+        speed_ups, once = self._speed_ups(one, step, iteration)
         objective = None
         if loss_of_call is not None:
             objective = Objective(loss_of_call, self._back_propagating(once), self._after)
@@ -352,19 +399,29 @@ class OnlineTrainer:
             return loss, mean.value()
 
     def _speed_ups(
-        self, one: Pass, step: Step, measuring: bool, once: EvaluatedOnce | None = None
+        self, one: Pass, step: Step, iteration: Iteration, once: EvaluatedOnce | None = None
     ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
         # weights have to stay as they are, and versions to be counted
-        caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
-        windows = self._in_windows(one.multi_step)
+        caches = iteration.way.caches and self.on_step is None and not torch.is_inference_mode_enabled()
+        windows, settings = self._in_windows(one.multi_step), iteration.settings
+        packs = iteration.way.packs and (self.pack_spikes is True or not others_save())
+        iteration.packed.append(packed := PackedSpikes(packs))
+        measuring = Measuring(iteration.bytes) if iteration.counts_bytes and one.learns else None
         return speed_ups_of(
-            one.sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
+            one.sizes, tried=SpeedUp() if settings else self._tried, first=self._first, kept=self._kept, step=step,
+            grouping=self._grouping, measuring=measuring, stopwatch=iteration.stopwatch, settings=settings,
             modules=self._modules, caches=caches and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
-            packs=self.pack_spikes, once=once, charges=not windows,
+            packed=packed, once=once, charges=not windows,
         )  # fmt: skip
 
     def _whole(
-        self, x: Any, target: Any, counts: Mapping[int, float], divisor: float, step: Step
+        self,
+        x: Any,
+        target: Any,
+        counts: Mapping[int, float],
+        divisor: float,
+        iteration: Iteration,
+        step: Step,
     ) -> tuple[Tensor, Any]:
         """One loss of the outputs of all steps, and their mean; backward runs the steps again."""
         steps = tuple(counts)
@@ -373,6 +430,7 @@ class OnlineTrainer:
                 f"loss_on={self.loss_on!r} goes through the frames twice: give a tensor or a list, not an iterator"
             )
         neurons, multi_step = self._neurons()
+        multi_step = multi_step or bool(iteration.settings)
         net, call = unwrapped(self.net)
         read = self._first.reading(self._read(multi_step))
         heads = Heads(
@@ -390,13 +448,10 @@ class OnlineTrainer:
             def source(tensors: Sequence[Tensor]) -> Frames:
                 return self._source(rebuild(tensors), multi_step)
 
-            given = source(inputs)
-            sizes, measuring = self._sizes(
-                neurons, multi_step, given.elements, longest_runs(self.time_steps, steps)
-            )
             run = each_step(neurons, forward) if self._in_windows(multi_step) else forward
             one = Pass(
-                net, run, neurons, multi_step, given, self.time_steps, steps, False, sizes, heads.of_call, differentiable=True
+                net, run, neurons, multi_step, source(inputs), self.time_steps, steps, False, iteration.sizes, heads.of_call,
+                differentiable=True,
             )  # fmt: skip
             # sharded parameters get their gradients from the wrapper itself, and not from autograd
             own = [torch.zeros((), requires_grad=True)] if is_sharded(net) else outer_tensors(net)
@@ -404,7 +459,7 @@ class OnlineTrainer:
 
             def speed_ups(one: Pass, once: EvaluatedOnce | None) -> tuple[Sequence[SpeedUp], EvaluatedOnce]:
                 around = step if is_sharded(net) else no_synchronisation
-                of_pass, once = self._speed_ups(one, around, measuring, once)
+                of_pass, once = self._speed_ups(one, around, iteration, once)
                 return (Alone(), *of_pass), once
 
             with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
@@ -465,15 +520,41 @@ class OnlineTrainer:
             return self.time_steps
         return len(steps) if self._drawn is None else steps_of_a_draw(steps, self.time_steps, self._drawn)
 
-    def _sizes(
-        self, neurons: list[StatefulModule], multi_step: bool, elements: int, longest: dict[bool, int]
-    ) -> tuple[CallSizes, bool]:
-        """How many steps share a call of the network, and whether its calls are measured."""
+    def _iteration(
+        self,
+        x: Any,
+        neurons: list[StatefulModule],
+        multi_step: bool,
+        longest: dict[bool, int],
+        sync: bool = True,
+        learns: bool = True,
+    ) -> Iteration:
+        """How the network is run."""
+        fixed = None
         if any(neuron.whole_sequence for neuron in neurons):
-            return CallSizes(self.time_steps, self.time_steps, self.time_steps), False
-        if not multi_step:
-            return CallSizes(self._window, self._window, self._window), False
-        return self._grouping.sizes(self.net, self.time_steps, elements, longest)
+            fixed = CallSizes(self.time_steps, self.time_steps, self.time_steps)
+        elif self._in_windows(multi_step):
+            fixed = CallSizes(self._window, self._window, self._window)
+        net = self.wrapper or self.net
+        alone = not is_distributed(net)
+        # what a function reads of a step's output, and frames of their own shapes, are not known of a sequence
+        dense = all(isinstance(leaf, Tensor) and leaf.layout is torch.strided for leaf in tree_leaves(x))
+        whole = isinstance(x, (Tensor, Mapping)) and dense and not callable(self.output)
+        given = Given(
+            self._source(x, multi_step).elements if learns else 0,
+            longest,
+            self.schedule is not None,
+            multi_step,
+            (lambda steps: self._source(x, True).take(0, steps)) if whole and not multi_step else None,
+            fixed,
+            alone,
+        )
+        return self._planner.iteration(self.net, given, learns and (alone or is_synchronised(net, sync)))
+
+    def _combined(self, numbers: list[float]) -> list[float]:
+        """The largest of each number in all processes."""
+        net = self.wrapper or self.net
+        return largest_of_all(net, numbers) if is_distributed(net) else numbers
 
     def _in_windows(self, multi_step: bool) -> bool:
         """Whether a call stands for several of a network that takes single steps."""

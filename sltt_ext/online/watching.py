@@ -53,14 +53,15 @@ class Watch(SpeedUp):
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
-        self._net = nn.Module()
+        self._net, self._multi_step = nn.Module(), False
         self._running = 0  # norms
         self._norms: list[nn.Module] = []  # that have run in this call
+        self._rows: tuple[int, int] | None = None  # steps and samples of this call
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand around the norms, to see who else reads their statistics."""
-        self._net = one.net
+        self._net, self._multi_step = one.net, one.multi_step
         for norm in eager_modules(one.net):
             if isinstance(norm, _NormBase):
                 one.replaced.forward(norm, Layer.STEPS, self._norm)
@@ -74,6 +75,10 @@ class Watch(SpeedUp):
     def around_call(self, call: Call) -> Iterator[None]:
         """Compare what the network keeps, and the random numbers, before and after."""
         kept, drawn, self._norms, frame = _kept(self._net), _random_states(self._net), [], _mark(call.frame)
+        leaf = next(
+            (leaf for leaf in tree_leaves(call.frame) if isinstance(leaf, Tensor) and leaf.dim() > 1), None
+        )
+        self._rows = (call.steps, leaf.shape[1]) if leaf is not None and self._multi_step else None
         with _BatchNormCalls(lambda: self._running) as operators, _GradientHooks() as gradients:
             yield
         if gradients.registered and call.selected:
@@ -92,6 +97,13 @@ class Watch(SpeedUp):
     def _norm(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._running += 1
         self._norms += [module] * module.training
+        if (
+            module.training
+            and self._rows is not None
+            and args
+            and not _has_time_in_front(module, args[0], *self._rows)
+        ):
+            self._tell(f"a {type(module).__name__} reads something that does not have time in front")
         try:
             return forward(*args, **kwargs)
         finally:
@@ -100,6 +112,15 @@ class Watch(SpeedUp):
     def _read(self, name: str) -> None:
         if not self._running and name != "num_batches_tracked":
             self._tell("it reads the running statistics of a batch norm")
+
+
+def _has_time_in_front(norm: nn.Module, x: Any, steps: int, samples: int) -> bool:
+    """Whether a norm reads ``[C, ...]``, if it takes sequences, or else one row of each sample and step, or several."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return False
+    if getattr(norm, "step_mode", None) == "m":
+        return len(x) == steps or len(x) == 1  # in a loop of the network's own
+    return len(x) % (steps * samples) == 0
 
 
 class _Seen(dict[str, Any]):

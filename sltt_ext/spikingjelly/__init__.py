@@ -9,7 +9,7 @@ from sltt_ext.optional import require
 
 require("spikingjelly.activation_based", extra="spikingjelly")
 
-from sltt_ext.spikingjelly import refused, sequences, time_invariant  # noqa: E402, F401  they register their rules
+from sltt_ext.spikingjelly import refused, sequences, step_modes, time_invariant  # noqa: E402, F401  they register their rules
 from sltt_ext.spikingjelly.fused import SLTTIFNode, SLTTLIFNode, SLTTParametricLIFNode  # noqa: E402
 
 __all__ = ["SLTTIFNode", "SLTTLIFNode", "SLTTParametricLIFNode"]

@@ -90,8 +90,8 @@ class Options(_Short):
     loss_on: str = "step"
     target_time_dim: int | None = None
     on_step: bool = False
-    cache_invariant: bool = False
-    pack_spikes: bool = False
+    cache_invariant: bool | str = False
+    pack_spikes: bool | str = False
     loss: str = "cross entropy"
     soft: bool = False
     backward: str = ""

@@ -60,7 +60,25 @@ def random_case(framework: str, seed: int) -> Case:
     if framework == "spikingjelly" and form == "multi" and draw.random() < 0.4:
         case = replace(case, blocks=_time(draw, case))
     case = _counted(draw, _allowed(draw, case))
-    return _through_time(random.Random(f"through time {framework} {seed}"), case)
+    case = _through_time(random.Random(f"through time {framework} {seed}"), case)
+    return _planned(random.Random(f"plan {framework} {seed}"), case)
+
+
+def _planned(draw: random.Random, case: Case) -> Case:
+    """Some cases as a user has them who asks for nothing, with draws of their own, and iterations to try plans in."""
+    options = case.options
+    if (
+        options.way != "trainer"
+        or options.temporal == "call"
+        or options.chunk not in (1, "auto")
+        or draw.random() < 0.6
+    ):
+        return case
+    if case.form == "multi" and options.loss == "rates":  # the hooks see all steps of a call at once
+        return case
+    budget = draw.choice([None, None, "least", 2**30, 30_000])
+    options = replace(options, chunk="auto", memory_budget=budget, cache_invariant="auto", pack_spikes="auto")
+    return replace(case, options=options, iterations=draw.choice([3, 8, 12]))
 
 
 def _counted(draw: random.Random, case: Case) -> Case:

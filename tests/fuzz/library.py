@@ -1,9 +1,12 @@
 """The library's part: a case as a user of the library runs it, through the trainer or through ``over_time``."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from fuzz import networks_snntorch
@@ -30,12 +33,15 @@ from torch.utils._pytree import tree_map
 
 import sltt_ext
 from sltt_ext.errors import SLTTWarning
+from sltt_ext.online import stopwatch
+from sltt_ext.online.options import UNASKED
 from sltt_ext.snntorch import MultiStep, Stateful
 
 _EXCUSE_NOTHING = (  # and the values are right all the same
     "tensors are kept from step to step as plain attributes",
     "batch norms take their statistics over",
     "chunk=",  # that does not divide T
+    "memory_budget=",
 )
 
 
@@ -59,7 +65,11 @@ def run(case: Case, fresh: bool) -> Run:
     """The iterations of ``case``; each with a trainer or a loop over time of its own if ``fresh``, which can learn nothing."""
     iterations: list[Iteration] = []
     steps: list[tuple[int, ...]] = []
-    with warnings.catch_warnings(record=True) as caught:
+    ticks = itertools.count()  # a clock of its own: a case is the same at any time
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        mock.patch.object(stopwatch, "now", partial(next, ticks)),
+    ):
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", SLTTWarning)
         error: Exception | None = None
@@ -161,7 +171,7 @@ class _Trainers:
             options.time_steps,
             **_selection(self.case),
             generator=self.generator,
-            chunk=options.chunk,
+            chunk=UNASKED if options.pack_spikes == "auto" else options.chunk,
             memory_budget=options.memory_budget,
             scale=options.scale,
             time_dim={"time 0": 0, "time 1": 1}.get(options.frames),

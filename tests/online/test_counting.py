@@ -134,7 +134,7 @@ def test_a_state_that_is_passed_is_no_reset():
 
 def test_later_iterations_stand_around_no_neuron():
     net, standing = Multi(), []
-    online = trainer(net)
+    online = trainer(net, chunk=1, pack_spikes=False, cache_invariant=True)
     net.a.register_forward_hook(lambda *_: standing.append("forward" in vars(net.lif)))
     online.forward_backward(X, TARGET)
     online.forward_backward(X, TARGET)

@@ -40,6 +40,7 @@ COMPILED = {
     "compiled, m": ({"chunk": 3}, "m"),
 }
 GROUPED = {"SLTT-1": {"k": 1}, "auto": {"chunk": "auto"}, "auto, SLTT-2": {"chunk": "auto", "k": 2}}
+PLANS = {"no budget": {}, "a budget": {"memory_budget": "1GiB"}}
 WINDOWS = {"windows": {}, "one window": {"k": 1}, "windows, mean": {"loss_on": "mean"}}
 BUFFERS = {"SLTT": {}, "one step": {"schedule": runs.second_step}, "mean": {"loss_on": "mean"}}
 RESHARD = {"resharding": {"reshard_after_forward": True}, "keeping": {"reshard_after_forward": False}}
@@ -64,6 +65,11 @@ OTHERS = {
         for wrapper in runs.WRAPPERS
     },
     **{f"buffers, {name}": (runs.buffers, (options,)) for name, options in BUFFERS.items()},
+    **{
+        f"plans, {mode}, {name}": (runs.plans, (mode, options))
+        for mode in "sm"
+        for name, options in PLANS.items()
+    },
     "early": (runs.ddp, ({"k": 2, "schedule": "early"},)),
     "default generator": (runs.default_generator, ()),
     "accumulation, no_sync": (runs.accumulation, (True,)),
@@ -110,6 +116,16 @@ def test_fully_shard(name, kind, world_size):
         assert result["counts"] == {"_allgather_base_": runs.GROUPS, "_reduce_scatter_base_": runs.GROUPS}
         assert result["sharded"]
         assert result["settings"][0] == result["settings"][1]
+
+
+@pytest.mark.parametrize("mode", "sm")
+@pytest.mark.parametrize("name", PLANS)
+def test_all_processes_follow_the_same_plan(name, mode):
+    """Whatever their clocks say, until one of them has to make room for larger inputs."""
+    first, second = results(2)[f"plans, {mode}, {name}"]
+    assert first["plans"][:28] == second["plans"][:28]
+    assert "measuring" not in first["plans"][27]
+    assert oracle.relative_error(first["gradients"], expected_gradients({}, ALL)) < 1e-6
 
 
 @pytest.mark.parametrize("name", sorted(COMPILED))

@@ -14,9 +14,11 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.analysis import ActivationMeter, peak_activation_bytes
 from sltt_ext.errors import ConfigurationError, SLTTWarning
-from sltt_ext.online import grouping
+from sltt_ext.online import grouping, planner
 
+pytestmark = pytest.mark.usefixtures("bytes_alone")
 T = 8
+KEPT = {"pack_spikes": False, "cache_invariant": True}
 
 
 def wide_net():
@@ -45,7 +47,7 @@ class Calls:
 
 def iterations(net, count=4, x=None, **options):
     """Gradients and buffers after some iterations, and the calls of the last one."""
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **KEPT | options)
     calls = Calls(net)
     for _ in range(count):
         calls.steps.clear()
@@ -86,7 +88,7 @@ def test_chunks_keep_their_batch_statistics():
 
 def test_sharing_does_not_raise_the_peak():
     net = sltt_ext.convert(wide_net())
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, schedule=fifth)
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, schedule=fifth, **KEPT, chunk=1)
     peaks = []
     for _ in range(4):
         net.zero_grad()
@@ -112,10 +114,10 @@ def test_layers_that_tell_calls_apart(change, shared):
 
 @pytest.mark.parametrize(
     ("budget", "calls"),
-    [(10**9, [T]), ("0.9", [T]), (None, [T]), (1, [1] * T)],
-    ids=["bytes", "part", "default", "none"],
+    [(10**9, [T]), ("0.9", [T]), (None, [1] * T), ("least", [1] * T), (1, [1] * T)],
+    ids=["bytes", "part", "default", "least", "none"],
 )
-@pytest.mark.filterwarnings("ignore:one time step needs")
+@pytest.mark.filterwarnings("ignore:memory_budget=")
 def test_auto_takes_what_fits(budget, calls):
     automatic, actual = iterations(wide_net(), chunk="auto", memory_budget=budget)
     single, _ = iterations(wide_net())
@@ -140,15 +142,16 @@ def test_measuring_ends(options, monkeypatch):
     monkeypatch.setattr(grouping, "ActivationMeter", lambda: meters.append(None) or ActivationMeter())
     generator = torch.Generator().manual_seed(0)
     online = sltt_ext.OnlineTrainer(
-        sltt_ext.convert(wide_net()), F.cross_entropy, T, generator=generator, **options
+        sltt_ext.convert(wide_net()), F.cross_entropy, T, generator=generator, **KEPT, **options
     )
     online.predict(batch()[0])
     assert not meters
     for _ in range(20):
         online.forward_backward(*batch())
-    assert len(meters) <= 3
+    assert len(meters) <= 4
+    assert online.plan.is_decided
     online.predict(batch()[0])
-    assert len(meters) <= 3
+    assert len(meters) <= 4
 
 
 def test_auto_stays_within_the_budget():
@@ -158,18 +161,18 @@ def test_auto_stays_within_the_budget():
         net.zero_grad()
         return peak_activation_bytes(lambda: online.forward_backward(*batch()), net)
 
-    plain = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+    plain = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk=1)
     budget = 3 * peak(plain)
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto", memory_budget=budget)
-    peaks = [peak(online) for _ in range(4)]
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget=budget, **KEPT)
+    peaks = [peak(online) for _ in range(6)]
     assert max(peaks) <= budget
     assert peaks[-1] > 1.5 * peaks[0]
 
 
 def test_auto_measures_again_where_the_input_has_grown():
-    _, calls = iterations(wide_net(), chunk="auto", memory_budget=10**9)
     net = sltt_ext.convert(wide_net())
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto", memory_budget=10**9)
+    options = {"pack_spikes": False, "cache_invariant": False}
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget=10**9, **options)
     calls = Calls(net)
     for pixels, expected in [
         (12, [1] * T),
@@ -193,8 +196,10 @@ def test_auto_runs_a_single_step_network_step_by_step():
 
 
 def test_a_budget_below_one_step_says_so():
-    with pytest.warns(SLTTWarning, match="a smaller batch needs less"):
-        iterations(wide_net(), chunk="auto", memory_budget=12345)
+    with pytest.warns(
+        SLTTWarning, match="less than the leanest plan needs, .* chunk 1 of 8, .*a smaller batch needs less"
+    ):
+        iterations(wide_net(), memory_budget=12345, pack_spikes="auto")
 
 
 def test_auto_does_not_see_into_compiled_networks():
@@ -214,21 +219,37 @@ def test_budgets_that_cannot_be(budget):
 def test_a_budget_stays_what_it_was(monkeypatch):
     """Other programs come and go on a device: the same seed has to send the same calls."""
     available = iter([10**9, 1, 1])
-    monkeypatch.setattr(grouping, "in_bytes", lambda budget, net: next(available))
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(wide_net()), F.cross_entropy, T, chunk="auto")
-    for _ in range(2):
+    monkeypatch.setattr(planner, "in_bytes", lambda budget, net: next(available))
+    net = sltt_ext.convert(wide_net())
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget="0.8", **KEPT)
+    for _ in range(4):
         online.forward_backward(*batch())
-    resumed = sltt_ext.OnlineTrainer(online.net, F.cross_entropy, T, chunk="auto")
+    resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget="0.8", **KEPT)
     resumed.load_state_dict(online.state_dict())
-    other = sltt_ext.OnlineTrainer(online.net, F.cross_entropy, T, chunk="auto", memory_budget="0.5")
-    other.load_state_dict(online.state_dict())
-    calls = Calls(online.net)
-    for trainer, expected in [(online, [T]), (resumed, [T]), (other, [1] * T)]:
+    calls = Calls(net)
+    for trainer in (online, resumed):
         calls.steps.clear()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SLTTWarning)
-            trainer.forward_backward(*batch())
-        assert calls.steps == expected
+        trainer.forward_backward(*batch())
+        assert calls.steps == [T]
+
+
+def test_another_budget_is_looked_up():
+    """What was measured holds; how much there may be is asked anew."""
+    net = sltt_ext.convert(wide_net())
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget=10**9, **KEPT)
+    for _ in range(4):
+        online.forward_backward(*batch())
+    other = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget="least", **KEPT)
+    other.load_state_dict(online.state_dict())
+    assert (online.plan.chunk, other.plan.chunk) == (T, 1)
+    smaller = sltt_ext.OnlineTrainer(
+        net, F.cross_entropy, T, memory_budget=online.plan.peak_bytes // 2, **KEPT
+    )
+    smaller.load_state_dict(online.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        smaller.forward_backward(*batch())
+    assert 1 < smaller.plan.chunk < T
 
 
 def test_a_part_of_memory_that_cannot_be_told(monkeypatch):
@@ -238,8 +259,10 @@ def test_a_part_of_memory_that_cannot_be_told(monkeypatch):
 
 
 def test_a_budget_needs_auto():
-    with pytest.raises(ConfigurationError, match="chunk='auto'"):
-        sltt_ext.OnlineTrainer(sltt_ext.convert(wide_net()), F.cross_entropy, T, memory_budget=10**9)
+    with pytest.raises(ConfigurationError, match="say 'auto' of one of them"):
+        sltt_ext.OnlineTrainer(
+            sltt_ext.convert(wide_net()), F.cross_entropy, T, chunk=1, memory_budget=10**9, **KEPT
+        )
 
 
 def test_output_steps():
@@ -258,10 +281,10 @@ def test_output_steps():
 
 def test_a_resumed_run_sends_the_same_calls():
     net = sltt_ext.convert(wide_net())
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto", memory_budget=10**9)
-    for _ in range(2):
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget=10**9, **KEPT)
+    for _ in range(3):
         online.forward_backward(*batch())
-    resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto", memory_budget=10**9)
+    resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget=10**9, **KEPT)
     resumed.load_state_dict(online.state_dict())
     calls = Calls(net)
     resumed.forward_backward(*batch())
@@ -269,7 +292,7 @@ def test_a_resumed_run_sends_the_same_calls():
 
 
 def test_a_need_is_that_of_the_most_demanding_call():
-    need = grouping._Need(1, 100, 60)
+    need = grouping.Need(1, 100, 60)
     for call in [(1, 120, 30), (1, 90, 50), (2, 150, 70), (2, 170, 60), (1, 500, 500)]:
         need = need.with_another(*call)
     assert (need.peak, need.per_step, need.of(4), need.steps_within(300)) == (170, 50, 270, 4)

@@ -22,9 +22,15 @@ from sltt_ext.analysis import ActivationMeter, peak_activation_bytes
 from sltt_ext.errors import LossError
 
 
+def trainer(*args, **options):
+    """Evaluates once, and plans nothing."""
+    plain = {"chunk": 1, "pack_spikes": False, "cache_invariant": True}
+    return sltt_ext.OnlineTrainer(*args, **plain | options)
+
+
 def run(net, x, iterations=3, **options):
     """Gradients, buffers and outputs of some iterations, and of a prediction."""
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
+    online = trainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
     outputs = [online.forward_backward(x, torch.tensor([0, 2, 1])).output for _ in range(iterations)]
     outputs.append(online.predict(x))
     return [*oracle.gradients(net), *outputs, *(buffer.double() for buffer in net.buffers())]
@@ -50,7 +56,7 @@ def test_nothing_stays_behind(options, autocast, packed):
     step_mode, options = options
     net = Net(layer.Conv2d(2, 4, 3, padding=1), layer.BatchNorm2d(4), weight_norm(layer.Conv2d(4, 4, 1)))
     functional.set_step_mode(net, step_mode)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, pack_spikes=packed, **options)
+    online = trainer(sltt_ext.convert(net), F.cross_entropy, T, pack_spikes=packed, **options)
     x, living = torch.randn(3, 2, 6, 6), []
     gc.disable()
     try:
@@ -74,7 +80,7 @@ def test_nothing_changes_but_the_work(stem, call):
 
 def test_evaluated_once_from_the_second_iteration_on():
     module = Counting(invariant=True)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), F.cross_entropy, T)
+    online = trainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), F.cross_entropy, T)
     x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
     for evaluations in (T, 1, 1):
         module.calls = 0
@@ -87,7 +93,7 @@ def test_evaluated_once_from_the_second_iteration_on():
 
 def test_what_was_watched_in_predictions_only_is_watched_again_in_training():
     module = Counting(invariant=True)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), F.cross_entropy, T)
+    online = trainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), F.cross_entropy, T)
     x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
     for run_once, evaluations in [
         (lambda: online.predict(x), T),
@@ -113,9 +119,7 @@ def test_what_was_watched_in_predictions_only_is_watched_again_in_training():
 def test_evaluated_at_every_step(options):
     module = Counting(invariant=None if "loss_fn" in options else True)
     loss_fn = options.pop("loss_fn", F.cross_entropy)
-    online = sltt_ext.OnlineTrainer(
-        sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), loss_fn, T, **options
-    )
+    online = trainer(sltt_ext.convert(Net(layer.Conv2d(2, 4, 3), module)), loss_fn, T, **options)
     x = torch.randn(T, 3, 2, 6, 6) if "time_dim" in options else torch.randn(3, 2, 6, 6)
     online.forward_backward(x, torch.tensor([0, 2, 1]))
     assert module.calls == T
@@ -127,12 +131,12 @@ def test_a_resumed_run_evaluates_the_same_modules_once():
         Net(layer.Conv2d(2, 4, 3, padding=1), Counting(invariant=True), layer.AvgPool2d(2), nn.Tanh())
     )
     x, target = torch.ones(3, 2, 6, 6).cumsum(-1).sin(), torch.tensor([0, 2, 1])
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+    online = trainer(net, F.cross_entropy, T)
     online.forward_backward(x, target)
     found = []
     for saved in (online.state_dict(), None):
         if saved is not None:
-            resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+            resumed = trainer(net, F.cross_entropy, T)
             resumed.load_state_dict(saved)
         net.zero_grad()
         net.stem[1].calls = 0
@@ -152,7 +156,7 @@ def test_parametrisations_of_any_layer_too():
 
     net = Net(layer.Conv2d(2, 4, 3, padding=1))
     parametrize.register_parametrization(net.classify, "weight", Watched())
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, time_dim=0)
+    online = trainer(sltt_ext.convert(net), F.cross_entropy, T, time_dim=0)
     for evaluations in (T, 1):
         calls.clear()
         online.forward_backward(torch.randn(T, 3, 2, 6, 6), torch.tensor([0, 2, 1]))
@@ -185,9 +189,7 @@ def test_real_networks(make, shape, options, pack_spikes):
     def gradients(**switches):
         trained = sltt_ext.convert(copy.deepcopy(net))
         generator = torch.Generator().manual_seed(1)
-        online = sltt_ext.OnlineTrainer(
-            trained, F.cross_entropy, T, generator=generator, **options, **switches
-        )
+        online = trainer(trained, F.cross_entropy, T, generator=generator, **options, **switches)
         for _ in range(3):
             trained.zero_grad()
             online.forward_backward(x, torch.tensor([3, 7]))
@@ -247,9 +249,7 @@ def test_autocast(dtype):
     def gradients(cache_invariant, lower=None):
         torch.manual_seed(0)
         net = Net(weight_norm(layer.Conv2d(2, 4, 3, padding=1)), layer.AvgPool2d(2))
-        online = sltt_ext.OnlineTrainer(
-            sltt_ext.convert(net), F.cross_entropy, T, cache_invariant=cache_invariant
-        )
+        online = trainer(sltt_ext.convert(net), F.cross_entropy, T, cache_invariant=cache_invariant)
         for _ in range(2):
             net.zero_grad()
             with torch.autocast("cpu", lower or torch.bfloat16, enabled=lower is not None):
@@ -323,7 +323,7 @@ class Changing(Net):
 
 def test_a_change_in_place_is_found_out():
     net = sltt_ext.convert(Changing(layer.Conv2d(2, 4, 3)))
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
+    online = trainer(net, F.cross_entropy, T)
     x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
     online.forward_backward(x, target)
     net.iteration = 1
@@ -360,7 +360,7 @@ class ClampingLater(Clamping):
 
 def test_weights_that_begin_to_change_later():
     net, x = ClampingLater(layer.Conv2d(2, 4, 3, padding=1)), torch.randn(3, 2, 6, 6)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T)
+    online = trainer(sltt_ext.convert(net), F.cross_entropy, T)
     online.forward_backward(x, torch.tensor([0, 2, 1]))
     net.iteration = 1
     with pytest.raises(LossError, match="the weights of ParametrizationList in place"):
@@ -390,7 +390,7 @@ def early(chained, **options):
     torch.manual_seed(0)
     channels = 4 if chained else 2
     net = Early(layer.Conv2d(2, 4, 3, padding=1), layer.Conv2d(channels, 4, 1), chained=chained)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
+    online = trainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
     for _ in range(2):
         net.zero_grad()
         online.forward_backward(torch.rand(3, 2, 6, 6), torch.tensor([0, 2, 1]))
@@ -409,7 +409,7 @@ def test_kept_graphs_do_not_raise_the_peak():
     x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
 
     def peak(cache_invariant, **options):
-        online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, cache_invariant=cache_invariant, **options)
+        online = trainer(net, F.cross_entropy, T, cache_invariant=cache_invariant, **options)
         for _ in range(2):
             net.zero_grad()
             peak = peak_activation_bytes(lambda: online.forward_backward(x, target), net)
@@ -429,7 +429,7 @@ def test_kept_graphs_are_freed_layer_by_layer():
     x, target = torch.rand(3, 300), torch.tensor([0, 2, 1])
 
     def peak(cache_invariant):
-        online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, k=1, cache_invariant=cache_invariant)
+        online = trainer(net, F.cross_entropy, T, k=1, cache_invariant=cache_invariant)
         online.forward_backward(x, target)  # watched
         net.zero_grad()
         return peak_activation_bytes(lambda: online.forward_backward(x, target), net)

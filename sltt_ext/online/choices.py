@@ -1,0 +1,505 @@
+"""What was measured of the ways to run an iteration, what is measured next, and which way is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, NamedTuple
+
+from sltt_ext.online.grouping import CallBytes, Need
+from sltt_ext.online.plan import Way
+from sltt_ext.online.stopwatch import CallSeconds
+
+__all__ = ["Choices", "Measured", "Trial"]
+
+WITHIN = 1.15
+"""How many times the fastest's seconds the leanest way may take."""
+DOUBT = 1.03
+"""Seconds that differ by less are those of the leaner way, where the fastest is asked for."""
+WORTH = 0.98
+"""Bytes that are not below so many times those of another way are not worth a measurement."""
+ROUNDS, HOPELESS, ATTEMPTS = 2, 1.4, 2
+SAMPLES = 3
+"""Seconds of so many iterations decide where two ways are close."""
+
+
+class Trial(NamedTuple):
+    """An iteration that is measured.
+
+    Attributes:
+        way: How it is run.
+        timed: Whether its seconds are measured, and not its bytes.
+        doubles: Whether its calls have twice as many steps as the user's own.
+    """
+
+    way: Way
+    timed: bool
+    doubles: bool = False
+
+    def __str__(self) -> str:
+        bits, once = ", spikes as bits" * self.way.packs, ", nothing once" * (not self.way.caches)
+        return f"{'seconds' if self.timed else 'bytes'} of chunk {self.way.chunk}{bits}{once}"
+
+
+_KINDS = [(learns, graph) for learns in (False, True) for graph in (False, True)]
+
+Variant = tuple[bool, bool]
+"""Whether spikes are packed, and what does not depend on time is evaluated once."""
+
+
+@dataclass
+class Measured:
+    """What was measured.
+
+    Attributes:
+        elements: Of inputs of so many numbers in a frame.
+        longest: The most consecutive steps that were back-propagated (True), and were not.
+        needs: What back-propagated calls needed, by variant.
+        watched: The variants of iterations that watched modules, which needs memory of its own.
+        unselected: What calls without gradients needed.
+        seconds: By way, those of each iteration.
+        attempts: How often an iteration was run for its bytes.
+        modules: How many modules may be evaluated once.
+        packed: Whether there was anything to keep as bits.
+    """
+
+    elements: int = 0
+    longest: dict[bool, int] = field(default_factory=dict)
+    needs: dict[Variant, Need] = field(default_factory=dict)
+    watched: set[Variant] = field(default_factory=set)
+    unselected: Need | None = None
+    seconds: dict[Way, list[CallSeconds]] = field(default_factory=dict)
+    attempts: dict[Trial, int] = field(default_factory=dict)
+    modules: int = 0
+    packed: bool = False
+
+    def add(
+        self,
+        trial: Trial | None,
+        calls: Sequence[CallBytes],
+        seconds: CallSeconds | None,
+        packed: bool,
+        modules: int,
+        combined: Callable[[list[float]], list[float]],
+    ) -> None:
+        """Take in an iteration.
+
+        Args:
+            trial: What it was measured for.
+            calls: What its calls needed.
+            seconds: What they took.
+            packed: Whether there was anything to keep as bits.
+            modules: How many modules may be evaluated once.
+            combined: The largest numbers of all processes, of those of this one.
+        """
+        numbers = combined(
+            [
+                float(packed),
+                float(modules),
+                *_largest(calls, True),
+                *_largest(calls, False),
+                *(float(one) for kind in _KINDS for one in (seconds or {}).get(kind, (0.0, 0))),
+            ]
+        )
+        self.packed, self.modules = self.packed or numbers[0] > 0, int(numbers[1])
+        if trial is None:
+            return
+        if trial.timed:
+            taken = {kind: (numbers[14 + 2 * i], int(numbers[15 + 2 * i])) for i, kind in enumerate(_KINDS)}
+            self.seconds.setdefault(trial.way, []).append(
+                {kind: one for kind, one in taken.items() if one[1]}
+            )
+            return
+        self.attempts[trial] = self.attempts.get(trial, 0) + 1
+        self._add_bytes(self.variant(trial.way), _calls(numbers[2:8]))
+        for call in _calls(numbers[8:14]):
+            self.unselected = Need(*call) if self.unselected is None else self.unselected.with_another(*call)
+
+    def _add_bytes(self, variant: Variant, calls: Sequence[tuple[int, int, int]]) -> None:
+        if not calls:
+            return
+        if variant in self.watched:
+            self.needs.pop(variant, None)
+            self.watched.discard(variant)
+        elif not self.needs and variant[1] and self.modules:
+            self.watched.add(variant)
+        for call in calls:
+            known = self.needs.get(variant)
+            self.needs[variant] = Need(*call) if known is None else known.with_another(*call)
+
+    def variant(self, way: Way) -> Variant:
+        """What tells the memory of ``way`` apart from that of others with as many steps in a call."""
+        return way.packs and self.packed, way.caches
+
+    def need(self, way: Way) -> Need | None:
+        """What a back-propagated call of ``way`` needs, as far as it is known.
+
+        A variant that was counted in short calls alone adds as much more to each step of a longer one; or as much less
+        once, as what it spares may be there once.
+        """
+        longest = max(self.needs, key=lambda variant: self.needs[variant].steps, default=None)
+        if longest is None:
+            return None
+        variant = self.variant(way)
+        reference, known = self.needs[longest], self.needs.get(variant)
+        if known is not None and known.steps == reference.steps:
+            return known
+        more, steps = self._shortest(variant, longest)[1] - reference.shortest[1], reference.shortest[0]
+        fewer = None if reference.fewer is None else (steps, reference.shortest[1] + more)
+        of_all = more * reference.steps // steps if more > 0 else more
+        return Need(reference.steps, reference.peak + of_all, reference.own, fewer)
+
+    def _shortest(self, variant: Variant, otherwise: Variant) -> tuple[int, int]:
+        """Steps and bytes of the shortest call of a variant, or what those that differ in one thing let expect."""
+        known = self.needs.get(variant, self.needs[otherwise]).shortest
+        packs, caches = variant
+        if variant in self.needs:
+            return known
+        sides = [
+            self.needs[side].shortest[1] - known[1]
+            for side in ((packs, not caches), (not packs, caches))
+            if side in self.needs
+        ]
+        return known[0], known[1] + sum(sides)
+
+    def seconds_of(self, way: Way) -> float | None:
+        """Seconds of an iteration run in a way: the least of a few, of each kind of call."""
+        found = self.seconds.get(way)
+        if not found:
+            return None
+        total = 0.0
+        for kind, steps in self._steps().items():
+            rates = [taken[kind][0] / taken[kind][1] for taken in found if kind in taken]
+            if rates:
+                total += min(rates) * steps
+        return total
+
+    def _steps(self) -> dict[Any, float]:
+        """How many steps of each kind an iteration has, on average; of the kinds that every way has had."""
+        every = [taken for found in self.seconds.values() for taken in found]
+        common = [
+            kind
+            for kind in {kind for taken in every for kind in taken}
+            if all(any(kind in taken for taken in found) for found in self.seconds.values())
+        ]
+        return {kind: sum(taken.get(kind, (0.0, 0))[1] for taken in every) / len(every) for kind in common}
+
+    def scale(self, factor: float) -> None:
+        """Reckon with inputs that are so many times as large."""
+        self.needs = {variant: need.scaled(factor) for variant, need in self.needs.items()}
+        self.unselected = self.unselected and self.unselected.scaled(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain numbers, for files that are read with ``weights_only=True``."""
+        return {
+            "elements": self.elements,
+            "longest": [self.longest.get(kind, 0) for kind in (False, True)],
+            "needs": [(variant, astuple(need)) for variant, need in self.needs.items()],
+            "watched": sorted(self.watched),
+            "unselected": self.unselected and astuple(self.unselected),
+            "seconds": [
+                (tuple(way), [[(kind, one) for kind, one in taken.items()] for taken in found])
+                for way, found in self.seconds.items()
+            ],
+            "attempts": [
+                (tuple(trial.way), trial.timed, trial.doubles, n) for trial, n in self.attempts.items()
+            ],
+            "modules": self.modules,
+            "packed": self.packed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What `state_dict` gave."""
+        self.elements, self.modules, self.packed = state["elements"], state["modules"], state["packed"]
+        self.longest = dict(zip((False, True), state["longest"]))
+        self.needs = {_pair(variant): _need(need) for variant, need in state["needs"]}
+        self.watched = {_pair(variant) for variant in state["watched"]}
+        self.unselected = state["unselected"] and _need(state["unselected"])
+        self.seconds = {
+            Way(*way): [{_pair(kind): (one[0], one[1]) for kind, one in taken} for taken in found]
+            for way, found in state["seconds"]
+        }
+        self.attempts = {Trial(Way(*way), timed, doubles): n for way, timed, doubles, n in state["attempts"]}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The ways there are, and what is known of them.
+
+    Attributes:
+        measured: What was measured.
+        part: How many steps the user's own calls have.
+        automatic: Whether the number of back-propagated steps in a call is to be chosen.
+        shares: Whether several of the user's own calls may be one.
+        selects: Whether some steps are not back-propagated.
+        multi_step: Whether the network takes sequences by itself.
+        packs: What the user says of packing.
+        caches: What the user says of evaluating once.
+        budget: In bytes; None where it is not known yet.
+        asks: The user's own budget.
+    """
+
+    measured: Measured
+    part: int
+    automatic: bool
+    shares: bool
+    selects: bool
+    multi_step: bool
+    packs: bool | str
+    caches: bool | str
+    budget: int | None
+    asks: int | str | None
+
+    def first_trial(self) -> Trial | None:
+        """What the very first iteration is measured for; None where there is nothing to find out."""
+        anything = self.automatic or "auto" in (self.packs, self.caches) or (self.selects and self.multi_step)
+        return Trial(self._lean(), timed=False) if anything else None
+
+    def next_trial(self, may_be_timed: bool) -> Trial | None:
+        """What to measure in the iteration that begins; None where nothing is left to find out."""
+        for trial in self._of_bytes():
+            if self.measured.attempts.get(trial, 0) < ATTEMPTS and not self._is_known(trial):
+                return trial
+        if self.asks == "least" or not may_be_timed:
+            return None
+        return self._of_seconds()
+
+    def chosen(self) -> Way:
+        """The way that is taken."""
+        if not self.measured.needs:
+            return self._lean()
+        if self.asks == "least":
+            return self.leanest()
+        ways = {way: seconds for way in self._ways() if (seconds := self._seconds(way)) is not None}
+        return self._best(ways) if ways else self._by_bytes()
+
+    def leanest(self) -> Way:
+        """The way that needs the least memory."""
+        own = [self._lean()._replace(caches=caches) for caches in _values(self.caches, True)]
+        known = [way for way in own if self.measured.variant(way) in self.measured.needs]
+        return min(known or [self._lean()], key=self._bytes)
+
+    def is_leanest_known(self) -> bool:
+        """Whether all has been counted that the leanest way is found by."""
+        return all(
+            self._is_known(trial) or self.measured.attempts.get(trial) for trial in self._of_bytes()[:3]
+        )
+
+    def _lean(self, chunk: int | None = None, sequences: bool | None = None) -> Way:
+        """Packed, evaluated once, as far as the user lets it."""
+        return Way(
+            self.part if chunk is None else chunk,
+            self.multi_step if sequences is None else sequences,
+            self._packs(),
+            self.caches in (True, "auto"),
+        )
+
+    def _packs(self) -> bool:
+        """Whether spikes are packed, if there are any to be seen, and the user lets it."""
+        if isinstance(self.packs, bool):
+            return self.packs
+        return self.measured.packed or not self.measured.needs
+
+    def _of_bytes(self) -> list[Trial]:
+        """Iterations whose bytes are counted, in order."""
+        lean, measured = self._lean(), self.measured
+        if self.first_trial() is None:
+            return []
+        trials = [Trial(lean, timed=False)]
+        if self.caches == "auto" and measured.modules:
+            trials += [Trial(lean._replace(caches=False), timed=False)]
+        if self.asks != "least":
+            if self.shares:
+                chunk = 2 * self.part if self.automatic else self.part
+                trials.append(Trial(self._lean(chunk, sequences=True), timed=False, doubles=True))
+            if self.packs == "auto" and measured.packed:
+                trials.append(Trial(lean._replace(packs=False), timed=False))
+        return trials
+
+    def _is_known(self, trial: Trial) -> bool:
+        measured, variant = self.measured, self.measured.variant(trial.way)
+        need = measured.needs.get(variant)
+        if not trial.doubles:
+            never = not measured.longest.get(True)
+            return never or (need is not None and variant not in measured.watched)
+        longest, unselected, double = measured.longest, measured.unselected, 2 * self.part
+        lacks = self.automatic and longest.get(True, 0) >= double and (need is None or need.steps < double)
+        fewest = double if longest.get(False, 0) >= double else 1
+        return not (lacks or (self.selects and (unselected is None or unselected.steps < fewest)))
+
+    def _of_seconds(self) -> Trial | None:
+        """The next iteration that is timed."""
+        lean = [way for way in self._sizes() if self._fits(way)] or [self._lean()]
+        variants = self._variants(min(lean, key=lambda way: self.measured.seconds_of(way) or 0.0))
+        if len(lean) + len(variants) < 2:
+            return None
+        return (
+            self._timed(lean)
+            or self._timed(self._variants(min(lean, key=self._measured_seconds)))
+            or self._last()
+        )
+
+    def _timed(self, ways: Sequence[Way]) -> Trial | None:
+        """One of ``ways`` that was not timed often enough; they take turns."""
+        for rounds in range(1, ROUNDS + 1):
+            for way in ways:
+                if len(self.measured.seconds.get(way, ())) < rounds and not self._is_hopeless(way):
+                    return Trial(way, timed=True)
+        return None
+
+    def _last(self) -> Trial | None:
+        """The way that would be taken, and the fastest, where they have not been timed enough to be told apart."""
+        ways = {way: seconds for way in self._ways() if (seconds := self._seconds(way)) is not None}
+        best = self._best(ways)
+        fastest = min(ways, key=lambda way: ways[way])
+        if (trial := self._timed([best])) is not None:
+            return trial
+        limit = ways[fastest] * self._within
+        close = [
+            way for way in ways if abs(ways[way] / limit - 1) < DOUBT - 1 and way in self.measured.seconds
+        ]
+        for way in [fastest, *close] if close else ():
+            if len(self.measured.seconds.get(way, ())) < SAMPLES:
+                return Trial(way, timed=True)
+        return None
+
+    def _is_hopeless(self, way: Way) -> bool:
+        seconds = self.measured.seconds_of(way)
+        known = [self.measured.seconds_of(other) or 0.0 for other in self.measured.seconds]
+        return seconds is not None and seconds > HOPELESS * min(known)
+
+    def _sizes(self) -> list[Way]:
+        """Lean ways with calls of one step up to all: T, half of it, and so on."""
+        longest = self.measured.longest
+        if not self.shares:
+            return [self._lean()]
+        ways = [self._lean()]
+        if not self.multi_step and self.selects:
+            ways.append(self._lean(sequences=True))
+        if self.automatic and longest.get(True, 0) > self.part:
+            calls, chunks = 1, set()
+            while (chunk := -(-longest[True] // calls)) > self.part:
+                chunks.add(-(-chunk // self.part) * self.part)
+                calls *= 2
+            ways += [self._lean(chunk, sequences=True) for chunk in sorted(chunks)]
+        return ways
+
+    def _variants(self, way: Way) -> list[Way]:
+        """The same without packing, and without evaluating once, where these are a choice."""
+        found = []
+        if self.packs == "auto" and self.measured.packed and self._fits(way._replace(packs=False)):
+            found.append(way._replace(packs=False))
+        if self.caches == "auto" and self.measured.modules:
+            other = way._replace(caches=False)
+            if self._bytes(other) < WORTH * self._bytes(way):
+                found.append(other)
+        return found
+
+    def _ways(self) -> list[Way]:
+        """All ways."""
+        return [
+            size._replace(packs=packs, caches=caches)
+            for size in self._sizes()
+            for packs in _values(self.packs, self.measured.packed, otherwise=self._packs())
+            for caches in _values(self.caches, bool(self.measured.modules))
+        ]
+
+    def _seconds(self, way: Way) -> float | None:
+        """Seconds of a way, measured, or as those of another one that differs in the same."""
+        measured = self.measured.seconds_of(way)
+        if measured is not None:
+            return measured
+        lean = self._lean(way.chunk, way.sequences)
+        seconds = self.measured.seconds_of(lean)
+        for change in ({"packs": way.packs}, {"caches": way.caches}):
+            if seconds is None or lean._replace(**change) == lean:
+                continue
+            factors = [
+                theirs / ours
+                for other in self.measured.seconds
+                if other == self._lean(other.chunk, other.sequences)
+                and (ours := self.measured.seconds_of(other))
+                and (theirs := self.measured.seconds_of(other._replace(**change)))
+            ]
+            seconds = seconds * min(factors) if factors else None
+        return seconds
+
+    def _measured_seconds(self, way: Way) -> float:
+        return self.measured.seconds_of(way) or float("inf")
+
+    def _best(self, ways: Mapping[Way, float]) -> Way:
+        fitting = {way: seconds for way, seconds in ways.items() if self._fits(way)}
+        if not fitting:
+            return self.leanest()
+        limit = min(fitting.values()) * self._within
+        return min((way for way in fitting if fitting[way] <= limit), key=self._bytes)
+
+    @property
+    def _within(self) -> float:
+        return WITHIN if self.asks is None else DOUBT
+
+    def _by_bytes(self) -> Way:
+        """Where nothing was timed: with a budget as many steps as fit, without one what costs no time to speak of."""
+        if self.asks is None:
+            return self.leanest()._replace(caches=self.caches in (True, "auto"))
+        fitting = [way for way in self._fitting_sizes() if self._fits(way)]
+        return (
+            max(fitting, key=lambda way: (way.caches, way.chunk, not way.packs))
+            if fitting
+            else self.leanest()
+        )
+
+    def _fitting_sizes(self) -> Iterable[Way]:
+        """Ways with as many steps in a call as fit."""
+        for way in self._ways():
+            yield way
+            need = self.measured.need(way)
+            if self.automatic and need is not None and self.budget is not None and way.sequences:
+                chunk = need.steps_within(self.budget) // self.part * self.part
+                yield way._replace(
+                    chunk=min(max(chunk, self.part), max(self.measured.longest.get(True, 0), self.part))
+                )
+
+    def _fits(self, way: Way) -> bool:
+        return self.budget is None or self._bytes(way) <= self.budget
+
+    def _bytes(self, way: Way) -> int:
+        need = self.measured.need(way)
+        return 0 if need is None else need.of(way.chunk)
+
+
+def _values(option: bool | str, matters: bool, otherwise: bool = True) -> list[bool]:
+    """What a choice may be."""
+    if isinstance(option, bool):
+        return [option]
+    return [True, False] if matters else [otherwise]
+
+
+def _largest(calls: Sequence[CallBytes], selected: bool) -> list[float]:
+    """Of the calls of one kind: steps, peak and own bytes of the longest, and of the shorter ones."""
+    found: list[float] = []
+    of_kind = [call for call in calls if call.selected is selected]
+    steps = sorted({call.steps for call in of_kind}, reverse=True)[:2]
+    for number in (*steps, *[0] * (2 - len(steps))):
+        same = [call for call in of_kind if call.steps == number]
+        found += [
+            float(number),
+            float(max((call.peak for call in same), default=0)),
+            float(min((call.own for call in same), default=0)),
+        ]
+    return found
+
+
+def _calls(numbers: Sequence[float]) -> list[tuple[int, int, int]]:
+    """Steps, peak and own bytes of calls, the shortest first."""
+    calls = [(int(numbers[i]), int(numbers[i + 1]), int(numbers[i + 2])) for i in range(0, len(numbers), 3)]
+    return sorted(call for call in calls if call[0])
+
+
+def _need(numbers: Sequence[Any]) -> Need:
+    steps, peak, own, fewer = numbers
+    return Need(steps, peak, own, None if fewer is None else (fewer[0], fewer[1]))
+
+
+def _pair(values: Sequence[bool]) -> tuple[bool, bool]:
+    return bool(values[0]), bool(values[1])
