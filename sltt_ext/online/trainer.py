@@ -17,8 +17,9 @@ from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarni
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.capture import capturing
 from sltt_ext.online.counting import FirstCalls
-from sltt_ext.online.cuda_graphs import Iteration, IterationGraphs
+from sltt_ext.online.cuda_graphs import IterationGraphs
 from sltt_ext.online.distributed import (
     Step,
     common_generator,
@@ -32,6 +33,7 @@ from sltt_ext.online.distributed import (
 from sltt_ext.online.draws import Draws
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.frames import Frames, frames
+from sltt_ext.online.frozen import Iteration
 from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay
 from sltt_ext.online.heads import Heads
@@ -336,7 +338,7 @@ class OnlineTrainer:
         neurons, multi_step = self._neurons()
         source = self._source(x, multi_step)
         sizes, measuring = self._sizes(neurons, multi_step, source.elements, longest_runs(stop, steps))
-        self._is_measuring = measuring
+        self._is_measuring = measuring = measuring and not capturing()
         learns = loss_of_call is not None
         output = self._first.reading(self._read(multi_step))
         run = self._all_of_window(neurons) if self._in_windows(multi_step) else self.net
