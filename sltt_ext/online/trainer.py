@@ -18,7 +18,6 @@ from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.counting import FirstCalls
-from sltt_ext.online.cuda_graphs import Iteration as GraphedIteration
 from sltt_ext.online.cuda_graphs import IterationGraphs
 from sltt_ext.online.distributed import (
     Step,
@@ -35,6 +34,7 @@ from sltt_ext.online.distributed import (
 from sltt_ext.online.draws import Draws
 from sltt_ext.online.explanations import explaining_steps
 from sltt_ext.online.frames import Frames, frames
+from sltt_ext.online.frozen import Iteration as GraphedIteration
 from sltt_ext.online.grouping import Measuring
 from sltt_ext.online.guards import Alone, GraphOfStep, OneBackward, WeightsStay
 from sltt_ext.online.heads import Heads

@@ -107,9 +107,9 @@ def test_every_draw_has_a_graph_and_draws_go_on_outside(k, full_output):
     graphed, eager = twins(k=k, full_output=full_output)
     for online in (graphed, eager):
         online.generator = torch.Generator().manual_seed(3)
-    assert_same(iterations(graphed, 24), iterations(eager, 24))
+    assert_same(iterations(graphed, 16), iterations(eager, 16))
     assert graphed._graphs.captured == 3
-    assert graphed._graphs.backend.replays >= 12
+    assert graphed._graphs.backend.replays >= 6
 
 
 def test_a_schedule_with_counts_has_a_graph_for_each():
@@ -171,7 +171,7 @@ def shapes(i):
 
 
 def test_a_smaller_last_batch_has_its_own_graph():
-    graphed = assert_as_eager(30, data=shapes, replays=12)
+    graphed = assert_as_eager(20, data=shapes, replays=12)
     assert graphed._graphs.captured == 2
 
 
@@ -219,7 +219,7 @@ def loads(online, i):
     "before", [evaluates, thaws, moves_weights, changes_dropout, changes_tau, replaces_a_layer, loads]
 )
 def test_what_changes_between_iterations_is_seen(before):
-    assert_as_eager(14, before=before)
+    assert_as_eager(12, before=before)
 
 
 def test_autocast_has_a_graph_of_its_own_and_leaves_nothing_in_its_cache():
@@ -228,9 +228,11 @@ def test_autocast_has_a_graph_of_its_own_and_leaves_nothing_in_its_cache():
         online.generator = torch.Generator().manual_seed(3)
         torch.manual_seed(5)
         own = []
-        for i in range(24):
+        for i in range(18):
             online.net.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=i % 4 > 0):
+                with torch.no_grad():
+                    online.net[8](torch.ones(1, BATCH, 256))
                 own.append(seen(online, online.forward_backward(*batch(i))))
                 own[-1][0].append(online.net[8](torch.ones(1, BATCH, 256)).detach())
             with torch.no_grad():
@@ -314,9 +316,9 @@ def test_more_kinds_than_are_kept_run_without_a_graph_and_that_is_said_once(monk
     for online in (graphed, eager):
         online.generator = torch.Generator().manual_seed(3)
     with pytest.warns(SLTTWarning, match="iterations in a row had no graph") as said:
-        actual = iterations(graphed, 20)
+        actual = iterations(graphed, 10)
     assert len([one for one in said if "in a row" in str(one.message)]) == 1
-    assert_same(actual, iterations(eager, 20))
+    assert_same(actual, iterations(eager, 10))
     assert graphed._graphs.captured == 1
 
 
@@ -491,7 +493,7 @@ def test_a_network_that_changes_its_input_is_refused():
 
 def reads_its_value(output, target):
     loss = F.cross_entropy(output, target)
-    return loss if float(loss) > 0 else 0 * loss
+    return loss if loss.item() > 0 else 0 * loss
 
 
 def test_a_loss_that_reads_values_back_is_refused_when_captured_and_nothing_is_lost():
