@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sltt_ext.online.blocks import CompiledBlocks, CompiledCode
 from sltt_ext.online.counting import FirstCalls, NeuronSteps
 from sltt_ext.online.distributed import Step
 from sltt_ext.online.grouping import Grouping, Measuring
@@ -81,6 +82,7 @@ def speed_ups_of(
     packs: bool,
     once: EvaluatedOnce | None = None,
     charges: bool = True,
+    code: CompiledCode | None = None,
 ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
     """The speed-ups of one pass, and the one among them that evaluates once.
 
@@ -99,6 +101,7 @@ def speed_ups_of(
         once: What the first run of the pass has evaluated once, if steps of it run again.
         charges: Whether neurons carry what their backward reads, which the next step writes over: not where several steps
             share a graph.
+        code: What is compiled, if anything is.
     """
     packed = PackedSpikes(packs)
     once = once or EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
@@ -111,6 +114,7 @@ def speed_ups_of(
         AutocastCache(),
         *([Measuring(grouping)] if measuring else []),
         *([ChargedState()] if charges else []),
+        *([CompiledBlocks(code, once, waits=measuring)] if code is not None and code.on else []),
         once,
         NormsInParts(once.evaluates),
         *watching,

@@ -17,6 +17,7 @@ from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarni
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.blocks import CompiledCode
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
     Step,
@@ -142,6 +143,8 @@ class OnlineTrainer:
             shape: less memory, a little more time.
         wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
             inside a LightningModule); None where ``net`` itself is the wrapped one.
+        compile: Compile the network by blocks (`torch.compile`), from the second iteration on. What is time-invariant is still
+            evaluated once, and the network itself stays as it is. ``"try"`` runs a network that cannot be compiled as it is.
 
     Raises:
         ConfigurationError: If an option cannot work.
@@ -170,6 +173,7 @@ class OnlineTrainer:
         cache_invariant: bool = True,
         pack_spikes: bool = False,
         wrapper: nn.Module | None = None,
+        compile: bool | Literal["try"] = False,
     ) -> None:
         self.net = net
         self.loss_fn = options.loss_of_a_step(loss_fn)
@@ -194,6 +198,8 @@ class OnlineTrainer:
         self.cache_invariant = cache_invariant
         self.pack_spikes = pack_spikes
         self.wrapper = wrapper
+        self.compile = options.compiles(compile)
+        self._code = CompiledCode(self.compile)
         budget = options.budget(memory_budget, self.chunk)
         self._common: torch.Generator | None = None
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
@@ -332,7 +338,7 @@ class OnlineTrainer:
         return speed_ups_of(
             one.sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
             modules=self._modules, caches=caches and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
-            packs=self.pack_spikes, once=once, charges=not windows,
+            packs=self.pack_spikes, once=once, charges=not windows, code=None if windows else self._code,
         )  # fmt: skip
 
     def _whole(
@@ -431,6 +437,8 @@ class OnlineTrainer:
             return CallSizes(self.time_steps, self.time_steps, self.time_steps), False
         if not multi_step:
             return CallSizes(self._window, self._window, self._window), False
+        if self.compile and isinstance(self.chunk, int):  # a graph for each length
+            return CallSizes(self.chunk, self.chunk, self.chunk), False
         return self._grouping.sizes(self.net, self.time_steps, elements, longest)
 
     def _in_windows(self, multi_step: bool) -> bool:
