@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import CompilationError, SLTTWarning
 from sltt_ext.forwards import Layer, has_own_forward
@@ -30,7 +31,7 @@ from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.capture import capturing
 from sltt_ext.online.compiled import part_runs_compiled, runs_compiled
 from sltt_ext.online.invariants import EvaluatedOnce
-from sltt_ext.online.passes import Pass, SpeedUp
+from sltt_ext.online.passes import Call, Pass, SpeedUp
 
 __all__ = ["CompiledBlocks", "CompiledCode"]
 
@@ -50,24 +51,27 @@ class CompiledCode:
         self._seen: set[tuple[Any, ...]] = set()
         self._kinds: WeakKeyDictionary[nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
         self._functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._states: dict[int, dict[SLTTNeuron, _Layout]] = {}
+        self._states: dict[int, tuple[int, dict[SLTTNeuron, _Layout]]] = {}
 
     def is_new(self, one: Pass) -> bool:
         """Whether a pass is the first of its kind, which runs as it is."""
         return self._kind_of_pass(one) not in self._seen
 
-    def saw(self, one: Pass) -> None:
-        """A pass is over: note its kind, and the shapes of the states it has left."""
+    def saw(self, one: Pass, batch: int) -> None:
+        """A pass is over: note its kind, and how the states that it has left lie in memory, if the batch is known."""
         self._seen.add(self._kind_of_pass(one))
+        if not batch:
+            return
         states = {neuron: neuron.state() for neuron in one.neurons if isinstance(neuron, SLTTNeuron)}
-        self._states[one.source.elements] = {
-            neuron: _Layout.of(state) for neuron, state in states.items() if state is not None
-        }
+        layouts = {neuron: _Layout.of(state) for neuron, state in states.items() if state is not None}
+        self._states[one.source.elements // batch] = batch, layouts
 
-    def begin(self, one: Pass) -> None:
-        """Start from tensors, if their shapes are known."""
-        for neuron, layout in self._states.get(one.source.elements, {}).items():
-            neuron.rest_as(layout.empty())
+    def begin(self, one: Pass, batch: int) -> None:
+        """Start from tensors, if it is known how they lie in memory; of another batch, too."""
+        known, layouts = self._states.get(one.source.elements // batch, (batch, {}))
+        for neuron, layout in layouts.items():
+            if known == batch or layout.size[:1] == (known,):
+                neuron.rest_as(layout.empty(layout.size if known == batch else (batch, *layout.size[1:])))
 
     def function(self, modules: Sequence[nn.Module]) -> Callable[..., Any]:
         """The compiled function that runs ``modules`` one after the other; one for all of the same kind."""
@@ -97,14 +101,15 @@ class CompiledCode:
         """The same for modules that may share a compilation: what they print, and the shapes of what they hold."""
         if module not in self._kinds:
             held = [*module.named_parameters(), *module.named_buffers()]
-            self._kinds[module] = (type(module), repr(module), *((name, tensor.shape) for name, tensor in held))
+            classes = tuple(map(type, module.modules()))
+            self._kinds[module] = (classes, repr(module), *((name, tensor.shape) for name, tensor in held))
         return self._kinds[module]
 
 
 class _Layout(NamedTuple):
     """How a tensor lies in memory."""
 
-    size: torch.Size
+    size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
@@ -113,8 +118,9 @@ class _Layout(NamedTuple):
     def of(cls, tensor: Tensor) -> _Layout:
         return cls(tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
 
-    def empty(self) -> Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+    def empty(self, size: tuple[int, ...]) -> Tensor:
+        """Another tensor that lies so, with another batch perhaps, which is outermost."""
+        return torch.empty_strided(size, self.stride, dtype=self.dtype, device=self.device)
 
 
 class Part(NamedTuple):
@@ -151,6 +157,9 @@ class CompiledBlocks(SpeedUp):
         self._once = once
         self._waits = waits
         self._weights: dict[nn.Module, list[tuple[dict[str, Any], str, nn.Module]]] = {}
+        self._one: Pass | None = None
+        self._batch = 0
+        self._compiles = False
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
@@ -158,7 +167,8 @@ class CompiledBlocks(SpeedUp):
         if not self._code.on or self._waits or capturing():
             yield
             return
-        if not self._code.is_new(one):
+        self._one, self._compiles = one, not self._code.is_new(one)
+        if self._compiles:
             alone = max(one.sizes.chunk, one.sizes.group) > one.sizes.part
             for part in _Parts(one.net, self._once.holds, alone).found:
                 for module in part.compiled():
@@ -166,9 +176,18 @@ class CompiledBlocks(SpeedUp):
                     self._hand_weights_in(one, module)
                 around = partial(self._run_segments, part) if part.segments else partial(self._run, part)
                 one.replaced.forward(part.owner, Layer.COMPILED, around)
-            self._code.begin(one)
         yield
-        self._code.saw(one)
+        self._code.saw(one, self._batch)
+
+    @contextmanager
+    def around_call(self, call: Call) -> Iterator[None]:
+        """Have the first one start from tensors."""
+        one = self._one
+        if one is not None and not self._batch:
+            self._batch = _batch(call.frame, one.multi_step) if one.source.elements else 0
+            if self._batch and self._compiles and one.from_rest and call.start == 0:
+                self._code.begin(one, self._batch)
+        yield
 
     def _run(self, part: Part, module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         return self._call(part, (module,), forward, args, kwargs)
@@ -283,13 +302,23 @@ def _has_neurons(module: nn.Module) -> bool:
     return any(isinstance(inner, SLTTNeuron) for inner in module.modules())
 
 
+def _batch(frame: Any, multi_step: bool) -> int:
+    """The batch of a frame; 0 where its parts do not tell."""
+    sizes = {
+        leaf.shape[multi_step] for leaf in tree_leaves(frame) if isinstance(leaf, Tensor) and leaf.dim() > 1
+    }
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
 def _in_turn(modules: Sequence[nn.Module], x: Any) -> Any:
     for module in modules:
         x = module(x)
     return x
 
 
-def _run_part(modules: tuple[nn.Module, ...], alone: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_part(
+    modules: tuple[nn.Module, ...], alone: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """What is compiled: ``modules`` in turn, or the forward of a single one, around which its hooks run."""
     if alone:
         return type(modules[0]).forward(modules[0], *args, **kwargs)

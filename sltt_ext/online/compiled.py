@@ -83,4 +83,9 @@ def eager_modules(net: nn.Module) -> Iterator[nn.Module]:
 def runs_compiled(module: nn.Module) -> bool:
     """Whether torch.compile runs ``module``."""
     wrapper = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
-    return isinstance(module, wrapper) or module._compiled_call_impl is not None or module in _CALLS_COMPILED or module in _PARTS
+    return (
+        isinstance(module, wrapper)
+        or module._compiled_call_impl is not None
+        or module in _CALLS_COMPILED
+        or module in _PARTS
+    )
