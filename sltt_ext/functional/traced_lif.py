@@ -34,18 +34,19 @@ def traced_lif(
     """
     steps = [x_seq] if single_step else x_seq.unbind(0)
     if not isinstance(v, Tensor):
-        v = torch.full_like(steps[0], v, dtype=state_dtype(x_seq.dtype), requires_grad=False)
-    elif settings.charged:
-        v = _after_reset(v, settings)
+        state = torch.full_like(steps[0], v, dtype=state_dtype(x_seq.dtype), requires_grad=False)
+    else:
+        state = _after_reset(v, settings) if settings.charged else v
     spikes = []
     for t, x in enumerate(steps):
-        h = _charge(x.to(v.dtype), v if settings.through_time else v.detach(), decay, settings)
+        entering = state if settings.through_time else state.detach()
+        h = _charge(x.to(state.dtype), entering, decay, settings)
         if settings.charged and t == len(steps) - 1:
-            s, v = _Fire.apply(h, settings), h
+            s, state = _Fire.apply(h, settings), h
         else:
-            s, v = _FireAndReset.apply(h, settings)
+            s, state = _FireAndReset.apply(h, settings)
         spikes.append(s.to(x.dtype))
-    return spikes[0] if single_step else torch.stack(spikes), v
+    return spikes[0] if single_step else torch.stack(spikes), state
 
 
 def _charge(x: Tensor, v: Tensor, decay: Tensor | None, settings: LIFSettings) -> Tensor:

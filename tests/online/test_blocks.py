@@ -18,7 +18,6 @@ import sltt_ext
 from sltt_ext.errors import CompilationError, ConfigurationError, SLTTWarning
 from sltt_ext.online import blocks
 from sltt_ext.snntorch import MultiStep
-from sltt_ext.spikingjelly.stepwise import FUNCTIONAL_FORM
 
 T = 4
 X, TARGET = networks.images(4)
