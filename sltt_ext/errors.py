@@ -58,6 +58,10 @@ class BackendError(SLTTError, RuntimeError):
     """A backend was asked for by name and cannot be used."""
 
 
+class CompilationError(SLTTError, RuntimeError):
+    """A network cannot be compiled."""
+
+
 class CheckpointError(SLTTError, RuntimeError):
     """A checkpoint that cannot be used: damaged, written by something else, or of something else."""
 

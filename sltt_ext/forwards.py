@@ -2,7 +2,7 @@
 
 Some speed-ups stand between a module and its ``forward``. Each of them is one layer around it::
 
-    caller -> the user's hooks -> TIME -> STEPS -> PARTS -> ONCE -> OWN -> the module's own forward
+    caller -> the user's hooks -> TIME -> STEPS -> PARTS -> ONCE -> OWN -> COMPILED -> the module's own forward
 
 Layers are ordered by what they do, not by who came first. A layer is written down before it is put in place, and
 taking it away twice does no harm: an exception at any moment leaves the module as it was.
@@ -37,6 +37,8 @@ _ABSENT: Any = object()
 class Layer(IntEnum):
     """What a replacement is for, from the innermost to the outermost."""
 
+    COMPILED = -1
+    """Runs a compiled forward in the place of the module's own."""
     OWN = 0
     """Reads what the module itself returns, before any hook of the user's changes it."""
     ONCE = 1

@@ -131,6 +131,13 @@ class SLTTNeuron(StatefulModule):
     def keep_charged(self) -> None:
         """Write over no tensor that is carried, from here on until `carry_charged` ends."""
 
+    def state(self) -> Tensor | None:
+        """The state, where it is one tensor that may be there from the first step on, as `rest_as` puts it."""
+        return None
+
+    def rest_as(self, state: Tensor) -> None:
+        """Be at rest with ``state``, which is overwritten."""
+
     def tell_steps(self, steps: int | None) -> None:
         """Say that one call of the network begins, and of how many steps; None: that nobody says any more.
 

@@ -80,6 +80,6 @@ def check_number(name: str, value: float) -> float:
         ConfigurationError: If it is NaN.
     """
     value = float(value)
-    if math.isnan(value):
+    if not torch.compiler.is_compiling() and math.isnan(value):
         raise ConfigurationError(f"{name} must be a number, got nan")
     return value

@@ -16,6 +16,7 @@ from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.functional.inputs import broadcasts, check_device, check_number, initial_state
 from sltt_ext.functional.once import differentiable_once
 from sltt_ext.functional.schema import flat, packed
+from sltt_ext.functional.traced_leaky import traced_leaky
 from sltt_ext.kernels import select_kernels
 from sltt_ext.kernels.leaky import LEAKY, LeakyKernels, LeakySettings
 from sltt_ext.surrogate import Surrogate
@@ -80,6 +81,8 @@ def run_leaky(
             kernels, single_step, x_seq, mem, beta, threshold, settings, return_mem_seq, save
         )
         return outputs
+    if backend != "cupy":
+        return traced_leaky(x_seq, mem, beta, threshold, settings, return_mem_seq, single_step)
     steps = x_seq.unsqueeze(0) if single_step else x_seq
     s_seq, returned, _ = leaky(steps, mem, beta, threshold, *flat(settings), return_mem_seq, save, backend)
     return (s_seq.squeeze(0), returned.squeeze(0)) if single_step else (s_seq, returned)

@@ -16,6 +16,7 @@ from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.functional.inputs import check_device, check_number, initial_state, plain, step_shape
 from sltt_ext.functional.once import differentiable_once
 from sltt_ext.functional.schema import flat, packed
+from sltt_ext.functional.traced_lif import traced_lif
 from sltt_ext.kernels import select_kernels, torch_lif
 from sltt_ext.kernels.lif import LIF, LIFKernels, LIFSettings
 from sltt_ext.neuron import state_dtype
@@ -120,6 +121,8 @@ def run_lif(
             kernels, single_step, x_seq, v, decay, settings, save, save_slope, overwrite
         )
         return outputs
+    if backend != "cupy":
+        return traced_lif(x_seq, v, decay, settings, single_step)
     v, v_start = (v, 0.0) if isinstance(v, Tensor) else (None, v)
     steps = x_seq.unsqueeze(0) if single_step else x_seq
     s_seq, v_next, *_ = lif(steps, v, v_start, decay, *flat(settings), save, save_slope, backend)

@@ -12,11 +12,12 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._compile import _disable_dynamo
 
-__all__ = ["compiling_calls", "eager_modules", "is_compiled"]
+__all__ = ["compiling_calls", "eager_modules", "is_compiled", "part_runs_compiled", "runs_compiled"]
 
 Forward = Callable[..., Any]
 
 _CALLS_COMPILED: WeakSet[nn.Module] = WeakSet()
+_PARTS: WeakSet[nn.Module] = WeakSet()
 
 
 @_disable_dynamo(recursive=False)
@@ -57,9 +58,15 @@ def _call(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return forward(*args, **kwargs)
 
 
+def part_runs_compiled(module: nn.Module) -> Callable[[], None]:
+    """Take ``module`` for one that torch.compile runs, until what is returned is called."""
+    _PARTS.add(module)
+    return partial(_PARTS.discard, module)
+
+
 def is_compiled(net: nn.Module) -> bool:
     """Whether torch.compile runs ``net`` or a part of it."""
-    return any(map(_runs_compiled, net.modules()))
+    return any(map(runs_compiled, net.modules()))
 
 
 def eager_modules(net: nn.Module) -> Iterator[nn.Module]:
@@ -67,12 +74,18 @@ def eager_modules(net: nn.Module) -> Iterator[nn.Module]:
     waiting, seen = [net], set()
     while waiting:
         module = waiting.pop()
-        if module not in seen and not _runs_compiled(module):
+        if module not in seen and not runs_compiled(module):
             seen.add(module)
             yield module
             waiting += module.children()
 
 
-def _runs_compiled(module: nn.Module) -> bool:
+def runs_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile runs ``module``."""
     wrapper = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
-    return isinstance(module, wrapper) or module._compiled_call_impl is not None or module in _CALLS_COMPILED
+    return (
+        isinstance(module, wrapper)
+        or module._compiled_call_impl is not None
+        or module in _CALLS_COMPILED
+        or module in _PARTS
+    )

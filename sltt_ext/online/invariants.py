@@ -157,6 +157,14 @@ class EvaluatedOnce(SpeedUp):
         """Whether ``module`` is evaluated once for ``x``."""
         return id(x) in self._handed_out and self._is_proven(module) and self._may_be_invariant(module)
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether ``module`` is known to be the same at every step, wherever it is."""
+        return self._enabled and self._modules.are_proven(module, False) and self._may_be_invariant(module)
+
+    def stand_in(self, one: Pass, module: nn.Module) -> None:
+        """Stand in for the forward of ``module``, also inside of what is compiled: somebody calls it from outside."""
+        one.replaced.forward(module, Layer.ONCE, self._forward)
+
     @property
     def in_use(self) -> bool:
         """Whether a step has read something that was evaluated once."""

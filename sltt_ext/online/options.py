@@ -194,6 +194,13 @@ def one_of(name: str, value: Any, choices: tuple[Choice, ...], text: str) -> Cho
     return next(choice for choice in choices if value == choice)
 
 
+def compiles(value: Any) -> Any:
+    """``compile``: False, True or ``"try"``."""
+    if not isinstance(value, bool) and value != "try":
+        raise ConfigurationError(f"compile must be False, True or 'try', got {value!r}")
+    return value
+
+
 def loss_of_a_step(value: Any) -> Any:
     """``loss_fn``: a loss of the output of one step."""
     if not callable(value) or isinstance(value, type):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sltt_ext.online.batch_counters import CountedAtEnd
+from sltt_ext.online.blocks import CompiledBlocks, CompiledCode
 from sltt_ext.online.counting import FirstCalls, NeuronSteps
 from sltt_ext.online.distributed import Step
 from sltt_ext.online.grouping import Grouping
@@ -104,6 +105,7 @@ def speed_ups_of(
     settings: Sequence[Setting] = (),
     once: EvaluatedOnce | None = None,
     charges: bool = True,
+    code: CompiledCode | None = None,
 ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
     """The speed-ups of one pass, and the one among them that evaluates once.
 
@@ -124,6 +126,7 @@ def speed_ups_of(
         once: What the first run of the pass has evaluated once, if steps of it run again.
         charges: Whether neurons carry what their backward reads, which the next step writes over: not where several steps
             share a graph.
+        code: What is compiled, if anything is.
     """
     once = once or EvaluatedOnce(modules, caches, keeps_graphs, packed.saving)
     shared = max(sizes.chunk, sizes.group) > sizes.part
@@ -138,6 +141,11 @@ def speed_ups_of(
         CountedAtEnd(),
         *([measuring] if measuring else []),
         *([ChargedState()] if charges else []),
+        *(
+            [CompiledBlocks(code, once, waits=measuring is not None or stopwatch is not None)]
+            if code is not None and code.on
+            else []
+        ),
         once,
         NormsInParts(once.evaluates),
         *watching,

@@ -17,6 +17,7 @@ from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarni
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.blocks import CompiledCode
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.cuda_graphs import IterationGraphs
 from sltt_ext.online.distributed import (
@@ -158,6 +159,8 @@ class OnlineTrainer:
             say) stays as it was then. The states are at rest after each iteration. Each draw of SLTT-K has its own graph.
         wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
             inside a LightningModule); None where ``net`` itself is the wrapped one.
+        compile: Compile the network by blocks (`torch.compile`), from the second iteration on. What is time-invariant is still
+            evaluated once, and the network itself stays as it is. ``"try"`` runs a network that cannot be compiled as it is.
 
     Raises:
         ConfigurationError: If an option cannot work.
@@ -187,6 +190,7 @@ class OnlineTrainer:
         pack_spikes: bool | Literal["auto"] = "auto",
         graph: bool = False,
         wrapper: nn.Module | None = None,
+        compile: bool | Literal["try"] = False,
     ) -> None:
         self.net = net
         self.loss_fn = options.loss_of_a_step(loss_fn)
@@ -216,6 +220,8 @@ class OnlineTrainer:
         self.wrapper = wrapper
         self._graphs = IterationGraphs() if options.graph(graph, self._not_captured()) else None
         self._is_measuring = False
+        self.compile = options.compiles(compile)
+        self._code = CompiledCode(self.compile)
         self._common: torch.Generator | None = None
         self._modules = InvariantModules()
         updates = on_step is not None
@@ -411,7 +417,7 @@ class OnlineTrainer:
             one.sizes, tried=SpeedUp() if settings else self._tried, first=self._first, kept=self._kept, step=step,
             grouping=self._grouping, measuring=measuring, stopwatch=iteration.stopwatch, settings=settings,
             modules=self._modules, caches=caches and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
-            packed=packed, once=once, charges=not windows,
+            packed=packed, once=once, charges=not windows, code=None if windows else self._code,
         )  # fmt: skip
 
     def _whole(
@@ -535,6 +541,8 @@ class OnlineTrainer:
             fixed = CallSizes(self.time_steps, self.time_steps, self.time_steps)
         elif self._in_windows(multi_step):
             fixed = CallSizes(self._window, self._window, self._window)
+        elif self.compile and multi_step and isinstance(self.chunk, int):  # a graph for each length
+            fixed = CallSizes(self.chunk, self.chunk, self.chunk)
         net = self.wrapper or self.net
         alone = not is_distributed(net)
         # what a function reads of a step's output, and frames of their own shapes, are not known of a sequence

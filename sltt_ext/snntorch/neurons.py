@@ -141,6 +141,12 @@ class FusedLeaky(StepwiseNeuron):
     def detach_state(self) -> None:
         self.mem = constant(self.mem)
 
+    def state(self) -> Tensor | None:
+        return self.mem
+
+    def rest_as(self, state: Tensor) -> None:
+        self.mem = state.zero_()
+
     def spikes(self, output: Any) -> tuple[Tensor, Tensor] | None:
         factor = self.graded_spikes_factor
         if not self._sltt_fused or factor.numel() != 1:

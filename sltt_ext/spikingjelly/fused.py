@@ -98,6 +98,13 @@ class FusedNode(StepwiseNode):
     def keep_charged(self) -> None:
         self._overwrites = False
 
+    def state(self) -> Tensor | None:
+        v = self._memories["v"]
+        return v.h if isinstance(v, _Charged) else v if isinstance(v, Tensor) else None
+
+    def rest_as(self, state: Tensor) -> None:
+        self._memories["v"] = state.fill_(self.v_reset or 0.0)
+
     def _charged(self) -> _Charged | None:
         """What stands in for ``v``, if something does."""
         held = self._memories.get("v")
