@@ -13,7 +13,7 @@ import torch
 
 from sltt_ext.online.batch_counters import CountedAtEnd
 from sltt_ext.online.counting import FirstCalls, NeuronSteps
-from sltt_ext.online.distributed import Step
+from sltt_ext.online.distributed import Step, no_synchronisation
 from sltt_ext.online.grouping import Grouping, Measuring
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
@@ -108,13 +108,13 @@ def speed_ups_of(
     return (
         tried,
         kept,
-        Synchronisation(step),
+        *([] if step is no_synchronisation else [Synchronisation(step)]),
         AutocastCache(),
         CountedAtEnd(),
         *([Measuring(grouping)] if measuring else []),
         *([ChargedState()] if charges else []),
         once,
-        NormsInParts(once.evaluates),
+        *([NormsInParts(once.evaluates)] if shared else []),
         *watching,
         NeuronSteps(grouping.keep_apart, first, counts=measuring or shared),
         packed,
