@@ -267,6 +267,20 @@ TABLES: dict[str, Callable[[], str]] = {
             "peak activation MB": "peak_activation_mb",
         },
     ),
+    "launches": partial(
+        as_measured,
+        "launches",
+        {
+            "network": "network",
+            "method": "method",
+            "launches": "launches",
+            "neurons": "neurons",
+            "convolutions, linear layers": "layers",
+            "batch norms": "norms",
+            "sums": "sums",
+            "others": "others",
+        },
+    ),
     "trainer": partial(
         as_measured,
         "trainer_overhead",

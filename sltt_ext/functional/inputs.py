@@ -47,7 +47,8 @@ def initial_state(
             "batches of different shape"
         )
     check_device(name, state, x_seq)
-    return (state.detach() if constant else state).to(dtype)
+    state = state.detach() if constant else state
+    return state if state.dtype is dtype else state.to(dtype)
 
 
 def check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:

@@ -12,6 +12,12 @@ one is multiplied by a skip gain and alpha before it joins the skip connection::
 
 The right side needs no tensor of the activations' size between spikes and sum, and its weight does not
 depend on time. So both are parametrisations (``torch.nn.utils.parametrize``).
+
+They are computed as a group norm with a group for each output channel, which is one operator forward and one backward. It
+divides by the biased variance, ``var W[c] (n - 1) / n`` with ``n = fan_in``, and adds its epsilon to that. With
+``r = n^2 / (n - 1)``::
+
+    sqrt(var W[c] n + 1e-4)  =  sqrt(r) sqrt(var W[c] (n - 1) / n + 1e-4 / r)
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ from __future__ import annotations
 import torch
 from spikingjelly.activation_based import layer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import register_parametrization
 
 __all__ = ["ScaledWeightStandardisation", "SkipGain", "standardised_conv"]
@@ -64,11 +71,19 @@ class ScaledWeightStandardisation(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """A convolution's ``weight`` ``[C, ...]``, standardised and scaled."""
-        variance, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True)
-        factor = self.gain * torch.rsqrt(variance * weight[0].numel() + EPSILON) * self.scale
-        if self.skip is not None:
-            factor = factor * (self.skip.gain * self.skip.alpha)
-        return (weight - mean) * factor
+        fan_in, channels = weight[0].numel(), len(weight)
+        ratio = fan_in**2 / max(fan_in - 1, 1)
+        constant = self.scale * ratio**-0.5
+        if self.skip is None:
+            factor = self.gain.flatten() * constant
+        else:
+            factor = self.gain.flatten() * (self.skip.gain * (constant * self.skip.alpha))
+        last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+        rows = weight.permute(0, 2, 3, 1) if last else weight  # in the order that they have in memory
+        normal = F.group_norm(
+            rows.reshape(1, channels, -1), channels, factor.to(weight.dtype), eps=EPSILON / ratio
+        ).view(rows.shape)
+        return normal.permute(0, 3, 1, 2) if last else normal
 
 
 def standardised_conv(

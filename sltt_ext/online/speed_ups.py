@@ -14,7 +14,7 @@ import torch
 from sltt_ext.online.batch_counters import CountedAtEnd
 from sltt_ext.online.blocks import CompiledBlocks, CompiledCode
 from sltt_ext.online.counting import FirstCalls, NeuronSteps
-from sltt_ext.online.distributed import Step
+from sltt_ext.online.distributed import Step, no_synchronisation
 from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
@@ -136,7 +136,7 @@ def speed_ups_of(
         tried,
         kept,
         *([stopwatch] if stopwatch else []),
-        Synchronisation(step),
+        *([] if step is no_synchronisation else [Synchronisation(step)]),
         AutocastCache(),
         CountedAtEnd(),
         *([measuring] if measuring else []),
@@ -147,7 +147,7 @@ def speed_ups_of(
             else []
         ),
         once,
-        NormsInParts(once.evaluates),
+        *([NormsInParts(once.evaluates)] if shared else []),
         *watching,
         NeuronSteps(grouping.keep_apart, first, counts=measuring is not None or shared),
         SilentLayers(first.silence),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from sltt_ext.surrogate import Surrogate
 __all__ = ["FusedNode", "SLTTIFNode", "SLTTLIFNode", "SLTTParametricLIFNode"]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Charged:
     """In the place of ``v``: the charged potential of the last step, and the settings of that step."""
 
@@ -119,7 +119,7 @@ class FusedNode(StepwiseNode):
         if (held := self._charged()) is None:
             super()._hold_state()
         else:
-            self._memories["v"] = replace(held, h=held.h.detach())
+            self._memories["v"] = _Charged(held.h.detach(), held.settings)
 
     @classmethod
     def check_backend(cls, module: nn.Module, backend: str) -> None:

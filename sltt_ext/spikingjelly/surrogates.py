@@ -17,7 +17,11 @@ _NAMES = {
     "Rect": "rectangle",
 }
 
-_KNOWN = {getattr(surrogate, name): row for name, row in _NAMES.items() if hasattr(surrogate, name)}
+_KNOWN = {
+    getattr(surrogate, name): (row, SURROGATES[row].parameters)
+    for name, row in _NAMES.items()
+    if hasattr(surrogate, name)
+}
 
 _ROWS: dict[tuple[str, tuple[float, ...]], Surrogate] = {}  # made once: this is asked at every step
 
@@ -28,12 +32,15 @@ def known_surrogate(function: object) -> Surrogate | None:
     None for a subclass (it may compute anything), for a parameter that is not a number (it may be
     learned), and outside of spiking mode.
     """
-    name = _KNOWN.get(type(function))
-    if name is None or not getattr(function, "spiking", True):
+    known = _KNOWN.get(type(function))
+    if known is None or not getattr(function, "spiking", True):
         return None
-    parameters = tuple(getattr(function, parameter) for parameter in SURROGATES[name].parameters)
-    if not all(isinstance(parameter, (int, float)) for parameter in parameters):
-        return None
-    if (name, parameters) not in _ROWS:
-        _ROWS[name, parameters] = Surrogate(name, tuple(map(float, parameters)))
-    return _ROWS[name, parameters]
+    name, names = known
+    parameters = tuple([getattr(function, parameter) for parameter in names])
+    for parameter in parameters:
+        if not isinstance(parameter, (int, float)):
+            return None
+    row = _ROWS.get((name, parameters))
+    if row is None:
+        row = _ROWS[name, parameters] = Surrogate(name, tuple(map(float, parameters)))
+    return row
