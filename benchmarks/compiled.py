@@ -42,12 +42,15 @@ Run = Callable[[], Any]
 
 
 class SmallBlock(nn.Module):
+    """A residual block in small."""
+
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm = layer.Conv2d(4, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4)
         self.neuron = neuron.LIFNode(surrogate_function=surrogate.ATan())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[T, N, 4, H, W]``."""
         return x + self.neuron(self.norm(self.conv(x)))
 
 
@@ -95,7 +98,7 @@ def seconds(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def main(smoke: bool, rounds: int) -> None:
+def main(smoke: bool, rounds: int, cache: str) -> None:
     warnings.simplefilter("ignore")
     n, size = (2, 8) if smoke else (16, 64)
     x, target = torch.rand(n, 3, size, size), torch.randint(0, CLASSES, (n,))
@@ -103,16 +106,9 @@ def main(smoke: bool, rounds: int) -> None:
     runs |= {name: sltt(network(smoke), x, target, options) for name, options in OPTIONS.items()}
     first = {}
     for name, run in runs.items():
-        torch._dynamo.reset()  # each compiles by itself
-        with tempfile.TemporaryDirectory() as cache:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            first[name] = [seconds(run) for _ in range(3)]
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=cache)
+        first[name] = [seconds(run) for _ in range(3)]
         print(name, "first iterations:", ", ".join(f"{value:.1f} s" for value in first[name]), flush=True)
-    # compilations were forgotten by the resets, but for those of the cache that all of them share now
-    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    for _ in range(3):
-        for run in runs.values():
-            run()
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
@@ -140,4 +136,5 @@ if __name__ == "__main__":
     parser.add_argument("--smoke", action="store_true", help="a tiny network, and no file")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    main(arguments.smoke, 1 if arguments.smoke else arguments.rounds)
+    with tempfile.TemporaryDirectory() as folder:  # of each contender its own
+        main(arguments.smoke, 1 if arguments.smoke else arguments.rounds, folder)

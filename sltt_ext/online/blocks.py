@@ -11,6 +11,7 @@ The first pass of each kind runs as it is: it is watched, and shows what is time
 
 from __future__ import annotations
 
+import itertools
 import types
 import warnings
 from collections import Counter
@@ -36,6 +37,7 @@ from sltt_ext.online.passes import Call, Pass, SpeedUp
 __all__ = ["CompiledBlocks", "CompiledCode"]
 
 _BACKEND = "inductor"
+_NUMBER = itertools.count()
 
 
 class CompiledCode:
@@ -77,7 +79,7 @@ class CompiledCode:
         """The compiled function that runs ``modules`` one after the other; one for all of the same kind."""
         kind = tuple(map(self._kind, modules))
         if kind not in self._functions:
-            self._functions[kind] = _compiled(len(self._functions))
+            self._functions[kind] = _compiled()
         return self._functions[kind]
 
     def failed(self, path: str, module: nn.Module, error: Exception) -> None:
@@ -164,7 +166,10 @@ class CompiledBlocks(SpeedUp):
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Stand in for the forwards of the parts."""
-        if not self._code.on or self._waits or capturing():
+        looked_at = (
+            torch._C._len_torch_dispatch_stack() > 0
+        )  # by a mode, which sees no operator of what is compiled
+        if not self._code.on or self._waits or looked_at or capturing():
             yield
             return
         self._one, self._compiles = one, not self._code.is_new(one)
@@ -328,9 +333,9 @@ def _run_part(
     return x
 
 
-def _compiled(number: int) -> Callable[..., Any]:
-    """`_run_part`, compiled; a function of its own, since all compilations of a function count towards its limit."""
-    code = _run_part.__code__.replace(co_name=f"{_run_part.__name__}_{number}")
+def _compiled() -> Callable[..., Any]:
+    """`_run_part`, compiled; a function of its own: the compiler counts, and takes for one, what has the same name."""
+    code = _run_part.__code__.replace(co_name=f"{_run_part.__name__}_{next(_NUMBER)}")
     function = types.FunctionType(code, _run_part.__globals__, code.co_name)
     return torch.compile(function, fullgraph=True, backend=_BACKEND)
 
