@@ -55,6 +55,10 @@ class CompiledCode:
         self._functions: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._states: dict[int, tuple[int, dict[SLTTNeuron, _Layout]]] = {}
 
+    def __reduce__(self) -> Any:
+        """Copies and files say whether to compile; what was compiled stays in this process."""
+        return CompiledCode, ("try" if self._may_fail else self.on,)
+
     def is_new(self, one: Pass) -> bool:
         """Whether a pass is the first of its kind, which runs as it is."""
         return self._kind_of_pass(one) not in self._seen
