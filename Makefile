@@ -14,7 +14,7 @@ test: $(READY)  ## all the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(READY)  ## the slow tests: every example and configuration, from end to end
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow --durations=20
 
 fuzz: $(READY)  ## random networks and options against an oracle, thousands of them (FUZZ="--cases 5000 --seed 0")
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --framework spikingjelly $(FUZZ)

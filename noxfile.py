@@ -8,7 +8,10 @@ import nox
 
 DIST = Path("dist").resolve()
 
-nox.options.sessions = ["wheel", "tests(oldest)", "clock_driven"]  # tests(newest) is what `make test` runs
+nox.options.sessions = [
+    "clock_driven",
+    "tests(oldest)",
+]  # clock_driven has what wheel does; tests(newest) is what `make test` runs
 nox.options.reuse_existing_virtualenvs = True
 
 
@@ -25,13 +28,17 @@ def distributions(session: nox.Session) -> None:
 @nox.session(requires=["distributions"])
 def wheel(session: nox.Session) -> None:
     """The wheel installs and imports in an environment with torch alone."""
+    _install_wheel(session)
+
+
+def _install_wheel(session: nox.Session) -> None:
     (built,) = DIST.glob("*.whl")
     session.install("-c", "constraints.txt", "torch")
     session.install("--no-deps", "--force-reinstall", str(built))
-    session.cd(session.create_tmp())
-    session.run("python", "-c", CONVERT_NOTHING)
-    session.run("sltt", "--version")
-    session.run("sltt", "demo", success_codes=[1])
+    with session.chdir(session.create_tmp()):
+        session.run("python", "-c", CONVERT_NOTHING)
+        session.run("sltt", "--version")
+        session.run("sltt", "demo", success_codes=[1])
 
 
 @nox.session(default=False)
@@ -89,14 +96,14 @@ def tests(session: nox.Session, line: str) -> None:
     session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
-@nox.session
+@nox.session(requires=["distributions"])
 def clock_driven(session: nox.Session) -> None:
-    """What is tested without `activation_based`, with the last SpikingJelly that has `clock_driven` alone."""
-    session.install("-c", "constraints.txt", "torch", "numpy", "pytest", "pytest-xdist")
+    """`wheel`, and what is tested without `activation_based`, with the last SpikingJelly that has `clock_driven` alone."""
+    _install_wheel(session)
+    session.install("-c", "constraints.txt", "numpy", "pytest", "pytest-xdist")
     session.install(
         "--no-deps", "spikingjelly==0.0.0.0.12"
     )  # of what it asks for, its neurons need these alone
-    session.install("--no-deps", "-e", ".")
     session.run(
         "pytest", "-n", "2", *(f"tests/{folder}" for folder in WITHOUT_ACTIVATION_BASED), *session.posargs
     )
