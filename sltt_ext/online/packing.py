@@ -90,18 +90,21 @@ class PackedSpikes(SpeedUp):
     def _fire(self, neuron: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         fired = neuron.spikes(output)
-        if fired is not None and fired[0].requires_grad:
-            while self._freed:
-                freed = self._freed.popleft()
-                if (known := self._spikes.get(freed.key)) is not None and known.storage is freed:
-                    del self._spikes[freed.key]
-            tensor, factor = fired
-            storage = _Storage(
-                tensor.untyped_storage(), self._freed.append
-            )  # no code that an interrupt could hit
-            storage.key = id(tensor.untyped_storage())
-            self._spikes[storage.key] = _Spikes(tensor, factor, storage)
+        if fired is not None:
+            self.fired(*fired)
         return output
+
+    def fired(self, spikes: Tensor, factor: Tensor | None) -> None:
+        """Take note of a tensor of zeros and, for a spike, ones or ``factor``."""
+        if not (self._enabled and spikes.requires_grad):
+            return
+        while self._freed:
+            freed = self._freed.popleft()
+            if (known := self._spikes.get(freed.key)) is not None and known.storage is freed:
+                del self._spikes[freed.key]
+        storage = _Storage(spikes.untyped_storage(), self._freed.append)  # no code that an interrupt could hit
+        storage.key = id(spikes.untyped_storage())
+        self._spikes[storage.key] = _Spikes(spikes, factor, storage)
 
     def _pack(self, tensor: Tensor) -> _Saved:
         self._asked = True

@@ -17,6 +17,7 @@ from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarni
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.block_plan import Blocks
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
     Step,
@@ -44,6 +45,7 @@ from sltt_ext.online.objective import (
     IterationLoss,
     LossFn,
     back_propagate,
+    back_propagate_all,
     reaches_every_leaf,
     sum_of_losses,
     targets_of_steps,
@@ -140,6 +142,9 @@ class OnlineTrainer:
             ``on_step``. Your own module takes part with an attribute ``sltt_time_invariant = True``.
         pack_spikes: Store spikes that are saved for backward as bits, and of what average pooling saves the
             shape: less memory, a little more time.
+        blocks: Go through the network block by block, all T steps of a block and then the next: each block's output is kept
+            for all steps, spikes as bits, and its states are not; each block but the last runs once more. ``"auto"``
+            finds the blocks; or give modules of the network, each of which becomes a block, as do the parts between them.
         wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
             inside a LightningModule); None where ``net`` itself is the wrapped one.
 
@@ -169,6 +174,7 @@ class OnlineTrainer:
         memory_budget: int | str | None = None,
         cache_invariant: bool = True,
         pack_spikes: bool = False,
+        blocks: Literal["auto"] | Sequence[nn.Module] | None = None,
         wrapper: nn.Module | None = None,
     ) -> None:
         self.net = net
@@ -194,6 +200,8 @@ class OnlineTrainer:
         self.cache_invariant = cache_invariant
         self.pack_spikes = pack_spikes
         self.wrapper = wrapper
+        self.blocks = blocks
+        self._blocks = None if blocks is None else Blocks(blocks)
         budget = options.budget(memory_budget, self.chunk)
         self._common: torch.Generator | None = None
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
@@ -320,20 +328,37 @@ class OnlineTrainer:
             objective = Objective(loss_of_call, partial(self._back_propagate, once), self._after)
         with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
             mean = MeanOutput()
+            if self._blocks is not None and objective is not None:
+                return self._in_blocks(self._blocks, one, x, objective, guards, mean), mean.value()
             loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
             return loss, mean.value()
+
+    def _in_blocks(
+        self, blocks: Blocks, one: Pass, x: Any, objective: Objective, guards: Sequence[SpeedUp], mean: MeanOutput
+    ) -> Tensor | None:
+        """The sum of the losses of a run that goes block by block."""
+        if isinstance(x, Iterator):
+            raise InputError("blocks= goes through the frames twice: give a tensor or a list, not an iterator")
+        plan = blocks.plan(
+            one, x, partial(self._source, x, one.multi_step), modules=self._modules, caches=self._caches(),
+            packs=self.pack_spikes, grouping=self._grouping, tried=self._tried,
+        )  # fmt: skip
+        back_propagates = Objective(objective.loss, partial(back_propagate_all, backward=self.backward), objective.after)
+        return plan.run(back_propagates, guards, mean)
 
     def _speed_ups(
         self, one: Pass, step: Step, measuring: bool, once: EvaluatedOnce | None = None
     ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
-        # weights have to stay as they are, and versions to be counted
-        caches = self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
         windows = self._in_windows(one.multi_step)
         return speed_ups_of(
             one.sizes, tried=self._tried, first=self._first, kept=self._kept, step=step, grouping=self._grouping, measuring=measuring and one.learns,
-            modules=self._modules, caches=caches and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
+            modules=self._modules, caches=self._caches() and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
             packs=self.pack_spikes, once=once, charges=not windows,
         )  # fmt: skip
+
+    def _caches(self) -> bool:
+        """Whether what does not depend on time is evaluated once: weights have to stay as they are, and versions to be counted."""
+        return self.cache_invariant and self.on_step is None and not torch.is_inference_mode_enabled()
 
     def _whole(
         self, x: Any, target: Any, counts: Mapping[int, float], divisor: int, step: Step

@@ -1,0 +1,252 @@
+"""What one block of a network hands to the next, for all calls of a pass: the values, in the fewest bits, and their gradients.
+
+Where a value is spikes, it is kept as one bit for each number; where it is a sum of spikes, as in a SEW ResNet, in as many bits
+as the largest sum needs. Anything else is kept as it is. A value that is the same at every step (that of a time-invariant
+stem) is one tensor, and its gradient one sum.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from sltt_ext.errors import ConfigurationError
+from sltt_ext.neuron import SLTTNeuron
+from sltt_ext.online.chain import module_of
+from sltt_ext.online.packing import pack_bits, unpack_bits
+
+__all__ = ["Border", "levels"]
+
+_MOST = 15  # numbers up to here are kept as bits
+_SAME_NUMBERS = {
+    "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze", "max_pool1d", "max_pool2d",
+    "max_pool3d", "boolean_dispatch",
+}  # fmt: skip
+_SAME_MODULES = (nn.Flatten, nn.Unflatten, nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+
+Levels = tuple[int, Tensor | None]
+"""Whole numbers up to the first, each times the second (None: 1)."""
+
+
+def levels(node: fx.Node) -> Levels | None:
+    """Which numbers the value of a node may be; None where that is not known."""
+    inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    if node.op == "call_module":
+        module = module_of(node)
+        if module is None or module._forward_hooks or torch.nn.modules.module._global_forward_hooks:
+            return None
+        if isinstance(module, SLTTNeuron):
+            return _of_neuron(module, None)
+        if isinstance(module, _SAME_MODULES) and not getattr(module, "return_indices", False):
+            return levels(inputs[0]) if len(inputs) == 1 else None
+        return None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.target is operator.getitem and inputs[0].op == "call_module":
+        module, place = module_of(inputs[0]), node.args[1]
+        if isinstance(module, SLTTNeuron) and isinstance(place, int) and not module._forward_hooks:
+            return _of_neuron(module, place)
+        return None
+    if name in ("add", "iadd", "mul", "imul") and len(inputs) == 2 and not node.kwargs:
+        first, second = levels(inputs[0]), levels(inputs[1])
+        if first is None or second is None or first[1] is not None or second[1] is not None:
+            return None
+        most = first[0] + second[0] if "add" in name else first[0] * second[0]
+        return (most, None) if most <= _MOST else None
+    if name in _SAME_NUMBERS and len(inputs) == 1:
+        return levels(inputs[0])
+    return None
+
+
+def _of_neuron(module: SLTTNeuron, place: int | None) -> Levels | None:
+    """What a neuron returns, or what is at a place of the tuple that it returns."""
+    given: Any = torch.zeros(0) if place is None else tuple(torch.zeros(0) for _ in range(max(place, 0) + 3))
+    fired = module.spikes(given)
+    whole = given if place is None else given[place]
+    return (1, fired[1]) if fired is not None and fired[0] is whole else None
+
+
+class Border:
+    """The values between two blocks, of all calls of a pass, each by the step that its call begins with.
+
+    Args:
+        name: What the value is called.
+        levels: Tells which numbers it may be; None for any.
+        wants_gradient: Whether anything before it wants a gradient.
+    """
+
+    def __init__(self, name: str, levels: Callable[[], Levels | None], wants_gradient: bool) -> None:
+        self.name = name
+        self.wants_gradient = wants_gradient
+        self.gathers = False
+        self._levels = levels
+        self._values: dict[int, _Packed | _AsItIs] = {}
+        self._gradients: dict[int, Tensor] = {}
+
+    def put(self, start: int, value: Any) -> None:
+        """Keep the value of a call.
+
+        Raises:
+            ConfigurationError: If it is no tensor.
+        """
+        if not isinstance(value, Tensor):
+            raise ConfigurationError(
+                f"blocks= has a border at {self.name!r}, whose value is a {type(value).__name__} and no tensor: name other blocks"
+            )
+        value = value.detach()
+        known = self._levels() if value.is_floating_point() and value.layout is torch.strided else None
+        self._values[start] = _AsItIs(value) if known is None else _Packed(value, *known)
+
+    def value(self, start: int) -> Tensor:
+        """The value of a call.
+
+        Raises:
+            ConfigurationError: If the block that reads it has changed it in place.
+        """
+        kept = self._values[start]
+        if isinstance(kept, _AsItIs) and kept.is_changed():
+            raise ConfigurationError(
+                f"blocks= has a border at {self.name!r}, whose value the next layers change in place: have them compute out of "
+                "place (inplace=False, x = x + y), or name other blocks"
+            )
+        return kept.value()
+
+    def enter(self, start: int, token: Tensor, last: bool, fired: Callable[[Tensor, Tensor | None], None]) -> Tensor:
+        """The value of a call as the next block reads it, whose gradient comes back here.
+
+        Args:
+            start: The first step of the call.
+            token: A leaf, by which autograd knows that a gradient is wanted.
+            last: Whether nobody reads it again.
+            fired: Told of a value that is spikes.
+        """
+        value, kept = self.value(start), self._values[start]
+        if last:
+            del self._values[start]
+        if not (self.wants_gradient and torch.is_grad_enabled()):
+            return value
+        holder = [value]
+        del value
+        entered: Tensor = _Enter.apply(token, holder, partial(self._add, start))
+        if isinstance(kept, _Packed) and kept.most == 1:
+            fired(entered, kept.factor)
+        return entered
+
+    def starts(self) -> list[int]:
+        """The first steps of the calls whose values are kept."""
+        return list(self._values)
+
+    def forget(self) -> None:
+        """Let go of all values and gradients."""
+        self._values, self._gradients = {}, {}
+
+    @property
+    def is_static(self) -> bool:
+        """Whether all calls have one tensor."""
+        kept = list(self._values.values())
+        first = kept[0] if kept else None
+        return len(kept) > 1 and isinstance(first, _AsItIs) and all(map(first.is_same, kept))
+
+    def gather(self) -> None:
+        """Have the gradients of all calls added up as they come, since their values are one tensor."""
+        self.gathers = True
+
+    def gradient(self, start: int) -> Tensor | None:
+        """The gradient of the value of a call, or of all; it is no longer kept."""
+        return self._gradients.pop(0 if self.gathers else start, None)
+
+    def _add(self, start: int, gradient: Tensor) -> None:
+        start = 0 if self.gathers else start
+        before = self._gradients.get(start)
+        if before is None:
+            # what autograd gives may be used elsewhere, too: only a sum is our own
+            self._gradients[start] = gradient.clone() if self.gathers else gradient
+        else:
+            before.add_(gradient)
+
+
+class _AsItIs:
+    """A value in its own memory."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+        self._version = _version(value)
+
+    def is_changed(self) -> bool:
+        return _version(self._value) != self._version
+
+    def is_same(self, other: Any) -> bool:
+        mine = self._value
+        if not isinstance(other, _AsItIs) or mine.layout is not torch.strided:
+            return False
+        theirs = other._value
+        return (
+            mine.untyped_storage()._cdata == theirs.untyped_storage()._cdata
+            and (mine.shape, mine.stride(), mine.storage_offset())
+            == (theirs.shape, theirs.stride(), theirs.storage_offset())
+            and self._version == other._version
+        )
+
+    def value(self) -> Tensor:
+        return self._value.detach()
+
+
+class _Packed:
+    """Small whole numbers as bits: one plane for each binary digit."""
+
+    def __init__(self, value: Tensor, most: int, factor: Tensor | None) -> None:
+        self.most, self.factor = most, factor
+        self._dtype, self._shape = value.dtype, value.shape
+        if not _is_dense(value):
+            value = value.contiguous()
+        self._stride = value.stride()
+        numbers = value.as_strided((value.numel(),), (1,), value.storage_offset())
+        if most == 1:
+            self._planes = [pack_bits(numbers)]
+        else:
+            whole = numbers.to(torch.uint8)
+            self._planes = [pack_bits(whole >> digit & 1) for digit in range(most.bit_length())]
+
+    def value(self) -> Tensor:
+        count = self._shape.numel()
+        numbers = unpack_bits(self._planes[0], count, self._dtype)
+        for digit, plane in enumerate(self._planes[1:], 1):
+            numbers.add_(unpack_bits(plane, count, self._dtype), alpha=2**digit)
+        if self.factor is not None:
+            numbers.mul_(self.factor)
+        return numbers.as_strided(self._shape, self._stride)
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a tensor's numbers fill its memory from its first on, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(value.stride(), value.shape)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _version(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
+
+
+class _Enter(torch.autograd.Function):
+    """A value that comes from a border; its gradient goes back there."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, holder: list[Tensor], back: Callable[[Tensor], None]) -> Tensor:
+        ctx.back = back
+        return holder.pop()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.back(gradient)
+        return None, None, None
+
+
