@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.online.block_costs import batch_size, costs, least_borders, parts_of_batch
 from sltt_ext.online.blockwise import BlockKnowledge, Blockwise
+from sltt_ext.online.borders import Samples
 from sltt_ext.online.chain import Chain
 from sltt_ext.online.compiled import is_compiled
 from sltt_ext.online.distributed import is_distributed
@@ -38,7 +40,10 @@ class Blocks:
         if not (chosen == "auto" or (named and all(isinstance(module, nn.Module) for module in chosen))):
             raise ConfigurationError(f"blocks must be None, 'auto' or a list of modules of the network, got {chosen!r}")
         self._chosen = chosen
-        self._names: tuple[str, ...] | None = None
+        self._points: tuple[str, ...] = ()
+        self._borders: set[str] = set()
+        self._in_parts: list[int] = []
+        self._axis = 0
         self._known: list[BlockKnowledge] = []
         self._compared = False
 
@@ -70,15 +75,15 @@ class Blocks:
             ConfigurationError: If the network has no such blocks.
         """
         chain = Chain(one.net)
-        if self._chosen == "auto":
-            borders = chain.points
-        else:
-            borders = chain.borders_around(self._chosen, one.net)  # type: ignore[arg-type]
-        blocks = chain.blocks(borders)
-        names = tuple(border.name for border in borders)
-        if names != self._names:
-            self._names, self._compared = names, False
-            self._known = [BlockKnowledge() for _ in blocks]
+        points = tuple(point.name for point in chain.points)
+        if points != self._points:
+            self._points, self._compared = points, False
+            self._choose(chain, one, source, packs)
+            self._known = [BlockKnowledge() for _ in range(len(self._borders) + 1)]
+        blocks = chain.blocks([point for point in chain.points if point.name in self._borders])
+        batch = 1
+        if max(self._in_parts) > 1:
+            batch = batch_size(source().take(0, min(one.sizes.chunk, one.stop)), self._axis) or 1
         compares, self._compared = not self._compared, True
         return Blockwise(
             blocks=blocks,
@@ -86,6 +91,7 @@ class Blocks:
             one=one,
             source=source,
             wants_input_gradient=any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(x)),
+            samples=[self._samples(number, batch) for number in self._in_parts],
             parts=1,
             compares=compares,
             modules=modules,
@@ -94,6 +100,29 @@ class Blocks:
             grouping=grouping,
             tried=tried,
         )
+
+    def _choose(self, chain: Chain, one: Pass, source: Callable[[], Frames], packs: bool) -> None:
+        """Choose the borders, and in how many parts of the batch each block runs."""
+        given = source()
+        frame = given.take(0, min(one.sizes.chunk, one.stop))
+        found = costs(chain, one, frame, given.static is not None, packs)
+        if self._chosen == "auto":
+            calls, learned = (-(-steps // one.sizes.chunk) for steps in (one.stop, len(one.selected)))
+            places = least_borders(found, calls, learned)
+            self._in_parts = parts_of_batch(found, places, calls, learned)
+        else:
+            places = [chain.nodes.index(node) for node in chain.borders_around(self._chosen, one.net)]  # type: ignore[arg-type]
+            self._in_parts = [1] * (len(places) + 1)
+        self._borders = {chain.nodes[place].name for place in places}
+        self._axis = int(one.multi_step)
+
+    def _samples(self, number: int, batch: int) -> list[Samples | None]:
+        """So many parts of a batch, as far as it has as many samples."""
+        number = min(number, batch)
+        if number < 2:
+            return [None]
+        edges = [batch * i // number for i in range(number + 1)]
+        return [Samples(self._axis, start, stop, batch) for start, stop in zip(edges, edges[1:])]
 
 
 def check_network(net: nn.Module, wrapper: nn.Module | None) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sltt_ext.neuron import StatefulModule
-from sltt_ext.online.borders import Border, levels
+from sltt_ext.online.borders import Border, Samples, levels
 from sltt_ext.online.chain import Block
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import no_synchronisation
@@ -69,6 +69,7 @@ class Blockwise:
         one: The pass through the whole network that this is done for.
         source: Makes its input over time; once for each time that the first block runs.
         wants_input_gradient: Whether the input wants a gradient.
+        samples: In which parts of the batch each block runs; only None where all samples run together.
         parts: In how many parts of the steps the gradients at a border are kept.
         compares: Whether what a block returns when it runs again is compared with the first time.
         modules: What is known of time-invariant modules.
@@ -83,6 +84,7 @@ class Blockwise:
     one: Pass
     source: Callable[[], Frames]
     wants_input_gradient: bool
+    samples: Sequence[Sequence[Samples | None]]
     parts: int
     compares: bool
     modules: InvariantModules
@@ -146,20 +148,22 @@ class _OneBlock:
         self.exit: Any = exit
         self._entry = entry
         self._whole, self._number, self._block, self._known = whole, number, block, known
+        self._samples = whole.samples[number]
         self._moment = _Moment()
         self._token = torch.zeros((), requires_grad=True)
 
     def forward(self) -> None:
         """Run all steps without a graph."""
         where = _Where()
-
-        def keep(returned: Any, steps: int) -> None:
-            self._known.first.runs = False
-            self.exit.put(where.start, returned)
-
-        one = self._pass(keep, learns=False)
         tried = [_ForWhole(self._whole.tried, self._whole.one)] if self._number == 0 else []
-        self._through(one, None, (where, *tried), _Nowhere())
+        for samples in self._samples:
+
+            def keep(returned: Any, steps: int, samples: Samples | None = samples) -> None:
+                self._known.first.runs = False
+                self.exit.put(where.start, returned, samples)
+
+            one = self._pass(keep, learns=False, samples=samples)
+            self._through(one, None, (where, *tried), _Nowhere())
         if self.exit.is_static:
             self.exit.gather()
 
@@ -177,42 +181,49 @@ class _OneBlock:
         where, static = _Where(), self.exit.gathers
         if static and not is_last:
             return  # its gradients are still added up
-        compared = self._compared() if self._whole.compares and not static else None
+        for samples in self._samples:
+            self._learn_again(part, where, static, samples)
+        if is_last:
+            self.exit.forget()
+
+    def _learn_again(self, part: tuple[int, ...], where: _Where, static: bool, samples: Samples | None) -> None:
+        compares = self._whole.compares and not static and samples is None
+        compared = Compared([self.exit.value(start)] for start in self.exit.starts()) if compares else None
 
         def read(returned: Tensor, steps: int) -> Tensor:
             self._known.first.runs = False
             if compared is not None:
                 compared.add([returned])
-            gradient = self.exit.gradient(where.start) if where.selected else None
+            gradient = self.exit.gradient(where.start, samples) if where.selected else None
             if gradient is None or not returned.requires_grad:
                 return torch.zeros(())
             given: Tensor = _Given.apply(returned, [gradient])
             return given
 
         # what is the same at every step is so at the first, and all gradients are there
-        one = self._pass(read, learns=True, selected=(0,) if static else part, again=True)
+        one = self._pass(read, learns=True, selected=(0,) if static else part, again=True, samples=samples)
         nothing = Objective(lambda given, call: given, _back_propagate, lambda call: None)
         self._through(one, nothing, (where,), _Nowhere())
-        if is_last:
-            self.exit.forget()
-
-    def _compared(self) -> Compared:
-        starts = self.exit.starts()
-        return Compared([self.exit.value(start)] for start in starts)
 
     def _pass(
-        self, read: Callable[[Any, int], Any], learns: bool, selected: tuple[int, ...] | None = None, again: bool = False
+        self,
+        read: Callable[[Any, int], Any],
+        learns: bool,
+        selected: tuple[int, ...] | None = None,
+        again: bool = False,
+        samples: Samples | None = None,
     ) -> Pass:
         whole = self._whole.one
         selected = whole.selected if selected is None else selected
         runs_again = not learns and self.exit.wants_gradient
-        frees = not (runs_again or self._whole.compares)
+        goes_on = samples is not None and samples.stop < samples.batch  # with other samples of the same values
+        frees = not (runs_again or self._whole.compares or goes_on)
         kept_from = selected[0] if learns else 0  # for the parts before
         entry, block = self._entry, self._block
 
         def enter(start: int) -> Any:
             assert entry is not None
-            return block(entry.enter(start, self._token, frees and start >= kept_from, self._fired))
+            return block(entry.enter(start, self._token, frees and start >= kept_from, self._fired, samples))
 
         return replace(
             whole,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.chain import module_of
 from sltt_ext.online.packing import pack_bits, unpack_bits
 
-__all__ = ["Border", "levels"]
+__all__ = ["Border", "Samples", "levels"]
 
 _MOST = 15  # numbers up to here are kept as bits
 _SAME_NUMBERS = {
@@ -71,6 +72,33 @@ def _of_neuron(module: SLTTNeuron, place: int | None) -> Levels | None:
     return (1, fired[1]) if fired is not None and fired[0] is whole else None
 
 
+@dataclass(frozen=True)
+class Samples:
+    """A part of a batch.
+
+    Attributes:
+        axis: Where the batch is.
+        start: Its first sample.
+        stop: The sample after its last one.
+        batch: How many samples the batch has.
+    """
+
+    axis: int
+    start: int
+    stop: int
+    batch: int
+
+    def of(self, value: Tensor) -> Tensor:
+        """This part of a value."""
+        return value.narrow(self.axis, self.start, self.stop - self.start)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A value of the whole batch, of zeros, like one of a part."""
+        shape = list(value.shape)
+        shape[self.axis] = self.batch
+        return value.new_zeros(shape)
+
+
 class Border:
     """The values between two blocks, of all calls of a pass, each by the step that its call begins with.
 
@@ -85,11 +113,11 @@ class Border:
         self.wants_gradient = wants_gradient
         self.gathers = False
         self._levels = levels
-        self._values: dict[int, _Packed | _AsItIs] = {}
+        self._values: dict[int, list[_Packed | _AsItIs]] = {}  # one for each part of the batch
         self._gradients: dict[int, Tensor] = {}
 
-    def put(self, start: int, value: Any) -> None:
-        """Keep the value of a call.
+    def put(self, start: int, value: Any, samples: Samples | None = None) -> None:
+        """Keep the value of a call, for the batch or the next part of it.
 
         Raises:
             ConfigurationError: If it is no tensor.
@@ -100,7 +128,8 @@ class Border:
             )
         value = value.detach()
         known = self._levels() if value.is_floating_point() and value.layout is torch.strided else None
-        self._values[start] = _AsItIs(value) if known is None else _Packed(value, *known)
+        self._axis = 0 if samples is None else samples.axis
+        self._values.setdefault(start, []).append(_AsItIs(value) if known is None else _Packed(value, *known))
 
     def value(self, start: int) -> Tensor:
         """The value of a call.
@@ -108,15 +137,18 @@ class Border:
         Raises:
             ConfigurationError: If the block that reads it has changed it in place.
         """
-        kept = self._values[start]
-        if isinstance(kept, _AsItIs) and kept.is_changed():
+        parts = self._values[start]
+        if any(isinstance(part, _AsItIs) and part.is_changed() for part in parts):
             raise ConfigurationError(
                 f"blocks= has a border at {self.name!r}, whose value the next layers change in place: have them compute out of "
                 "place (inplace=False, x = x + y), or name other blocks"
             )
-        return kept.value()
+        values = [part.value() for part in parts]
+        return values[0] if len(values) == 1 else torch.cat(values, self._axis)
 
-    def enter(self, start: int, token: Tensor, last: bool, fired: Callable[[Tensor, Tensor | None], None]) -> Tensor:
+    def enter(
+        self, start: int, token: Tensor, last: bool, fired: Callable[[Tensor, Tensor | None], None], samples: Samples | None
+    ) -> Tensor:
         """The value of a call as the next block reads it, whose gradient comes back here.
 
         Args:
@@ -124,15 +156,18 @@ class Border:
             token: A leaf, by which autograd knows that a gradient is wanted.
             last: Whether nobody reads it again.
             fired: Told of a value that is spikes.
+            samples: The part of the batch that is read; None for all.
         """
-        value, kept = self.value(start), self._values[start]
+        value, kept = self.value(start), self._values[start][0]
+        if samples is not None:
+            value = samples.of(value) if isinstance(kept, _AsItIs) else samples.of(value).clone()
         if last:
             del self._values[start]
         if not (self.wants_gradient and torch.is_grad_enabled()):
             return value
         holder = [value]
         del value
-        entered: Tensor = _Enter.apply(token, holder, partial(self._add, start))
+        entered: Tensor = _Enter.apply(token, holder, partial(self._add, start, samples))
         if isinstance(kept, _Packed) and kept.most == 1:
             fired(entered, kept.factor)
         return entered
@@ -148,7 +183,7 @@ class Border:
     @property
     def is_static(self) -> bool:
         """Whether all calls have one tensor."""
-        kept = list(self._values.values())
+        kept = [part for parts in self._values.values() for part in parts]
         first = kept[0] if kept else None
         return len(kept) > 1 and isinstance(first, _AsItIs) and all(map(first.is_same, kept))
 
@@ -156,12 +191,23 @@ class Border:
         """Have the gradients of all calls added up as they come, since their values are one tensor."""
         self.gathers = True
 
-    def gradient(self, start: int) -> Tensor | None:
-        """The gradient of the value of a call, or of all; it is no longer kept."""
-        return self._gradients.pop(0 if self.gathers else start, None)
-
-    def _add(self, start: int, gradient: Tensor) -> None:
+    def gradient(self, start: int, samples: Samples | None) -> Tensor | None:
+        """The gradient of the value of a call, or of all calls; it is no longer kept once the last samples have theirs."""
         start = 0 if self.gathers else start
+        if samples is None:
+            return self._gradients.pop(start, None)
+        whole = self._gradients.get(start)
+        if samples.stop == samples.batch:
+            self._gradients.pop(start, None)
+        return None if whole is None else samples.of(whole)
+
+    def _add(self, start: int, samples: Samples | None, gradient: Tensor) -> None:
+        start = 0 if self.gathers else start
+        if samples is not None:
+            if start not in self._gradients:
+                self._gradients[start] = samples.whole(gradient)
+            samples.of(self._gradients[start]).add_(gradient)
+            return
         before = self._gradients.get(start)
         if before is None:
             # what autograd gives may be used elsewhere, too: only a sum is our own

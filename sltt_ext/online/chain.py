@@ -42,6 +42,8 @@ class Chain:
         net: The network, which takes one input.
 
     Attributes:
+        entry: The input.
+        nodes: What is computed, in order.
         points: Where a border may be.
 
     Raises:
@@ -53,7 +55,7 @@ class Chain:
         tracer.trace_network(net)
         self._reaches = tracer.reaches
         nodes = [node for node in tracer.graph.nodes if node.op != "get_attr"]
-        self._input, *self._nodes, output = nodes
+        self.entry, *self.nodes, output = nodes
         self._output: fx.Node = output.args[0]
         self.points = list(self._flows_through()) if isinstance(self._output, fx.Node) else []
         if not self.points:
@@ -66,9 +68,9 @@ class Chain:
 
     def _flows_through(self) -> Iterator[fx.Node]:
         """The values after which nothing else of before is read."""
-        place = {node: i for i, node in enumerate([self._input, *self._nodes])}
-        furthest = max((place.get(user, len(place)) for user in self._input.users), default=0)
-        for node in self._nodes:
+        place = {node: i for i, node in enumerate([self.entry, *self.nodes])}
+        furthest = max((place.get(user, len(place)) for user in self.entry.users), default=0)
+        for node in self.nodes:
             if furthest <= place[node] and node is not self._output and node.users:
                 if not any(_writes_to(user, node) for user in node.users):
                     yield node
@@ -92,7 +94,7 @@ class Chain:
                 times = f"runs {len(reached)} times" if reached else "does not run, or is inside of what cannot be traced"
                 raise ConfigurationError(f"blocks= names {paths[module]!r}, which {times}: name modules that run once")
             for node in reached[0]:
-                if node not in (self._input, self._output) and node not in self.points:
+                if node not in (self.entry, self._output) and node not in self.points:
                     raise ConfigurationError(
                         f"blocks= names {paths[module]!r}, and data flows past {node.name!r}, a value at its border: name "
                         "modules that all data flows through, such as whole residual blocks"
@@ -107,7 +109,7 @@ class Chain:
         Raises:
             ConfigurationError: If a module with state or buffers runs in two of them.
         """
-        blocks, entry, waiting = [], self._input, list(self._nodes)
+        blocks, entry, waiting = [], self.entry, list(self.nodes)
         for border in (*borders, self._output):
             until = waiting.index(border) + 1
             blocks.append(Block(waiting[:until], entry, border))
