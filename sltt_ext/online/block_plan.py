@@ -22,7 +22,7 @@ from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "check_options"]
 
 
 class Blocks:
@@ -58,6 +58,7 @@ class Blocks:
         packs: bool,
         grouping: Grouping,
         tried: SpeedUp,
+        wrapper: nn.Module | None,
     ) -> Blockwise:
         """How the iteration runs.
 
@@ -70,10 +71,12 @@ class Blocks:
             packs: Whether spikes are saved as bits.
             grouping: Who is told that steps may not share a call.
             tried: A trial of the whole network in its first call.
+            wrapper: What the network is wrapped in.
 
         Raises:
             ConfigurationError: If the network has no such blocks.
         """
+        _check_network(one.net, wrapper)
         chain = Chain(one.net)
         points = tuple(point.name for point in chain.points)
         if points != self._points:
@@ -125,7 +128,26 @@ class Blocks:
         return [Samples(self._axis, start, stop, batch) for start, stop in zip(edges, edges[1:])]
 
 
-def check_network(net: nn.Module, wrapper: nn.Module | None) -> None:
+def check_options(loss_on: str, on_step: Any, chunk: Any, in_windows: bool) -> None:
+    """See that the options of a trainer go with blocks.
+
+    Raises:
+        ConfigurationError: If one does not.
+    """
+    if on_step is not None:
+        reason = "on_step= changes weights between two steps, which run together here"
+    elif loss_on != "step":
+        reason = f"loss_on={loss_on!r} has one loss for all steps, and blocks= takes the loss of each step"
+    elif chunk == "auto":
+        reason = "chunk='auto' takes as many steps as there is memory, and blocks= as little memory as there may be: give a number"
+    elif in_windows:
+        reason = "temporal='call' with chunk > 1 needs a multi-step network here"
+    else:
+        return
+    raise ConfigurationError(f"blocks= does not go with this: {reason}")
+
+
+def _check_network(net: nn.Module, wrapper: nn.Module | None) -> None:
     """See that the parts of a network may be called without it.
 
     Raises:

@@ -247,6 +247,8 @@ class _Tracer(fx.Tracer):
                 self.reasons[name] = one_line(error, 200)
                 while (node := next(reversed(self.graph.nodes))) is not before:
                     self.graph.erase_node(node)
+        elif isinstance(m, StatefulModule) and any(True for _ in m.children()):
+            self.reasons[name] = f"a {type(m).__name__} runs the steps of what is in it by itself"
         if found is ABSENT:
             found = self.create_proxy("call_module", path, args, kwargs)
             found.node.meta.update(module=m, path=name)

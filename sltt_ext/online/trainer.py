@@ -17,7 +17,7 @@ from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarni
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
-from sltt_ext.online.block_plan import Blocks
+from sltt_ext.online.block_plan import Blocks, check_options
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
     Step,
@@ -202,6 +202,8 @@ class OnlineTrainer:
         self.wrapper = wrapper
         self.blocks = blocks
         self._blocks = None if blocks is None else Blocks(blocks)
+        if blocks is not None:
+            check_options(self.loss_on, on_step, chunk, in_windows=False)
         budget = options.budget(memory_budget, self.chunk)
         self._common: torch.Generator | None = None
         self._grouping = Grouping(self.chunk, budget, updates=on_step is not None)
@@ -339,9 +341,10 @@ class OnlineTrainer:
         """The sum of the losses of a run that goes block by block."""
         if isinstance(x, Iterator):
             raise InputError("blocks= goes through the frames twice: give a tensor or a list, not an iterator")
+        check_options(self.loss_on, self.on_step, self.chunk, self._in_windows(one.multi_step))
         plan = blocks.plan(
             one, x, partial(self._source, x, one.multi_step), modules=self._modules, caches=self._caches(),
-            packs=self.pack_spikes, grouping=self._grouping, tried=self._tried,
+            packs=self.pack_spikes, grouping=self._grouping, tried=self._tried, wrapper=self.wrapper,
         )  # fmt: skip
         back_propagates = Objective(objective.loss, partial(back_propagate_all, backward=self.backward), objective.after)
         return plan.run(back_propagates, guards, mean)
