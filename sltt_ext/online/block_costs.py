@@ -64,7 +64,9 @@ class Cost:
 
 def batch_size(frame: Any, axis: int) -> int:
     """How many samples the input of a call has; 0 where that is not known."""
-    sizes = {leaf.shape[axis] for leaf in tree_leaves(frame) if isinstance(leaf, Tensor) and leaf.dim() > axis}
+    sizes = {
+        leaf.shape[axis] for leaf in tree_leaves(frame) if isinstance(leaf, Tensor) and leaf.dim() > axis
+    }
     return sizes.pop() if len(sizes) == 1 else 0
 
 
@@ -86,7 +88,9 @@ def costs(chain: Chain, one: Pass, frame: Any, static: bool, packs: bool) -> lis
     axis = int(one.multi_step)
     batch = batch_size(frame, axis)
     if batch > _SAMPLES:
-        few = tree_map(lambda leaf: leaf.detach().narrow(axis, 0, _SAMPLES) if isinstance(leaf, Tensor) else leaf, frame)
+        few = tree_map(
+            lambda leaf: leaf.detach().narrow(axis, 0, _SAMPLES) if isinstance(leaf, Tensor) else leaf, frame
+        )
         try:
             return _counted(chain, one, few, static, packs, batch / _SAMPLES)
         except ConfigurationError:
@@ -124,7 +128,9 @@ def _counted(chain: Chain, one: Pass, frame: Any, static: bool, packs: bool, fac
         block.seen = seen.see
         with saved_tensors_hooks(seen.save, lambda tensor: tensor):
             mine = gradients(block)
-        if not any(isinstance(value, FakeTensor) for value in mine) and not all(map(_is_close, mine, gradients(one.run))):
+        if not any(isinstance(value, FakeTensor) for value in mine) and not all(
+            map(_is_close, mine, gradients(one.run))
+        ):
             raise ConfigurationError(
                 "blocks= runs the network as its forward was traced, and that gives another output or gradient than the network "
                 "itself: leave blocks= out, or have what forward decides depend on nothing but its modules and input"
@@ -135,7 +141,9 @@ def _counted(chain: Chain, one: Pass, frame: Any, static: bool, packs: bool, fac
 class _Seen:
     """What was seen of each node."""
 
-    def __init__(self, chain: Chain, axis: int, static: bool, packs: bool, factor: float, others: set[int]) -> None:
+    def __init__(
+        self, chain: Chain, axis: int, static: bool, packs: bool, factor: float, others: set[int]
+    ) -> None:
         self._nodes = chain.nodes
         self._points = set(chain.points)
         self._axis = axis
@@ -262,7 +270,12 @@ def peak_bytes(found: Sequence[Cost], borders: Sequence[int], calls: int, gradie
 
 def parts_of_batch(found: Sequence[Cost], borders: Sequence[int], calls: int, gradients: int) -> list[int]:
     """In how many parts of the batch each block runs: as few as do not raise the peak."""
-    peak, ends, kept, parts = peak_bytes(found, borders, calls, gradients), [-1, *borders, len(found) - 1], 0, []
+    peak, ends, kept, parts = (
+        peak_bytes(found, borders, calls, gradients),
+        [-1, *borders, len(found) - 1],
+        0,
+        [],
+    )
     for entry, exit in zip(ends, ends[1:]):
         numbers = (1, 2, 4, _MOST_PARTS)
         needs = (_Need(found, calls, gradients, number).of_block(entry, exit, kept) for number in numbers)
@@ -308,7 +321,9 @@ class _Need:
         """All that lives while it runs, where borders in front of it keep so many bytes."""
         parts = self._parts if self._runs_in_parts(entry, exit) else 1
         between = 2 * self._largest_value(entry, exit)
-        forward = self.border(entry, exit) + (between + self._state[exit + 1] - self._state[entry + 1]) // parts
+        forward = (
+            self.border(entry, exit) + (between + self._state[exit + 1] - self._state[entry + 1]) // parts
+        )
         saved = self._saved[exit + 1] - self._saved[entry + 1]
         after, before = self._gradient(entry, exit), self._gradient(-1, entry)
         gradients = after + before if parts > 1 else max(after, before)

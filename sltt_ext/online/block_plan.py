@@ -38,7 +38,9 @@ class Blocks:
     def __init__(self, chosen: Literal["auto"] | Sequence[nn.Module]) -> None:
         named = isinstance(chosen, Sequence) and not isinstance(chosen, str) and len(chosen) > 0
         if not (chosen == "auto" or (named and all(isinstance(module, nn.Module) for module in chosen))):
-            raise ConfigurationError(f"blocks must be None, 'auto' or a list of modules of the network, got {chosen!r}")
+            raise ConfigurationError(
+                f"blocks must be None, 'auto' or a list of modules of the network, got {chosen!r}"
+            )
         self._chosen = chosen
         self._points: tuple[str, ...] = ()
         self._borders: set[str] = set()
@@ -93,7 +95,9 @@ class Blocks:
             known=self._known,
             one=one,
             source=source,
-            wants_input_gradient=any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(x)),
+            wants_input_gradient=any(
+                isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(x)
+            ),
             samples=[self._samples(number, batch) for number in self._in_parts],
             parts=1,
             compares=compares,
@@ -161,4 +165,6 @@ def _check_network(net: nn.Module, wrapper: nn.Module | None) -> None:
         reason = "it has hooks of its own, which would see no call (put them on modules in it)"
     else:
         return
-    raise ConfigurationError(f"blocks= runs the parts of the network without calling it itself, and {reason}: leave blocks= out")
+    raise ConfigurationError(
+        f"blocks= runs the parts of the network without calling it itself, and {reason}: leave blocks= out"
+    )

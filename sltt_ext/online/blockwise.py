@@ -115,7 +115,9 @@ class Blockwise:
         total = None
         guards = [_ToTheEnd(guard) for guard in guards]
         for number, part in enumerate(reversed(self._parts())):
-            own = last.learn(part, objective, guards, outputs if number == 0 else _Nowhere(), again=number > 0)
+            own = last.learn(
+                part, objective, guards, outputs if number == 0 else _Nowhere(), again=number > 0
+            )
             total = own if total is None else _sum(total, own)
             for run in reversed(before):
                 if not run.exit.wants_gradient:
@@ -143,7 +145,13 @@ class _OneBlock:
     """All that one block does in an iteration."""
 
     def __init__(
-        self, whole: Blockwise, number: int, block: Block, known: BlockKnowledge, entry: Border | None, exit: Border | None
+        self,
+        whole: Blockwise,
+        number: int,
+        block: Block,
+        known: BlockKnowledge,
+        entry: Border | None,
+        exit: Border | None,
     ) -> None:
         self.exit: Any = exit
         self._entry = entry
@@ -168,7 +176,12 @@ class _OneBlock:
             self.exit.gather()
 
     def learn(
-        self, part: tuple[int, ...], objective: Objective, guards: Sequence[SpeedUp], outputs: Outputs, again: bool
+        self,
+        part: tuple[int, ...],
+        objective: Objective,
+        guards: Sequence[SpeedUp],
+        outputs: Outputs,
+        again: bool,
     ) -> Tensor | None:
         """Run the steps of the last block with their losses, and back-propagate a part of them."""
         where, whole = _Where(), self._whole.one
@@ -186,7 +199,9 @@ class _OneBlock:
         if is_last:
             self.exit.forget()
 
-    def _learn_again(self, part: tuple[int, ...], where: _Where, static: bool, samples: Samples | None) -> None:
+    def _learn_again(
+        self, part: tuple[int, ...], where: _Where, static: bool, samples: Samples | None
+    ) -> None:
         compares = self._whole.compares and not static and samples is None
         compared = Compared([self.exit.value(start)] for start in self.exit.starts()) if compares else None
 
@@ -216,7 +231,9 @@ class _OneBlock:
         whole = self._whole.one
         selected = whole.selected if selected is None else selected
         runs_again = not learns and self.exit.wants_gradient
-        goes_on = samples is not None and samples.stop < samples.batch  # with other samples of the same values
+        goes_on = (
+            samples is not None and samples.stop < samples.batch
+        )  # with other samples of the same values
         frees = not (runs_again or self._whole.compares or goes_on)
         kept_from = selected[0] if learns else 0  # for the parts before
         entry, block = self._entry, self._block

@@ -147,7 +147,12 @@ class Border:
         return values[0] if len(values) == 1 else torch.cat(values, self._axis)
 
     def enter(
-        self, start: int, token: Tensor, last: bool, fired: Callable[[Tensor, Tensor | None], None], samples: Samples | None
+        self,
+        start: int,
+        token: Tensor,
+        last: bool,
+        fired: Callable[[Tensor, Tensor | None], None],
+        samples: Samples | None,
     ) -> Tensor:
         """The value of a call as the next block reads it, whose gradient comes back here.
 
@@ -294,5 +299,3 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         ctx.back(gradient)
         return None, None, None
-
-

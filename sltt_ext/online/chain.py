@@ -25,7 +25,7 @@ from sltt_ext.errors import ConfigurationError, one_line
 from sltt_ext.forwards import has_own_forward
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.attributes import ABSENT, is_same, plain_attributes, put
-from sltt_ext.online.snapshot import without_modes
+from sltt_ext.online.snapshot import random_numbers, without_modes
 
 __all__ = ["Block", "Chain", "module_of"]
 
@@ -69,8 +69,15 @@ class Chain:
     def _flows_through(self) -> Iterator[fx.Node]:
         """The values after which nothing else of before is read."""
         place = {node: i for i, node in enumerate([self.entry, *self.nodes])}
+        # what a module keeps at one place flows to the others
+        last: dict[Any, int] = {
+            module: place[node]
+            for node in self.nodes
+            if (module := module_of(node)) is not None and _keeps(module)
+        }
         furthest = max((place.get(user, len(place)) for user in self.entry.users), default=0)
         for node in self.nodes:
+            furthest = max(furthest, last.get(module_of(node), 0))
             if furthest <= place[node] and node is not self._output and node.users:
                 if not any(_writes_to(user, node) for user in node.users):
                     yield node
@@ -91,38 +98,32 @@ class Chain:
                 )
             reached = self._reaches.get(module, [])
             if len(reached) != 1:
-                times = f"runs {len(reached)} times" if reached else "does not run, or is inside of what cannot be traced"
-                raise ConfigurationError(f"blocks= names {paths[module]!r}, which {times}: name modules that run once")
+                times = (
+                    f"runs {len(reached)} times"
+                    if reached
+                    else "does not run, or is inside of what cannot be traced"
+                )
+                raise ConfigurationError(
+                    f"blocks= names {paths[module]!r}, which {times}: name modules that run once"
+                )
             for node in reached[0]:
                 if node not in (self.entry, self._output) and node not in self.points:
                     raise ConfigurationError(
-                        f"blocks= names {paths[module]!r}, and data flows past {node.name!r}, a value at its border: name "
-                        "modules that all data flows through, such as whole residual blocks"
+                        f"blocks= names {paths[module]!r}, and data, or the state of a module that runs twice, "
+                        f"flows past {node.name!r}, a value at its border: name modules that all flows through, such as whole "
+                        "residual blocks"
                     )
                 if node in self.points:
                     found.append(node)
         return [node for node in self.points if node in set(found)]
 
     def blocks(self, borders: Sequence[fx.Node]) -> list[Block]:
-        """The blocks between these borders.
-
-        Raises:
-            ConfigurationError: If a module with state or buffers runs in two of them.
-        """
+        """The blocks between these borders."""
         blocks, entry, waiting = [], self.entry, list(self.nodes)
         for border in (*borders, self._output):
             until = waiting.index(border) + 1
             blocks.append(Block(waiting[:until], entry, border))
             entry, waiting = border, waiting[until:]
-        seen: dict[nn.Module, int] = {}
-        for number, block in enumerate(blocks):
-            for path, module in block.named_modules():
-                shared = seen.setdefault(module, number) != number
-                if shared and (isinstance(module, StatefulModule) or module._buffers):
-                    raise ConfigurationError(
-                        f"{path!r} runs in two blocks, and what it keeps at one place is there at the other: use a "
-                        "module of its own at each place, or put both in one block"
-                    )
         return blocks
 
 
@@ -150,7 +151,9 @@ class Block(nn.Module):
             for given in node.all_input_nodes:
                 if given.op == "get_attr":
                     held = given.meta["tensor"]
-                    (self._parameters if isinstance(held, nn.Parameter) else self._buffers)[str(given.target)] = held
+                    (self._parameters if isinstance(held, nn.Parameter) else self._buffers)[
+                        str(given.target)
+                    ] = held
 
     def forward(self, x: Any) -> Any:
         """The value at the exit, of that at the entry."""
@@ -179,6 +182,11 @@ def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
+
+
+def _keeps(module: nn.Module) -> bool:
+    """Whether a module, or one in it, keeps something from call to call."""
+    return any(isinstance(one, StatefulModule) or one._buffers for one in module.modules())
 
 
 def _writes_to(user: fx.Node, node: fx.Node) -> bool:
@@ -231,7 +239,12 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        if any(hooks) or has_own_forward(m) or isinstance(m, StatefulModule) or not any(True for _ in m.children()):
+        if (
+            any(hooks)
+            or has_own_forward(m)
+            or isinstance(m, StatefulModule)
+            or not any(True for _ in m.children())
+        ):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -247,7 +260,9 @@ class _Tracer(fx.Tracer):
                 self.reasons[name] = one_line(error, 200)
                 while (node := next(reversed(self.graph.nodes))) is not before:
                     self.graph.erase_node(node)
-        elif isinstance(m, StatefulModule) and any(True for _ in m.children()):
+        elif isinstance(m, StatefulModule) and any(
+            isinstance(child, StatefulModule) for child in [*m.modules()][1:]
+        ):
             self.reasons[name] = f"a {type(m).__name__} runs the steps of what is in it by itself"
         if found is ABSENT:
             found = self.create_proxy("call_module", path, args, kwargs)
@@ -258,19 +273,24 @@ class _Tracer(fx.Tracer):
         return found
 
     def _through(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, drawn = dict(plain_attributes(m)), _drawn()
+        before, drawn, draw_again = dict(plain_attributes(m)), _drawn(), random_numbers(m)
         try:
             found = forward(*args, **kwargs)
         finally:
+            draws = _drawn() != drawn
+            if draws:
+                draw_again()
             after = dict(plain_attributes(m))
             left = [
-                key for key in before.keys() | after.keys() if not is_same(before.get(key, ABSENT), after.get(key, ABSENT))
+                key
+                for key in before.keys() | after.keys()
+                if not is_same(before.get(key, ABSENT), after.get(key, ABSENT))
             ]
             for key in left:
                 put(key, before.get(key, ABSENT))
         if left:
             raise _NotTracedError(f"its forward sets {left[0][1][0]!r}")
-        if _drawn() != drawn:
+        if draws:
             raise _NotTracedError("its forward draws random numbers")
         return found
 
@@ -279,7 +299,9 @@ class _Tracer(fx.Tracer):
             raise _NotTracedError("its forward makes a tensor")
         return super().create_arg(a)
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **named: Any
+    ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *others, **named)
         if kind == "get_attr":
             *path, name = str(target).split(".")

@@ -102,7 +102,9 @@ class PackedSpikes(SpeedUp):
             freed = self._freed.popleft()
             if (known := self._spikes.get(freed.key)) is not None and known.storage is freed:
                 del self._spikes[freed.key]
-        storage = _Storage(spikes.untyped_storage(), self._freed.append)  # no code that an interrupt could hit
+        storage = _Storage(
+            spikes.untyped_storage(), self._freed.append
+        )  # no code that an interrupt could hit
         storage.key = id(spikes.untyped_storage())
         self._spikes[storage.key] = _Spikes(spikes, factor, storage)
 

@@ -336,17 +336,27 @@ class OnlineTrainer:
             return loss, mean.value()
 
     def _in_blocks(
-        self, blocks: Blocks, one: Pass, x: Any, objective: Objective, guards: Sequence[SpeedUp], mean: MeanOutput
+        self,
+        blocks: Blocks,
+        one: Pass,
+        x: Any,
+        objective: Objective,
+        guards: Sequence[SpeedUp],
+        mean: MeanOutput,
     ) -> Tensor | None:
         """The sum of the losses of a run that goes block by block."""
         if isinstance(x, Iterator):
-            raise InputError("blocks= goes through the frames twice: give a tensor or a list, not an iterator")
+            raise InputError(
+                "blocks= goes through the frames twice: give a tensor or a list, not an iterator"
+            )
         check_options(self.loss_on, self.on_step, self.chunk, self._in_windows(one.multi_step))
         plan = blocks.plan(
             one, x, partial(self._source, x, one.multi_step), modules=self._modules, caches=self._caches(),
             packs=self.pack_spikes, grouping=self._grouping, tried=self._tried, wrapper=self.wrapper,
         )  # fmt: skip
-        back_propagates = Objective(objective.loss, partial(back_propagate_all, backward=self.backward), objective.after)
+        back_propagates = Objective(
+            objective.loss, partial(back_propagate_all, backward=self.backward), objective.after
+        )
         return plan.run(back_propagates, guards, mean)
 
     def _speed_ups(
