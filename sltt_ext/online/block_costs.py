@@ -12,7 +12,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -159,9 +159,9 @@ class _Seen:
         self._now = node
         value = run()
         module = module_of(node)
-        if module is not None and (is_time_invariant(module) or is_counting_batch_norm(module)):
-            if all(given in self._static for given in node.all_input_nodes):
-                self._static.add(node)
+        invariant = module is not None and (is_time_invariant(module) or is_counting_batch_norm(module))
+        if invariant and all(given in self._static for given in node.all_input_nodes):
+            self._static.add(node)
         if isinstance(value, Tensor):
             self._values[node] = (value.numel() * value.itemsize * self._factor, True)
             if levels(node) is not None:
@@ -262,7 +262,7 @@ def peak_bytes(found: Sequence[Cost], borders: Sequence[int], calls: int, gradie
     """The bytes that a pass with these borders needs at its peak."""
     need, kept, peak = _Need(found, calls, gradients), 0, 0
     ends = [-1, *borders, len(found) - 1]
-    for entry, exit in zip(ends, ends[1:]):
+    for entry, exit in pairwise(ends):
         peak = max(peak, need.of_block(entry, exit, kept))
         kept += need.border(entry, exit)
     return peak
@@ -276,7 +276,7 @@ def parts_of_batch(found: Sequence[Cost], borders: Sequence[int], calls: int, gr
         0,
         [],
     )
-    for entry, exit in zip(ends, ends[1:]):
+    for entry, exit in pairwise(ends):
         numbers = (1, 2, 4, _MOST_PARTS)
         needs = (_Need(found, calls, gradients, number).of_block(entry, exit, kept) for number in numbers)
         parts.append(next(number for number, need in zip(numbers, needs) if need <= peak))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from sltt_ext.online.distributed import is_distributed
 from sltt_ext.online.frames import Frames
 from sltt_ext.online.grouping import Grouping
 from sltt_ext.online.invariant_trials import InvariantModules
-from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
+from sltt_ext.online.passes import Pass, SpeedUp
 
 __all__ = ["Blocks", "check_options"]
 
@@ -46,6 +45,7 @@ class Blocks:
         self._borders: set[str] = set()
         self._in_parts: list[int] = []
         self._axis = 0
+        self._static = False
         self._known: list[BlockKnowledge] = []
         self._compared = False
 
@@ -99,6 +99,7 @@ class Blocks:
                 isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(x)
             ),
             samples=[self._samples(number, batch) for number in self._in_parts],
+            static=self._static and one.source.static is not None,
             parts=1,
             compares=compares,
             modules=modules,
@@ -113,13 +114,13 @@ class Blocks:
         given = source()
         frame = given.take(0, min(one.sizes.chunk, one.stop))
         found = costs(chain, one, frame, given.static is not None, packs)
+        calls, learned = (-(-steps // one.sizes.chunk) for steps in (one.stop, len(one.selected)))
         if self._chosen == "auto":
-            calls, learned = (-(-steps // one.sizes.chunk) for steps in (one.stop, len(one.selected)))
             places = least_borders(found, calls, learned)
-            self._in_parts = parts_of_batch(found, places, calls, learned)
         else:
             places = [chain.nodes.index(node) for node in chain.borders_around(self._chosen, one.net)]  # type: ignore[arg-type]
-            self._in_parts = [1] * (len(places) + 1)
+        self._in_parts = parts_of_batch(found, places, calls, learned)
+        self._static = bool(places) and found[places[0]].static
         self._borders = {chain.nodes[place].name for place in places}
         self._axis = int(one.multi_step)
 
@@ -129,7 +130,7 @@ class Blocks:
         if number < 2:
             return [None]
         edges = [batch * i // number for i in range(number + 1)]
-        return [Samples(self._axis, start, stop, batch) for start, stop in zip(edges, edges[1:])]
+        return [Samples(self._axis, start, stop, batch) for start, stop in itertools.pairwise(edges)]
 
 
 def check_options(loss_on: str, on_step: Any, chunk: Any, in_windows: bool) -> None:

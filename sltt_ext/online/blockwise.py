@@ -20,6 +20,7 @@ runs the blocks anew up to its last step.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.borders import Border, Samples, levels
@@ -70,6 +71,7 @@ class Blockwise:
         source: Makes its input over time; once for each time that the first block runs.
         wants_input_gradient: Whether the input wants a gradient.
         samples: In which parts of the batch each block runs; only None where all samples run together.
+        static: Whether the first block's value may be the same at every step.
         parts: In how many parts of the steps the gradients at a border are kept.
         compares: Whether what a block returns when it runs again is compared with the first time.
         modules: What is known of time-invariant modules.
@@ -85,6 +87,7 @@ class Blockwise:
     source: Callable[[], Frames]
     wants_input_gradient: bool
     samples: Sequence[Sequence[Samples | None]]
+    static: bool
     parts: int
     compares: bool
     modules: InvariantModules
@@ -131,14 +134,16 @@ class Blockwise:
         for block in self.blocks[:-1]:
             wants = wants or bool(outer_tensors(block))
             name = block.exit.meta.get("path", block.exit.name)
-            borders.append(Border(name, partial(levels, block.exit), wants))
+            borders.append(
+                Border(name, partial(levels, block.exit), wants, self.static and len(borders) == 1)
+            )
         return [*borders, None]
 
     def _parts(self) -> list[tuple[int, ...]]:
         """The selected steps, in so many parts."""
         steps, parts = self.one.selected, self.parts
         edges = [len(steps) * number // parts for number in range(parts + 1)]
-        return [steps[start:stop] for start, stop in zip(edges, edges[1:])]
+        return [steps[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 class _OneBlock:

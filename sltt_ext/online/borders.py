@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch._subclasses import FakeTensor
 
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.neuron import SLTTNeuron
@@ -35,7 +35,7 @@ Levels = tuple[int, Tensor | None]
 """Whole numbers up to the first, each times the second (None: 1)."""
 
 
-def levels(node: fx.Node) -> Levels | None:
+def levels(node: fx.Node) -> Levels | None:  # noqa: PLR0911
     """Which numbers the value of a node may be; None where that is not known."""
     inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
     if node.op == "call_module":
@@ -106,11 +106,15 @@ class Border:
         name: What the value is called.
         levels: Tells which numbers it may be; None for any.
         wants_gradient: Whether anything before it wants a gradient.
+        may_be_same: Whether the value may be the same at all steps: equal values are then one.
     """
 
-    def __init__(self, name: str, levels: Callable[[], Levels | None], wants_gradient: bool) -> None:
+    def __init__(
+        self, name: str, levels: Callable[[], Levels | None], wants_gradient: bool, may_be_same: bool = False
+    ) -> None:
         self.name = name
         self.wants_gradient = wants_gradient
+        self._may_be_same = may_be_same
         self.gathers = False
         self._levels = levels
         self._values: dict[int, list[_Packed | _AsItIs]] = {}  # one for each part of the batch
@@ -127,6 +131,15 @@ class Border:
                 f"blocks= has a border at {self.name!r}, whose value is a {type(value).__name__} and no tensor: name other blocks"
             )
         value = value.detach()
+        first = next(iter(self._values.values()), [None])[0]
+        if (
+            self._may_be_same
+            and isinstance(first, _AsItIs)
+            and start not in self._values
+            and first.equals(value)
+        ):
+            self._values[start] = [first]
+            return
         known = self._levels() if value.is_floating_point() and value.layout is torch.strided else None
         self._axis = 0 if samples is None else samples.axis
         self._values.setdefault(start, []).append(_AsItIs(value) if known is None else _Packed(value, *known))
@@ -230,6 +243,13 @@ class _AsItIs:
 
     def is_changed(self) -> bool:
         return _version(self._value) != self._version
+
+    def equals(self, value: Tensor) -> bool:
+        """Whether a value has the same numbers; they are read only where it is in other memory."""
+        if self.is_same(_AsItIs(value)):
+            return True
+        alike = self._value.shape == value.shape and self._value.dtype == value.dtype
+        return alike and (isinstance(value, FakeTensor) or torch.equal(self._value, value))
 
     def is_same(self, other: Any) -> bool:
         mine = self._value

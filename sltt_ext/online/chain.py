@@ -78,9 +78,9 @@ class Chain:
         furthest = max((place.get(user, len(place)) for user in self.entry.users), default=0)
         for node in self.nodes:
             furthest = max(furthest, last.get(module_of(node), 0))
-            if furthest <= place[node] and node is not self._output and node.users:
-                if not any(_writes_to(user, node) for user in node.users):
-                    yield node
+            changed = any(_writes_to(user, node) for user in node.users)
+            if furthest <= place[node] and node is not self._output and node.users and not changed:
+                yield node
             furthest = max(furthest, *(place.get(user, len(place)) for user in node.users), 0)
 
     def borders_around(self, modules: Sequence[nn.Module], net: nn.Module) -> list[fx.Node]:

@@ -51,12 +51,17 @@ def test_bytes_are_those_of_the_whole_batch():
     found = dict(
         zip([node.meta.get("path") for node in chain.nodes], costs(chain, one, one.source.static, True, True))
     )
-    assert found["0"].value == 6 * 6 * 64 * 4 and found["0"].static and found["0"].by_sample
-    assert found["1"].kept == found["1"].value // 32 and found["1"].state == found["1"].value
+    assert found["0"].value == 6 * 6 * 64 * 4
+    assert found["0"].static
+    assert found["0"].by_sample
+    assert found["1"].kept == found["1"].value // 32
+    assert found["1"].state == found["1"].value
     assert found["2"].saved == found["1"].kept  # the spikes that it reads, as bits
-    assert not found["2"].static and found["4"].kept == found["4"].value // 32  # pooled spikes are spikes
+    assert not found["2"].static
+    assert found["4"].kept == found["4"].value // 32
     assert torch.equal(torch.get_rng_state(), before)
-    assert net[1].v == 0.0 and all(parameter.grad is None for parameter in net.parameters())
+    assert net[1].v == 0.0
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_batch_norms_see_the_whole_batch():
@@ -79,6 +84,6 @@ def test_a_forward_that_is_another_one_when_traced():
             Counts.calls += 1
             return self.layers(x) * Counts.calls
 
-    net, one, chain = planned(Counts(), torch.rand(5, 4))
+    _net, one, chain = planned(Counts(), torch.rand(5, 4))
     with pytest.raises(ConfigurationError, match="gives another output"):
         costs(chain, one, one.source.static, True, False)

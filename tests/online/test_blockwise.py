@@ -253,7 +253,8 @@ def test_gradients_accumulate_and_states_are_at_rest():
     once = [gradient.clone() for gradient in oracle.gradients(net)]
     online.forward_backward(x, target)
     assert oracle.relative_error(oracle.gradients(net), [2 * gradient for gradient in once]) < 1e-6
-    assert net[1].v == 0.0 and net[3].v == 0.0
+    assert net[1].v == 0.0
+    assert net[3].v == 0.0
 
 
 @pytest.mark.parametrize("pack_spikes", [False, True])

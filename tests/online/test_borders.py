@@ -41,8 +41,10 @@ def test_gradients_come_back_to_the_border():
     entered = kept.enter(2, token, True, lambda *spikes: fired.append(spikes), None)
     (entered * torch.arange(3)).sum().backward()
     assert torch.equal(kept.gradient(2, None), torch.arange(3.0).expand(4, 3))
-    assert kept.gradient(2, None) is None and token.grad is None
-    assert fired[0][0] is entered and kept.starts() == []
+    assert kept.gradient(2, None) is None
+    assert token.grad is None
+    assert fired[0][0] is entered
+    assert kept.starts() == []
 
 
 def test_a_value_that_is_the_same_at_all_steps_has_one_gradient():
@@ -74,7 +76,8 @@ def test_parts_of_the_batch(levels):
         assert torch.equal(entered, part.of(value))
         (entered * (part.start + 1)).sum().backward()
     found = torch.cat([kept.gradient(0, part) for part in parts])
-    assert found[:2].eq(1).all() and found[2:].eq(3).all()
+    assert found[:2].eq(1).all()
+    assert found[2:].eq(3).all()
     assert kept.gradient(0, None) is None
 
 
@@ -89,3 +92,13 @@ def test_a_value_that_is_changed_in_place():
 def test_what_is_no_tensor():
     with pytest.raises(ConfigurationError, match="no tensor"):
         border().put(0, (torch.ones(3), torch.ones(3)))
+
+
+def test_equal_values_are_one_where_they_may_be():
+    kept = Border("x", lambda: None, True, may_be_same=True)
+    kept.put(0, torch.ones(3))
+    kept.put(1, torch.ones(3))
+    assert kept.is_static
+    kept.put(2, torch.zeros(3))
+    assert not kept.is_static
+    assert torch.equal(kept.value(2), torch.zeros(3))

@@ -25,7 +25,8 @@ def test_points_of_a_sequential():
 def test_points_of_a_residual_network():
     found = names(networks.resnet18())
     assert found[:6] == ["conv1", "bn1", "sn1", "maxpool", "add", "layer1.0.sn2"]
-    assert found[-2:] == ["avgpool", "flatten"] and not any("conv2" in name for name in found)
+    assert found[-2:] == ["avgpool", "flatten"]
+    assert not any("conv2" in name for name in found)
 
 
 def test_blocks_give_what_the_network_gives():
@@ -83,8 +84,10 @@ def test_what_cannot_be_traced_is_one_node(kind):
     state = torch.get_rng_state(), random.getstate()
     chain = Chain(sltt_ext.convert(net))
     assert [node.meta.get("path") for node in chain.nodes] == ["0", "1", "2", "3", "4"]
-    assert odd.kept is None and int(odd.seen) == 0
-    assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
+    assert odd.kept is None
+    assert int(odd.seen) == 0
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
 
 
 def test_the_reason_is_said():
