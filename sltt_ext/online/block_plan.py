@@ -30,6 +30,9 @@ class Blocks:
     Args:
         chosen: ``"auto"``, or modules of the network.
 
+    Attributes:
+        parts: In how many parts of the steps the gradients at a border are kept, where a call has one step.
+
     Raises:
         ConfigurationError: If it is neither.
     """
@@ -40,6 +43,7 @@ class Blocks:
             raise ConfigurationError(
                 f"blocks must be None, 'auto' or a list of modules of the network, got {chosen!r}"
             )
+        self.parts = 1
         self._chosen = chosen
         self._points: tuple[str, ...] = ()
         self._borders: set[str] = set()
@@ -100,7 +104,7 @@ class Blocks:
             ),
             samples=[self._samples(number, batch) for number in self._in_parts],
             static=self._static and one.source.static is not None,
-            parts=1,
+            parts=min(self.parts, len(one.selected)) if one.sizes.chunk == 1 else 1,
             compares=compares,
             modules=modules,
             caches=caches,

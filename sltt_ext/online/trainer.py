@@ -145,6 +145,7 @@ class OnlineTrainer:
         blocks: Go through the network block by block, all T steps of a block and then the next: each block's output is kept
             for all steps, spikes as bits, and its states are not; each block but the last runs once more. ``"auto"``
             finds the blocks; or give modules of the network, each of which becomes a block, as do the parts between them.
+            Neurons are at rest afterwards. Blocks whose layers treat each sample by itself run a part of the batch at a time.
         wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
             inside a LightningModule); None where ``net`` itself is the wrapped one.
 

@@ -401,3 +401,16 @@ def test_a_module_that_cannot_be_traced_is_run_as_it_is():
     x, target = 3 * torch.rand(3, 4), torch.tensor([0, 1, 2])
     expected = oracle.sltt_gradients(net, [x] * T, target, F.cross_entropy)
     assert oracle.relative_error(gradients(net, x, target), expected) < 1e-6
+
+
+@pytest.mark.parametrize(("parts", "steps"), [(2, range(T)), (T, range(T)), (2, STEPS)])
+def test_gradients_of_a_part_of_the_steps_at_a_time(parts, steps):
+    net = networks.conv_net(neuron.LIFNode)
+    x, target = networks.images()
+    expected = oracle.sltt_gradients(net, [x] * T, target, F.cross_entropy, tuple(steps))
+    online = trainer(net, schedule=lambda *_: steps)
+    online._blocks.parts = parts
+    for _ in range(2):
+        net.zero_grad()
+        online.forward_backward(x, target)
+        assert oracle.relative_error(oracle.gradients(net), expected) < 1e-6
