@@ -130,7 +130,8 @@ class Blockwise:
 
     def _borders(self) -> list[Any]:
         """The borders in front of each block and behind it; None around the network."""
-        wants, borders = self.wants_input_gradient, [None]
+        wants = self.wants_input_gradient
+        borders: list[Any] = [None]
         for block in self.blocks[:-1]:
             wants = wants or bool(outer_tensors(block))
             name = block.exit.meta.get("path", block.exit.name)
