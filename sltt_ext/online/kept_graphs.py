@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakSet
@@ -21,7 +21,7 @@ from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.online.states import keep_charged
 from sltt_ext.online.storages import storage_of
 
-__all__ = ["Found", "Graphs", "Opening"]
+__all__ = ["Compared", "Found", "Graphs", "Opening"]
 
 
 class Found:
@@ -118,7 +118,7 @@ class Graphs(SpeedUp, Outputs):
         first_run, self._first_run = self._first_run, []
         self._found.again += 1
         self._found.compares = False
-        return _Compared(first_run)
+        return Compared(first_run)
 
 
 class _Saved:
@@ -177,14 +177,14 @@ def _refuse(dropped: None = None) -> Tensor:
     )
 
 
-class _Compared(Outputs):
+class Compared(Outputs):
     """The outputs of a second run, which have to be those of the first.
 
     Args:
         first_run: Those.
     """
 
-    def __init__(self, first_run: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, first_run: Iterable[Sequence[Tensor]]) -> None:
         self._first_run = iter(first_run)
 
     def add(self, output_seq: Any) -> None:

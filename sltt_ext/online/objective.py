@@ -18,6 +18,7 @@ __all__ = [
     "IterationLoss",
     "LossFn",
     "back_propagate",
+    "back_propagate_all",
     "reaches_every_leaf",
     "sum_of_losses",
     "targets_of_steps",
@@ -155,6 +156,21 @@ def back_propagate(loss: Tensor, backward: Backward | None) -> None:
             "before the module keeps it. (Or the frames, the target or the loss have a graph of their own that all steps "
             "share: detach() them)"
         ) from error
+
+
+def back_propagate_all(loss: Tensor, backward: Backward | None) -> None:
+    """Accumulate the gradient of ``loss``, and see that every tensor that it follows from gets its part.
+
+    Raises:
+        LossError: If ``backward`` names its inputs, and so gives others none.
+    """
+    if backward is None:
+        back_propagate(loss, None)
+    elif not reaches_every_leaf(loss, backward):
+        raise LossError(
+            "backward= does not give a gradient to everything that the loss follows from (does it name inputs=?), and "
+            "blocks= has to hand gradients on: leave blocks= out"
+        )
 
 
 def reaches_every_leaf(loss: Tensor, backward: Backward) -> bool:

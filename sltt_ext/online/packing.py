@@ -96,19 +96,25 @@ class PackedSpikes(SpeedUp):
     def _fire(self, neuron: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
         fired = neuron.spikes(output)
-        if fired is not None and fired[0].requires_grad:
-            while self._freed:
-                freed = self._freed.popleft()
-                if (known := self._spikes.get(freed.key)) is not None and known.storage is freed:
-                    del self._spikes[freed.key]
-            tensor, factor = fired
-            storage = _Storage(
-                tensor.untyped_storage(), self._freed.append
-            )  # no code that an interrupt could hit
-            storage.key = id(tensor.untyped_storage())
-            source = None if (potential := neuron.potential(output)) is None else _Potential(*potential)
-            self._spikes[storage.key] = _Spikes(tensor, factor, storage, source or _Bits(self._tables))
+        if fired is not None:
+            spikes, factor = fired
+            self.fired(spikes, factor, neuron.potential(output) if spikes.requires_grad else None)
         return output
+
+    def fired(self, spikes: Tensor, factor: Tensor | None, potential: tuple[Any, ...] | None = None) -> None:
+        """Take note of a tensor of zeros and, for a spike, ones or ``factor``; ``potential`` is what it can be made of again."""
+        if not (self._enabled and spikes.requires_grad):
+            return
+        while self._freed:
+            freed = self._freed.popleft()
+            if (known := self._spikes.get(freed.key)) is not None and known.storage is freed:
+                del self._spikes[freed.key]
+        storage = _Storage(
+            spikes.untyped_storage(), self._freed.append
+        )  # no code that an interrupt could hit
+        storage.key = id(spikes.untyped_storage())
+        source = _Bits(self._tables) if potential is None else _Potential(*potential)
+        self._spikes[storage.key] = _Spikes(spikes, factor, storage, source)
 
     def _pack(self, tensor: Tensor) -> _Saved:
         self._asked = True

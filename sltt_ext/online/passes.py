@@ -90,7 +90,7 @@ class Pass:
         from_rest: Whether states are reset first.
         differentiable: Whether the selected calls run with a graph, also where they are not back-propagated here.
         keeps_from: The step from which on these graphs are kept; the others are dropped.
-        again: Only the selected calls up to there, which have run before.
+        again: It has run before; only the selected calls up to there do again, unless it begins at rest.
         replaced: What is changed for it, and put back at its end.
     """
 
@@ -118,7 +118,7 @@ class Pass:
         """The calls, in order; each takes its frames when it is its turn."""
         sizes = self.sizes
         for start, stop, selected in runs(self.stop, self.selected, sizes.chunk, sizes.group):
-            if self.again and (not selected or self.keeps(start)):
+            if self.again and not self.from_rest and (not selected or self.keeps(start)):
                 self.source.take(start, stop)  # a stream gives its frames in order
                 continue
             whole, rest = divmod(stop - start, sizes.part)

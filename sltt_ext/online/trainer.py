@@ -17,6 +17,7 @@ from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTWarni
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
+from sltt_ext.online.block_plan import Blocks, check_options
 from sltt_ext.online.blocks import CompiledCode
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.cuda_graphs import IterationGraphs
@@ -49,6 +50,7 @@ from sltt_ext.online.objective import (
     IterationLoss,
     LossFn,
     back_propagate,
+    back_propagate_all,
     reaches_every_leaf,
     sum_of_losses,
     targets_of_steps,
@@ -153,6 +155,10 @@ class OnlineTrainer:
             ``on_step``. Your own module takes part with an attribute ``sltt_time_invariant = True``.
         pack_spikes: Store spikes that are saved for backward as bits, and of what average pooling saves the
             shape: less memory, a little more time. ``"auto"`` plans it, as it does for ``cache_invariant``.
+        blocks: Go through the network block by block, all T steps of a block and then the next: each block's output is kept
+            for all steps, spikes as bits, and its states are not; each block but the last runs once more. ``"auto"``
+            finds the blocks; or give modules of the network, each of which becomes a block, as do the parts between them.
+            Neurons are at rest afterwards. Blocks whose layers treat each sample by itself run a part of the batch at a time.
         graph: Experimental: run whole iterations as CUDA graphs, one launch instead of thousands, once the first few have
             run without. For networks on a CUDA device, in one process, with a loss per step; what cannot be captured is
             named in an error. Python runs only while an iteration is captured: what is no tensor (a weight in the loss,
@@ -189,6 +195,7 @@ class OnlineTrainer:
         cache_invariant: bool | Literal["auto"] = "auto",
         pack_spikes: bool | Literal["auto"] = "auto",
         graph: bool = False,
+        blocks: Literal["auto"] | Sequence[nn.Module] | None = None,
         wrapper: nn.Module | None = None,
         compile: bool | Literal["try"] = False,
     ) -> None:
@@ -216,9 +223,15 @@ class OnlineTrainer:
             options.one_loss(self.loss_on, target_time_dim, on_step)
         self.cache_invariant = options.on_or_off("cache_invariant", cache_invariant)
         self.pack_spikes = options.on_or_off("pack_spikes", pack_spikes)
+        if blocks is not None:  # a plan of its own
+            self.chunk = self.chunk if asked else 1
+            self.cache_invariant, self.pack_spikes = bool(self.cache_invariant), bool(self.pack_spikes)
+            check_options(self.loss_on, on_step, self.chunk, in_windows=False)
         self.memory_budget = options.budget(memory_budget, self.chunk, self.pack_spikes, self.cache_invariant)
         self.wrapper = wrapper
         self._graphs = IterationGraphs() if options.graph(graph, self._not_captured()) else None
+        self.blocks = blocks
+        self._blocks = None if blocks is None else Blocks(blocks)
         self._is_measuring = False
         self.compile = options.compiles(compile)
         self._code = CompiledCode(self.compile)
@@ -401,14 +414,39 @@ class OnlineTrainer:
             objective = Objective(loss_of_call, self._back_propagating(once), self._after)
         with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
             mean = MeanOutput()
+            if self._blocks is not None and objective is not None:
+                return self._in_blocks(self._blocks, one, iteration, x, objective, guards, mean), mean.value()
             loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
             return loss, mean.value()
+
+    def _in_blocks(
+        self,
+        blocks: Blocks,
+        one: Pass,
+        iteration: Iteration,
+        x: Any,
+        objective: Objective,
+        guards: Sequence[SpeedUp],
+        mean: MeanOutput,
+    ) -> Tensor | None:
+        """The sum of the losses of a run that goes block by block."""
+        if isinstance(x, Iterator):
+            raise InputError(
+                "blocks= goes through the frames twice: give a tensor or a list, not an iterator"
+            )
+        check_options(self.loss_on, self.on_step, self.chunk, self._in_windows(one.multi_step))
+        plan = blocks.plan(
+            one, x, partial(self._source, x, one.multi_step), modules=self._modules, caches=self._caches(iteration),
+            packs=iteration.way.packs, grouping=self._grouping, tried=self._tried, wrapper=self.wrapper,
+        )  # fmt: skip
+        back_propagates = Objective(
+            objective.loss, partial(back_propagate_all, backward=self.backward), objective.after
+        )
+        return plan.run(back_propagates, guards, mean)
 
     def _speed_ups(
         self, one: Pass, step: Step, iteration: Iteration, once: EvaluatedOnce | None = None
     ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
-        # weights have to stay as they are, and versions to be counted
-        caches = iteration.way.caches and self.on_step is None and not torch.is_inference_mode_enabled()
         windows, settings = self._in_windows(one.multi_step), iteration.settings
         packs = iteration.way.packs and (self.pack_spikes is True or not others_save())
         iteration.packed.append(packed := PackedSpikes(packs))
@@ -416,9 +454,13 @@ class OnlineTrainer:
         return speed_ups_of(
             one.sizes, tried=SpeedUp() if settings else self._tried, first=self._first, kept=self._kept, step=step,
             grouping=self._grouping, measuring=measuring, stopwatch=iteration.stopwatch, settings=settings,
-            modules=self._modules, caches=caches and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
+            modules=self._modules, caches=self._caches(iteration) and not windows, keeps_graphs=not is_distributed(self.wrapper or self.net),
             packed=packed, once=once, charges=not windows, code=None if windows else self._code,
         )  # fmt: skip
+
+    def _caches(self, iteration: Iteration) -> bool:
+        """Whether what does not depend on time is evaluated once: weights have to stay as they are, and versions to be counted."""
+        return iteration.way.caches and self.on_step is None and not torch.is_inference_mode_enabled()
 
     def _whole(
         self,
