@@ -33,16 +33,16 @@ def require_all(modules: Sequence[str], extra: str) -> None:
     Raises:
         MissingDependencyError: If the package of one is not installed.
     """
-    missing = []
+    missing: list[MissingDependencyError] = []
     for module in modules:
         try:
             require(module, extra)
         except MissingDependencyError as error:
-            missing.append(str(error.name))
-    if not missing:
-        return
-    names = " and ".join([", ".join(missing[:-1]), missing[-1]] if len(missing) > 1 else missing)
-    raise MissingDependencyError(
-        f"{names} {'are' if len(missing) > 1 else 'is'} not installed: pip install 'sltt-ext[{extra}]'",
-        name=missing[0],
-    )
+            missing.append(error)
+    if len(missing) == 1:
+        raise missing[0]
+    if missing:
+        *names, last = (str(error.name) for error in missing)
+        raise MissingDependencyError(
+            f"{', '.join(names)} and {last} are not installed: pip install 'sltt-ext[{extra}]'", name=names[0]
+        )

@@ -15,16 +15,17 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Lines:
-    """Prints how far something is, at once and then every ten seconds at most.
+    """Prints how far something is, every ten seconds at most.
 
     Args:
         console: A ``rich.console.Console``.
+        at_once: Whether the first line is printed without waiting.
     """
 
-    def __init__(self, console: Any) -> None:
+    def __init__(self, console: Any, at_once: bool = False) -> None:
         self._console = console
         self._start = time.monotonic()
-        self._latest = -SECONDS_BETWEEN_LINES
+        self._latest = -SECONDS_BETWEEN_LINES if at_once else 0.0
         self._what = ""
 
     def __call__(self, what: str, done: int, total: int) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sltt_ext.analysis.analyze import Analysis
+    from sltt_ext.analysis.credit import Credit, TemporalCredit
 
 __all__ = ["cautions", "verdict"]
 
@@ -61,7 +62,7 @@ def take(analysis: Analysis) -> str:
     """What to use, in a word or two."""
     if analysis.similarity is not None and not analysis.similarity.overall.cosine >= KEPT:
         credit = analysis.credit
-        row = None if credit is None else credit.smallest(KEPT_BY_WINDOW)
+        row = _smallest_window(credit)
         return (
             "BPTT"
             if row is None or row.window == analysis.activity.time_steps
@@ -96,6 +97,12 @@ def seconds(analysis: Analysis, method: str) -> float | None:
     return next((row.relative_seconds for row in rows if row.method == method), None)
 
 
+def _smallest_window(credit: TemporalCredit | None) -> Credit | None:
+    """The smallest window, of two steps or more, that keeps enough."""
+    rows = () if credit is None else credit.select("network")
+    return next((row for row in rows if row.window > 1 and row.cosine >= KEPT_BY_WINDOW), None)
+
+
 def _saved(analysis: Analysis) -> str:
     time = seconds(analysis, "SLTT")
     return f"{memory(analysis):.0%} of BPTT's memory" + (
@@ -116,7 +123,7 @@ def _k(analysis: Analysis) -> list[str]:
 
 def _window(analysis: Analysis) -> str:
     credit = analysis.credit
-    row = None if credit is None else credit.smallest(KEPT_BY_WINDOW)
+    row = _smallest_window(credit)
     if credit is None or row is None or row.window == credit.time_steps:
         return (
             f"No shorter window keeps {KEPT_BY_WINDOW:g}. What that costs in accuracy, only training shows: compare both before you "

@@ -58,7 +58,7 @@ def run_demo(settings: DemoSettings, output: Path, console: Any = None) -> dict[
     console.print(
         f"This takes {_in_words(seconds_needed(settings, data))} here. sltt demo --quick is a short one."
     )
-    lines = None if console.is_terminal else Lines(console)  # a file shows no bars
+    lines = None if console.is_terminal else Lines(console, at_once=True)  # a file shows no bars
     trainings = {name: Training(method, settings, data) for name, method in METHODS.items()}
     columns = (
         progress_bars.TextColumn("{task.description:8}"),

@@ -67,6 +67,11 @@ def test_a_window_is_advised_where_sltt_keeps_too_little():
     assert take(found) == "windows of 2"
 
 
+def test_a_window_of_one_step_is_no_advice():
+    """The first batch may be kinder than all of them."""
+    assert take(analysis(cosine=0.88, windows=((1, 0.96), (2, 0.97), (6, 1.0)))) == "windows of 2"
+
+
 def test_bptt_is_advised_where_no_window_keeps_enough():
     found = analysis(cosine=0.72, windows=((1, 0.72), (2, 0.8), (6, 1.0)))
     assert verdict(found)[1].startswith("No shorter window keeps 0.95.")

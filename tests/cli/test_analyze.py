@@ -306,7 +306,7 @@ def test_output_that_nobody_reads_on_is_no_error(arguments):
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode in (0, 1), done.stderr) == (True, "")
 
 
 def test_debug_gives_the_traceback():

@@ -94,11 +94,15 @@ SLOW = ["sequential", "sequential, multi-step", "blocks", "blocks, parametrised"
 CASES = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in NETS]
 
 
+PLAN = {"chunk": 1, "pack_spikes": False, "cache_invariant": True}
+"""Nothing has to be measured before something is compiled."""
+
+
 def pair(net, **options):
     """A trainer that compiles, and one that does not, of equal networks."""
     net = sltt_ext.convert(net)
-    plain = sltt_ext.OnlineTrainer(copy.deepcopy(net), F.cross_entropy, T, **options)
-    return sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile=True, **options), plain
+    plain = sltt_ext.OnlineTrainer(copy.deepcopy(net), F.cross_entropy, T, **{**PLAN, **options})
+    return sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile=True, **{**PLAN, **options}), plain
 
 
 def graphs():
@@ -148,7 +152,7 @@ def test_gradient_of_the_oracle():
     net = Net()
     reference = copy.deepcopy(net)
     expected = oracle.sltt_gradients(reference, [X] * T, TARGET, F.cross_entropy)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, compile=True)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, compile=True, **PLAN)
     for _ in range(2):
         net.zero_grad()
         online.forward_backward(X, TARGET)
@@ -163,7 +167,7 @@ def test_gradient_through_norms_that_are_taken_apart(monkeypatch):
     net = Net().double().train()
     x = X.double()
     expected = oracle.sltt_gradients(net, [x] * T, TARGET, F.cross_entropy)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, compile=True)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, compile=True, **PLAN)
     for _ in range(2):
         net.zero_grad()
         online.forward_backward(x, TARGET)
@@ -255,7 +259,7 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is():
     net.insert(2, Unfit())
     net = sltt_ext.convert(net)
     plain = sltt_ext.OnlineTrainer(copy.deepcopy(net), F.cross_entropy, T)
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile="try")
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile="try", **PLAN)
     iterate(online, 0)
     with pytest.warns(SLTTWarning, match="cannot be compiled"):
         iterate(online, 1)
@@ -279,3 +283,16 @@ def test_multi_step_of_snntorch():
 def test_other_values_are_refused(value):
     with pytest.raises(ConfigurationError, match="compile must be"):
         sltt_ext.OnlineTrainer(sltt_ext.convert(networks.conv_net()), F.cross_entropy, T, compile=value)
+
+
+def test_nothing_is_compiled_before_the_plan_is_decided():
+    net = sltt_ext.convert(networks.conv_net(step_mode="m"))
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile=True)
+    for iteration in range(40):
+        if online.plan.is_decided:
+            break
+        iterate(online, iteration)
+        assert graphs() == 0
+    for iteration in range(3):
+        iterate(online, iteration)
+    assert graphs() > 0
