@@ -6,7 +6,7 @@ from sltt_ext.errors import ConversionError, SLTTError
 from sltt_ext.module_over_time import over_time
 from sltt_ext.online import CrossEntropyMSELoss, OnlineResult, OnlineTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConversionError",
