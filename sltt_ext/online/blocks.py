@@ -92,13 +92,13 @@ class CompiledCode:
         Raises:
             CompilationError: If the network may not run as it is.
         """
-        what = f"the network cannot be compiled: {path or type(module).__name__}: {_reason(error)}"
+        what = f"{path or type(module).__name__}: {_reason(error)}"
         if not self._may_fail:
             raise CompilationError(
-                f"{what}. Say compile='try' to run it as it is instead, or leave compile out"
+                f"the network cannot be compiled: {what}. Say compile='try' to run it as it is instead, or leave compile out"
             ) from error
         self.on = False
-        warnings.warn(f"{what}. It runs as it is", SLTTWarning, stacklevel=2)
+        warnings.warn(f"the network cannot be compiled: {what}. It runs as it is", SLTTWarning, stacklevel=2)
 
     def _kind_of_pass(self, one: Pass) -> tuple[Any, ...]:
         return one.learns, one.differentiable, one.again, one.net.training
