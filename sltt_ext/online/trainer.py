@@ -223,9 +223,11 @@ class OnlineTrainer:
             options.one_loss(self.loss_on, target_time_dim, on_step)
         self.cache_invariant = options.on_or_off("cache_invariant", cache_invariant)
         self.pack_spikes = options.on_or_off("pack_spikes", pack_spikes)
-        if blocks is not None:  # a plan of its own
+        if blocks is not None or compile:  # a plan of its own
             self.chunk = self.chunk if asked else 1
-            self.cache_invariant, self.pack_spikes = bool(self.cache_invariant), bool(self.pack_spikes)
+            self.cache_invariant = bool(self.cache_invariant)
+            self.pack_spikes = self.pack_spikes is True or (self.pack_spikes == "auto" and not compile)
+        if blocks is not None:
             check_options(self.loss_on, on_step, self.chunk, in_windows=False)
         self.memory_budget = options.budget(memory_budget, self.chunk, self.pack_spikes, self.cache_invariant)
         self.wrapper = wrapper

@@ -127,8 +127,8 @@ def test_equal_to_the_network_as_it_is(name):
     assert oracle.relative_error(oracle.gradients(online.net), oracle.gradients(plain.net)) < 1e-6
     assert seen[0] == 0 < seen[2]  # the first iteration is watched
     assert seen[3] == seen[4] == seen[5]
-    assert torch.equal(online.predict(X), plain.predict(X))
-    assert torch.equal(online.predict(X), plain.predict(X))
+    for _ in range(2):
+        torch.testing.assert_close(online.predict(X), plain.predict(X), rtol=0, atol=1e-6 * ROUNDS[name])
 
 
 @pytest.mark.parametrize("backend", [pytest.param("inductor", marks=pytest.mark.slow)])
@@ -258,7 +258,7 @@ def test_a_network_that_cannot_be_compiled_runs_as_it_is():
     net = networks.conv_net()
     net.insert(2, Unfit())
     net = sltt_ext.convert(net)
-    plain = sltt_ext.OnlineTrainer(copy.deepcopy(net), F.cross_entropy, T)
+    plain = sltt_ext.OnlineTrainer(copy.deepcopy(net), F.cross_entropy, T, **PLAN)
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile="try", **PLAN)
     iterate(online, 0)
     with pytest.warns(SLTTWarning, match="cannot be compiled"):
@@ -285,14 +285,15 @@ def test_other_values_are_refused(value):
         sltt_ext.OnlineTrainer(sltt_ext.convert(networks.conv_net()), F.cross_entropy, T, compile=value)
 
 
-def test_nothing_is_compiled_before_the_plan_is_decided():
+def test_an_iteration_is_planned_before_anything_is_compiled():
+    """Only who asks for it by chunk="auto" has iterations measured, in which nothing is compiled."""
     net = sltt_ext.convert(networks.conv_net(step_mode="m"))
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile=True)
-    for iteration in range(40):
-        if online.plan.is_decided:
-            break
-        iterate(online, iteration)
+    assert sltt_ext.OnlineTrainer(net, F.cross_entropy, T, compile=True).chunk == 1
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, chunk="auto", compile=True)
+    iterate(online, 0)
+    while not online.plan.is_decided:
         assert graphs() == 0
-    for iteration in range(3):
-        iterate(online, iteration)
+        iterate(online, 1)
+    for _ in range(3):
+        iterate(online, 2)
     assert graphs() > 0
