@@ -275,15 +275,18 @@ class Choices:
 
     def leanest(self) -> Way:
         """The way that needs the least memory."""
-        own = [self._lean()._replace(caches=caches) for caches in _values(self.caches, True)]
+        own = [
+            self._lean()._replace(packs=packs, caches=caches)
+            for packs in _values(self.packs, self.measured.packed, otherwise=self._packs())
+            for caches in _values(self.caches, True)
+        ]
         known = [way for way in own if self.measured.variant(way) in self.measured.needs]
         return min(known or [self._lean()], key=self._bytes)
 
     def is_leanest_known(self) -> bool:
         """Whether all has been counted that the leanest way is found by."""
-        return all(
-            self._is_known(trial) or self.measured.attempts.get(trial) for trial in self._of_bytes()[:3]
-        )
+        own = [trial for trial in self._of_bytes() if not trial.doubles]
+        return all(self._is_known(trial) or self.measured.attempts.get(trial) for trial in own)
 
     def _lean(self, chunk: int | None = None, sequences: bool | None = None) -> Way:
         """Packed, evaluated once, as far as the user lets it."""
@@ -308,12 +311,11 @@ class Choices:
         trials = [Trial(lean, timed=False)]
         if self.caches == "auto" and measured.modules:
             trials += [Trial(lean._replace(caches=False), timed=False)]
-        if self.asks != "least":
-            if self.shares:
-                chunk = 2 * self.part if self.automatic else self.part
-                trials.append(Trial(self._lean(chunk, sequences=True), timed=False, doubles=True))
-            if self.packs == "auto" and measured.packed:
-                trials.append(Trial(lean._replace(packs=False), timed=False))
+        if self.packs == "auto" and measured.packed:
+            trials.append(Trial(lean._replace(packs=False), timed=False))
+        if self.asks != "least" and self.shares:
+            chunk = 2 * self.part if self.automatic else self.part
+            trials.append(Trial(self._lean(chunk, sequences=True), timed=False, doubles=True))
         return trials
 
     def _is_known(self, trial: Trial) -> bool:

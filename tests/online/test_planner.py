@@ -118,6 +118,7 @@ def planner_measuring():
 
 def trained_on(online, iterations):
     for _ in range(iterations):
+        online.net.zero_grad()
         online.forward_backward(*networks.images(4))
 
 
