@@ -184,7 +184,9 @@ def test_configurations_are_the_papers_rows(config):
 def test_the_schedule_on_the_command_line_reaches_the_method():
     arguments = ["--config", str(CONFIGS[0]), "--method", "sltt-k", "--k", "2", "--schedule", "stratified"]
     plan = {"chunk": "auto", "pack_spikes": "auto", "cache_invariant": "auto"}
-    assert from_command_line("", arguments).chosen_method == Method("sltt", k=2, schedule="stratified", **plan)
+    assert from_command_line("", arguments).chosen_method == Method(
+        "sltt", k=2, schedule="stratified", **plan
+    )
 
 
 def test_every_row_has_a_configuration():
