@@ -1,6 +1,8 @@
 """What the processes of the distributed tests run: an iteration, and how often they talked to each other."""
 
+import itertools
 import random
+from functools import partial
 from unittest import mock
 
 import networks
@@ -95,8 +97,8 @@ def windows(rank, world_size, wrap, options):
 
 def plans(rank, world_size, step_mode, options):
     """The plan after each iteration, where clocks differ and one process alone has a larger batch later on."""
-    draw = random.Random(rank)
-    with mock.patch.object(stopwatch, "now", draw.random):
+    ticks = itertools.accumulate(iter(random.Random(rank).random, None))
+    with mock.patch.object(stopwatch, "now", partial(next, ticks)):
         online = trainer(DistributedDataParallel(network(step_mode)), **options)
         found = []
         for iteration in range(30):

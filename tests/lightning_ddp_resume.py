@@ -17,6 +17,7 @@ from sltt_ext.lightning import OnlineModule
 
 def run(epochs, checkpoint, *, seed, resume=False):
     """Weights of a run whose processes draw dropout of their own."""
+    torch.use_deterministic_algorithms(True)  # seconds decide over no plan
     net = networks.conv_net()
     net.insert(2, layer.Dropout(0.3))
     torch.manual_seed(seed + int(os.environ["RANK"]))

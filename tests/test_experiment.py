@@ -17,6 +17,7 @@ from sltt_ext.experiment import Experiment, main, run
 from sltt_ext.experiment.settings import from_command_line
 from sltt_ext.methods import Method
 
+pytestmark = pytest.mark.usefixtures("bytes_alone")  # of two runs, the same calls
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*/*.yaml"))
 DIGITS = Experiment(
@@ -182,7 +183,10 @@ def test_configurations_are_the_papers_rows(config):
 
 def test_the_schedule_on_the_command_line_reaches_the_method():
     arguments = ["--config", str(CONFIGS[0]), "--method", "sltt-k", "--k", "2", "--schedule", "stratified"]
-    assert from_command_line("", arguments).chosen_method == Method("sltt", k=2, schedule="stratified")
+    plan = {"chunk": "auto", "pack_spikes": "auto", "cache_invariant": "auto"}
+    assert from_command_line("", arguments).chosen_method == Method(
+        "sltt", k=2, schedule="stratified", **plan
+    )
 
 
 def test_every_row_has_a_configuration():

@@ -27,6 +27,7 @@ from sltt_ext.errors import (  # noqa: E402
 )
 from sltt_ext.lightning import NetworkMonitor, OnlineModule  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("bytes_alone")  # of two runs, the same calls
 T = 3
 
 

@@ -121,6 +121,8 @@ class PackedSpikes(SpeedUp):
         if self._averaging:
             self.has_packed = True
             return _Shape(tensor)
+        if tensor.layout is not torch.strided:
+            return _AsItIs(tensor)
         storage = tensor.untyped_storage()
         known = self._spikes.get(id(storage))
         if known is None or not known.is_still(tensor, storage):

@@ -21,9 +21,10 @@ from torch import nn
 from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.forwards import Replacements
 from sltt_ext.online.capture import capturing
-from sltt_ext.online.choices import Choices, Measured, Trial
+from sltt_ext.online.choices import Choices
 from sltt_ext.online.compiled import is_compiled
 from sltt_ext.online.grouping import CallBytes, Grouping, in_bytes
+from sltt_ext.online.measured import Measured, Trial
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import CallSizes
 from sltt_ext.online.plan import Plan, Way, size_of

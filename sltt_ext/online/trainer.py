@@ -370,7 +370,7 @@ class OnlineTrainer:
             raise ConfigurationError(
                 "the checkpoint is of a trainer without generator=: leave it out here, too"
             )
-        if "plan" in state:  # earlier versions had none: it is measured anew
+        if "calls" not in state:  # of earlier versions, which had no plan: it is measured anew
             self._planner.load_state_dict(state["plan"])
         if "time-invariant" in state:  # earlier versions found nothing out
             self._modules.load_state_dict(self.net, state["time-invariant"])

@@ -115,12 +115,12 @@ class Watch(SpeedUp):
 
 
 def _has_time_in_front(norm: nn.Module, x: Any, steps: int, samples: int) -> bool:
-    """Whether a norm reads ``[C, ...]``, if it takes sequences, or else one row of each sample and step, or several."""
+    """Whether a norm may read ``[C, ...]``, if it takes sequences, or else as many rows of one sample as of another."""
     if not isinstance(x, Tensor) or not x.dim():
         return False
-    if getattr(norm, "step_mode", None) == "m":
-        return len(x) == steps or len(x) == 1  # in a loop of the network's own
-    return len(x) % (steps * samples) == 0
+    if getattr(norm, "step_mode", None) == "m" and len(x) in (1, steps):  # 1 in a loop of the network's own
+        return True
+    return len(x) % samples == 0
 
 
 class _Seen(dict[str, Any]):

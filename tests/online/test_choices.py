@@ -4,8 +4,9 @@ import random
 
 import pytest
 
-from sltt_ext.online.choices import WITHIN, Choices, Measured
+from sltt_ext.online.choices import WITHIN, Choices
 from sltt_ext.online.grouping import CallBytes
+from sltt_ext.online.measured import Measured
 from sltt_ext.online.plan import Way
 
 LEARNS = (True, True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import sltt_ext
 from sltt_ext.errors import ConfigurationError, SLTTWarning
-from sltt_ext.online import planner, stopwatch
+from sltt_ext.online import grouping, planner, stopwatch
 from sltt_ext.online.grouping import ActivationMeter
 from sltt_ext.online.plan import Plan, size_of
 
@@ -97,7 +97,7 @@ def test_a_network_of_single_steps_is_run_on_sequences(make):
 @pytest.mark.parametrize("make", ["single-step", "norms, multi-step"])
 def test_measuring_ends(make, options, monkeypatch):
     measured = []
-    for room, name in ((planner, "Stopwatch"), (planner_measuring(), "ActivationMeter")):
+    for room, name in ((planner, "Stopwatch"), (grouping, "ActivationMeter")):
         kind = getattr(room, name)
         monkeypatch.setattr(room, name, lambda *args, kind=kind: measured.append(kind) or kind(*args))
     _, online = trained(NETWORKS[make](), 30, **options)
@@ -110,14 +110,9 @@ def test_measuring_ends(make, options, monkeypatch):
     assert bool(measured) is (options is not PLAIN)
 
 
-def planner_measuring():
-    from sltt_ext.online import grouping
-
-    return grouping
-
-
 def trained_on(online, iterations):
     for _ in range(iterations):
+        online.net.zero_grad()
         online.forward_backward(*networks.images(4))
 
 
@@ -211,6 +206,7 @@ class Flattening(nn.Module):
 
     def __init__(self):
         super().__init__()
+        torch.manual_seed(0)
         self.conv, self.neuron, self.head = (
             layer.Conv2d(1, 6, 3),
             neuron.LIFNode(v_threshold=0.3),
