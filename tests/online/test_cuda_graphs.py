@@ -224,11 +224,10 @@ def test_what_changes_between_iterations_is_seen(before):
 
 def test_autocast_has_a_graph_of_its_own_and_leaves_nothing_in_its_cache():
     found = []
-    for online in twins(k=1, full_output=False):
-        online.generator = torch.Generator().manual_seed(3)
+    for online in twins(schedule=lambda *_: (1,)):
         torch.manual_seed(5)
         own = []
-        for i in range(18):
+        for i in range(14):
             online.net.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=i % 4 > 0):
                 with torch.no_grad():
