@@ -45,8 +45,7 @@ class RecordedOperators:
                 outputs = run()
         finally:
             before.restore()
-        for tensor in outputs:
-            tensor.data.fill_(float("nan"))  # what no replay has written, nobody may read
+        recording.forget()
 
         def replay():
             self.replays += 1
@@ -59,6 +58,7 @@ class _Recording(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._operators = []
+        self._made = []
 
     @torch.no_grad()
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -67,7 +67,18 @@ class _Recording(TorchDispatchMode):
         given = _aliases((args, kwargs or {}))
         returned = func(*args, **(kwargs or {}))
         self._operators.append((func, given, _aliases(returned)))
+        own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(given)}
+        self._made += [
+            tensor
+            for tensor in _tensors(self._operators[-1][2])
+            if tensor.untyped_storage().data_ptr() not in own
+        ]
         return returned
+
+    def forget(self):
+        """All that was computed: what no replay has written yet, nobody may read."""
+        for tensor in self._made:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
 
     @torch.no_grad()
     def replay(self):

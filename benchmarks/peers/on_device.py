@@ -129,6 +129,11 @@ class Trainer:
             self._trainers[net] = self._trainer(net, task)
         return self._trainers[net].forward_backward(task.x, task.target)
 
+    def has_captured(self, net: nn.Module) -> bool:
+        """Whether iterations of a network run as CUDA graphs."""
+        graphs = self._trainers[net]._graphs
+        return graphs is not None and graphs.captured > 0
+
     def _trainer(self, net: nn.Module, task: Task) -> sltt_ext.OnlineTrainer:
         options = dict(self.options)
         if options.pop("k", None) is not None:
@@ -316,6 +321,7 @@ def _time_and_memory(cell: Cell) -> Row:
         started = device.allocated()
     seconds = list(_seconds(run, device, 1 if cell.tiny else None))
     peak = device.peak() - started
+    _check_captured(entrant, run)
     return cell.row(
         pixels=run.task.network.frame[-1],
         time_steps=run.task.time_steps,
@@ -327,10 +333,17 @@ def _time_and_memory(cell: Cell) -> Row:
 
 
 def _warm_up(cell: Cell, entrant: Entrant) -> int:
-    """How many iterations are not timed; what is captured for each draw has to have seen each."""
+    """How many iterations are not timed; what is captured for each draw has to have seen each of them often enough."""
     if cell.tiny:
         return 1
-    return WARM_UP * (TIME_STEPS if entrant.captures and entrant.contender.k is not None else 1)
+    if not entrant.captures:
+        return WARM_UP
+    return 3 * WARM_UP if entrant.contender.k is None else 6 * TIME_STEPS
+
+
+def _check_captured(entrant: Entrant, run: Run) -> None:
+    if entrant.captures and not entrant.contender.iterate.has_captured(run.net):  # type: ignore[attr-defined]
+        raise RuntimeError("no iteration was captured")
 
 
 def _seconds(run: Run, device: _Device, repeats: int | None) -> Iterator[float]:
@@ -357,6 +370,7 @@ def _launches(cell: Cell) -> Row:
     with torch.profiler.profile(activities=activities) as profile:
         run()
         torch.cuda.synchronize()
+    _check_captured(entrant, run)
     events = profile.events()
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     launches = [event for event in events if event.name.startswith(LAUNCHES)]

@@ -113,6 +113,9 @@ class IterationGraphs:
 
     Args:
         backend: Who captures.
+
+    Attributes:
+        captured: How many iterations have been captured.
     """
 
     def __init__(self, backend: GraphBackend | None = None) -> None:
