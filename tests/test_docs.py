@@ -234,6 +234,10 @@ def test_figures_of_where_sltt_fits_are_the_measured_ones():
         f"{hidden['cosine']} before training, {hidden['cosine_of_first_layer']} for the layer that reads"
     )
     assert figures in page
+    (pixels,) = (row for row in results("memory_tasks_similarity") if row["task"] == "digits pixel by pixel")
+    runs = paired.paired([row for row in results("memory_tasks") if row["task"] == pixels["task"]])
+    behind = f"{-runs['SLTT'].interval.mean:.0f} points behind"
+    assert f"{pixels['cosine_of_first_layer']} for that layer, and SLTT is {behind}" in page
 
 
 def test_where_sltt_is_at_chance_a_window_that_covers_the_delay_learns_with_less_memory():

@@ -195,7 +195,7 @@ ACCURACY_TABLES: dict[str, Callable[[], str]] = {
         figure,
         "accuracy.png",
         "accuracy_digits",
-        "Difference of each method's test accuracy to BPTT's, with 95 % intervals",
+        "Difference of each method's test accuracy to BPTT's, with 95 % intervals: digits, event digits and colour images above, tasks that need memory below",
     ),
     "accuracy cost": accuracy_cost,
     "accuracy by scale": accuracy_by_scale,
