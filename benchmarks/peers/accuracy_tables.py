@@ -121,7 +121,7 @@ def causes() -> str:
                 f"{accuracy.baseline_mean:.2f}",
                 f"{accuracy.mean:.2f}",
                 str(accuracy.interval or ""),
-                str(loss.interval or ""),
+                loss.interval.text(3) if loss.interval else "",
             ]
         )
     if not cells:
