@@ -45,6 +45,7 @@ bench: $(READY)  ## the committed measurements, again
 	$(BIN)/python benchmarks/accuracy.py digits
 	$(BIN)/python benchmarks/accuracy.py event_digits
 	$(BIN)/python benchmarks/accuracy.py cost
+	$(BIN)/python benchmarks/readout.py
 	$(BIN)/python benchmarks/write_tables.py
 
 cubins: $(READY)  ## every variant of the CUDA kernels, compiled for every architecture (minutes, no GPU)

@@ -19,7 +19,13 @@ class Interval(NamedTuple):
     half: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}"
+        return self.text(2)
+
+    def text(self, digits: int) -> str:
+        """Both, rounded."""
+        return (
+            f"{round(self.mean, digits) + 0.0:+.{digits}f} ± {self.half:.{digits}f}"  # 0.0: no negative zero
+        )
 
     @property
     def holds_zero(self) -> bool:

@@ -105,6 +105,7 @@ def test_an_interval_is_students():
     assert found == pytest.approx((3, 2.776 * (2.5 / 5) ** 0.5), abs=1e-3)
     assert not found.holds_zero
     assert paired.interval([-1, 0, 1]).holds_zero
+    assert str(paired.interval([-0.002, 0.001])) == "+0.00 ± 0.02"
 
 
 def test_differences_are_of_the_same_seed():

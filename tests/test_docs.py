@@ -242,6 +242,18 @@ def test_figures_of_where_sltt_fits_are_the_measured_ones():
         f"{hidden['cosine']} before training, {hidden['cosine_of_first_layer']} for the layer that reads"
     )
     assert figures in page
+    (pixels,) = (row for row in results("memory_tasks_similarity") if row["task"] == "digits pixel by pixel")
+    runs = paired.paired([row for row in results("memory_tasks") if row["task"] == pixels["task"]])
+    behind = f"{-runs['SLTT'].interval.mean:.0f} points behind"
+    assert f"{pixels['cosine_of_first_layer']} for that layer, and SLTT is {behind}" in page
+
+
+@pytest.mark.parametrize("name", ["digits", "event_digits"])
+def test_where_each_step_shows_what_is_asked_sltt_is_not_told_apart_from_bptt(name):
+    runs = paired.paired([row for row in results(f"accuracy_{name}") if row["scale"] == "mean"])["SLTT"]
+    assert len(runs.accuracies) >= 5
+    assert runs.interval.holds_zero
+    assert abs(runs.interval.mean) < 0.5
 
 
 def test_where_sltt_is_at_chance_a_window_that_covers_the_delay_learns_with_less_memory():

@@ -121,7 +121,7 @@ def causes() -> str:
                 f"{accuracy.baseline_mean:.2f}",
                 f"{accuracy.mean:.2f}",
                 str(accuracy.interval or ""),
-                str(loss.interval or ""),
+                loss.interval.text(3) if loss.interval else "",
             ]
         )
     if not cells:
@@ -195,7 +195,7 @@ ACCURACY_TABLES: dict[str, Callable[[], str]] = {
         figure,
         "accuracy.png",
         "accuracy_digits",
-        "Difference of each method's test accuracy to BPTT's, with 95 % intervals",
+        "Difference of each method's test accuracy to BPTT's, with 95 % intervals: digits, event digits and colour images above, tasks that need memory below",
     ),
     "accuracy cost": accuracy_cost,
     "accuracy by scale": accuracy_by_scale,
