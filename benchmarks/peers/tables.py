@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from peers import front_page
+from peers import front_page, short_tables
 from peers.accuracy_tables import ACCURACY_TABLES
 from peers.claims import CLAIMS, Claim
 from peers.markdown import Rows, figure, results, spread, table
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/fit.md", "docs/reproduce.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/measurements.md", "docs/fit.md", "docs/reproduce.md")
 MARKED = re.compile(r"(<!-- table: ([\w, .-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -189,6 +189,7 @@ def launches() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "claims": claims,
     "front": front_page.table_of_methods,
+    **short_tables.TABLES,
     "peers.png": partial(figure, "peers.png", "peers_nf_resnet_34", "Time and memory relative to BPTT"),
     "peers_over_time.png": partial(
         figure, "peers_over_time.png", "peers_over_time", "Seconds and memory over time steps"

@@ -1,0 +1,80 @@
+"""The small tables of docs/benchmarks.md: a few rows each, in plain words, from the results that have all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peers.markdown import results, table
+
+MEMORY = {
+    "BPTT, step by step": "BPTT, steps",
+    "BPTT, all steps in one call": "BPTT, sequence",
+    "SpikingJelly's SLTT, a loop": "SLTT, SpikingJelly",
+    "rate-based backpropagation": "rate-based, sequence",
+    "SLTT, `OnlineTrainer`": "SLTT, sltt_ext, plain",
+    "SLTT, with `pack_spikes=True`": "SLTT, sltt_ext, pack_spikes",
+}
+TIME = {
+    "BPTT, step by step": "BPTT, steps",
+    "BPTT, all steps in one call": "BPTT, sequence",
+    "SLTT as it comes": "SLTT, multi-step",
+    'SLTT, `memory_budget="least"`': "SLTT, multi-step, least",
+    "SLTT-1 as it comes": "SLTT-1, multi-step",
+    "SLTT-1, `full_output=False`": "SLTT-1, tail skipped, multi-step",
+}
+
+
+def memory() -> str:
+    """Peak memory of NF-ResNet-34 at the paper's size."""
+    rows = {
+        row["contender"]: row
+        for row in results("peers_memory")
+        if (row["network"], row["tensors"]) == ("NF-ResNet-34", "fake")
+    }
+    return table(
+        ["", "peak memory", "relative to BPTT, step by step"],
+        (
+            [label, f"{float(rows[name]['peak_gib']):.1f} GiB", f"{float(rows[name]['to_bptt_steps']):.2f}"]
+            for label, name in MEMORY.items()
+            if name in rows
+        ),
+    )
+
+
+def time() -> str:
+    """Time and memory of NF-ResNet-34 with the plans that the trainer takes by itself."""
+    rows = {row["contender"]: row for row in results("planner") if row["network"] == "NF-ResNet-34"}
+    return table(
+        ["", "plan", "seconds", "relative to BPTT, step by step", "to BPTT in one call", "peak MB"],
+        (
+            [
+                label,
+                row["plan"],
+                row["seconds"],
+                row["to_bptt_steps"],
+                row["to_bptt_sequence"],
+                row["peak_mb"],
+            ]
+            for label, row in ((label, rows[name]) for label, name in TIME.items() if name in rows)
+        ),
+    )
+
+
+def neuron() -> str:
+    """The neuron alone in float32, by surrogate and reset: times as fast as SpikingJelly's."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in results("neuron"):
+        if row["dtype"] == "float32":
+            cells.setdefault((row["surrogate"], row["reset"]), {})[row["contender"]] = row["times_as_fast"]
+    names = ("sltt_ext, steps", "sltt_ext, multi-step", "sltt_ext compiled, multi-step")
+    return table(
+        ["surrogate", "reset", "step by step", "whole sequence", "whole sequence, compiled"],
+        ([*setting, *(found[name] for name in names)] for setting, found in cells.items()),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "short memory": memory,
+    "short time": time,
+    "short neuron": neuron,
+}
