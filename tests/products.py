@@ -23,3 +23,10 @@ def spread(first: Iterable[Any], second: Iterable[Any], each: int = 1) -> list[A
 
 def _named(value: Any) -> str:
     return ", ".join(map(str, value)) if type(value) is tuple else str(value)
+
+
+def named(value):
+    """The name of a case, the same in every process: that of a function, and not where it lies in memory."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={getattr(one, '__name__', one)}" for key, one in value.items()) or "nothing"
+    return str(value)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from products import named
 from torch import nn
 from torch.nn import functional as F
 
@@ -103,7 +104,7 @@ def loads_data_meanwhile(net, i):
         {"k": 2, "dropout": 0.3},
         {"size": lambda i: 4 if i == 9 else 8},
     ],
-    ids=str,
+    ids=named,
 )
 def test_iterations_are_those_without_graphs(options):
     settings = {

@@ -6,6 +6,7 @@ import networks
 import oracle
 import pytest
 import torch
+from products import named
 from recorded_operators import RecordedOperators
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
@@ -351,7 +352,7 @@ REFUSED_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "name"), REFUSED_OPTIONS, ids=str)
+@pytest.mark.parametrize(("options", "name"), REFUSED_OPTIONS, ids=named)
 def test_options_that_cannot_be_captured_are_refused_by_name(options, name):
     with pytest.raises(ConfigurationError, match=name):
         sltt_ext.OnlineTrainer(net_of(), F.cross_entropy, T, **{"graph": True, **options})
