@@ -183,7 +183,14 @@ def temporal_credit(
 
     def by_windows(chunk: int, loss_fn: LossFn, backward: Any = None) -> OnlineTrainer:
         return OnlineTrainer(
-            net, loss_fn, time_steps, chunk=chunk, backward=backward, cache_invariant=False, **reading
+            net,
+            loss_fn,
+            time_steps,
+            chunk=chunk,
+            backward=backward,
+            cache_invariant=False,
+            pack_spikes=False,
+            **reading,
         )
 
     def peak(trainer_of: Callable[[LossFn], Any]) -> int:

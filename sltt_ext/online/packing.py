@@ -53,6 +53,7 @@ class PackedSpikes(SpeedUp):
         self._tables = _Tables()
         self._averaging = 0
         self._asked = False  # to pack something
+        self._call: Call | None = None
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
@@ -68,6 +69,7 @@ class PackedSpikes(SpeedUp):
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Pack what a call saves, if its graph is kept."""
+        self._call = call
         if not (self._enabled and call.keeps_graph):
             yield
             return
@@ -113,8 +115,8 @@ class PackedSpikes(SpeedUp):
             spikes.untyped_storage(), self._freed.append
         )  # no code that an interrupt could hit
         storage.key = id(spikes.untyped_storage())
-        source = _Bits(self._tables) if potential is None else _Potential(*potential)
-        self._spikes[storage.key] = _Spikes(spikes, factor, storage, source)
+        source = None if potential is None else _Potential(*potential)
+        self._spikes[storage.key] = _Spikes(spikes, factor, storage, self._call, source, _Bits(self._tables))
 
     def _pack(self, tensor: Tensor) -> _Saved:
         self._asked = True
@@ -128,7 +130,7 @@ class PackedSpikes(SpeedUp):
         if known is None or not known.is_still(tensor, storage):
             return _AsItIs(tensor)
         self.has_packed = True
-        return known.pack(tensor)
+        return known.pack(tensor, self._call)
 
 
 def others_save() -> bool:
@@ -170,26 +172,37 @@ class _Spikes:
     """The memory of a neuron's spikes: zeros and, for a spike, ones or ``factor``."""
 
     def __init__(
-        self, tensor: Tensor, factor: Tensor | None, storage: _Storage, source: _Bits | _Potential
+        self,
+        tensor: Tensor,
+        factor: Tensor | None,
+        storage: _Storage,
+        call: Call | None,
+        source: _Potential | None,
+        bits: _Bits,
     ) -> None:
         self.version = tensor._version
         self.dtype = tensor.dtype
         self.storage = storage
         self._factor = factor
         self._numbers = tensor.untyped_storage().nbytes() // tensor.element_size()
+        self._call = call
         self._source = source
+        self._bits = bits
 
     def is_still(self, tensor: Tensor, storage: Any) -> bool:
         """Whether ``tensor`` is a view of these spikes, unchanged since the neuron fired them."""
         same = self.storage() is storage and self.dtype == tensor.dtype
         return same and self.version == tensor._version
 
-    def pack(self, tensor: Tensor) -> _View:
-        self._source.keep(tensor, self._numbers)
-        return _View(self, tensor)
+    def pack(self, tensor: Tensor, call: Call | None) -> _View:
+        """What is kept of a view in ``call``: the potential is written over after the one in which the neuron fired."""
+        if self._source is not None and call is self._call:
+            return _View(self, self._source, tensor)
+        self._bits.keep(tensor, self._numbers)
+        return _View(self, self._bits, tensor)
 
-    def unpack(self) -> Tensor:
-        numbers = self._source.fired(self._numbers, self.dtype)
+    def unpack(self, source: _Bits | _Potential) -> Tensor:
+        numbers = source.fired(self._numbers, self.dtype)
         return numbers if self._factor is None else numbers.mul_(self._factor)
 
 
@@ -227,9 +240,6 @@ class _Potential:
         self._h = _AsItIs(h)
         self._threshold = threshold
 
-    def keep(self, tensor: Tensor, numbers: int) -> None:
-        """There is nothing else to keep."""
-
     def fired(self, numbers: int, dtype: torch.dtype) -> Tensor:
         """Zeros and ones."""
         h = self._h.unpack()
@@ -254,12 +264,13 @@ class _Tables:
 class _View(_Saved):
     """One view of the spikes."""
 
-    def __init__(self, spikes: _Spikes, tensor: Tensor) -> None:
+    def __init__(self, spikes: _Spikes, source: _Bits | _Potential, tensor: Tensor) -> None:
         self._spikes = spikes
+        self._source = source
         self._view = (tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def unpack(self) -> Tensor:
-        return self._spikes.unpack().as_strided(*self._view)
+        return self._spikes.unpack(self._source).as_strided(*self._view)
 
 
 class _AsItIs(_Saved):

@@ -48,6 +48,7 @@ def run(graph, before, dtype, size, dropout, **options):
     """What eight and more iterations leave, and the trainer."""
     net = copy.deepcopy(network(dropout))
     generator = torch.Generator().manual_seed(3)
+    options = {"chunk": 1, "pack_spikes": False, "cache_invariant": True, **options}
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, generator=generator, graph=graph, **options)
     torch.manual_seed(5)
     found = []
@@ -127,7 +128,7 @@ def test_a_loss_that_reads_values_back_is_refused_and_the_device_goes_on():
     def loss(output, target):
         return F.cross_entropy(output, target) * (1 if output.sum().item() else 0)
 
-    online = sltt_ext.OnlineTrainer(network(0.0), loss, T, graph=True)
+    online = sltt_ext.OnlineTrainer(network(0.0), loss, T, chunk=1, pack_spikes=False, graph=True)
     for i in range(3):
         online.forward_backward(*batch(i))
     with pytest.raises(sltt_ext.SLTTError, match="reads values back"):
@@ -136,7 +137,9 @@ def test_a_loss_that_reads_values_back_is_refused_and_the_device_goes_on():
 
 
 def test_graphs_share_the_memory_of_an_iteration():
-    online = sltt_ext.OnlineTrainer(network(0.0), F.cross_entropy, T, k=1, graph=True)
+    online = sltt_ext.OnlineTrainer(
+        network(0.0), F.cross_entropy, T, k=1, chunk=1, pack_spikes=False, graph=True
+    )
     reserved = []
     for i in range(60):
         online.forward_backward(*batch(i, 64))
