@@ -32,6 +32,7 @@ from sltt_ext.online import launching
 
 T = 6
 NEURON = "neuron"
+PLAN = {"chunk": 1, "pack_spikes": False, "cache_invariant": True}
 KINDS = {
     "neurons": (NEURON,),
     "layers": ("convolution", "convolution_backward", "mm", "addmm"),
@@ -115,7 +116,7 @@ def sltt(make: Callable[[], nn.Module], step_mode: str, options: dict[str, Any])
     """An iteration of the trainer."""
     net = make()
     functional.set_step_mode(net, step_mode)
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **{**PLAN, **options})
     x, target = torch.rand(2, 3, 32, 32), torch.tensor([1, 3])
 
     def iteration() -> None:

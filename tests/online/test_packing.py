@@ -223,10 +223,37 @@ def test_bits_are_kept_where_no_potential_is(monkeypatch, step_mode, chunk, bits
 
 
 def test_spikes_whose_potential_was_overwritten_are_not_made_again():
-    potential = torch.rand(4, 4)
-    spikes = packing._Spikes(potential, None, None, packing._Potential(potential, 0.5))
-    saved = spikes.pack(potential)
+    potential, call = torch.rand(4, 4), object()
+    bits = packing._Bits(packing._Tables())
+    spikes = packing._Spikes(potential, None, None, call, packing._Potential(potential, 0.5), bits)
+    saved = spikes.pack(potential, call)
     assert torch.equal(saved.unpack(), (potential >= 0.5).float())
     potential.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.unpack()
+
+
+class ReadsTheLastSpikes(nn.Module):
+    """A step reads the spikes of the step before, whose potential is written over by then."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.neuron = layer.Linear(6, 8), neuron.LIFNode(v_threshold=0.3)
+        self.recurrent, self.head = layer.Linear(8, 8), layer.Linear(8, 3)
+        self.last = None
+
+    def forward(self, x):
+        last = torch.zeros(len(x), 8) if self.last is None else self.last
+        spikes = self.neuron(self.first(x))
+        self.last = spikes.detach()
+        return self.head(spikes) + self.head(self.recurrent(last))
+
+
+def test_spikes_that_a_later_step_reads_are_kept_as_bits():
+    results = []
+    for pack_spikes in (False, True):
+        torch.manual_seed(0)
+        net = sltt_ext.convert(ReadsTheLastSpikes())
+        x, target = 3 * torch.rand(4, 6), torch.arange(4) % 3
+        results.append(gradients(net, x, target, pack_spikes=pack_spikes))
+    assert all(map(torch.equal, *results))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import networks
 import oracle
@@ -137,7 +138,10 @@ def test_a_run_that_is_resumed_while_it_measures(make, interrupted, tmp_path):
         again.zero_grad()
         resumed.forward_backward(x, target)
         assert all(map(torch.equal, oracle.gradients(again), expected))
-    assert resumed.plan == online.plan
+    assert resumed.plan.peak_bytes == pytest.approx(
+        online.plan.peak_bytes, rel=1e-3
+    )  # who watches needs some bytes
+    assert replace(resumed.plan, peak_bytes=0) == replace(online.plan, peak_bytes=0)
 
 
 def test_a_plan_in_a_line():

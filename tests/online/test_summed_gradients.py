@@ -98,7 +98,8 @@ def gradients(net, prepare=lambda net: None, iterations=3, **options):
     """Gradients of accumulated iterations."""
     net = sltt_ext.convert(copy.deepcopy(net))
     prepare(net)
-    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, **options)
+    plan = {"chunk": 1, "pack_spikes": False, "cache_invariant": True}
+    online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, **{**plan, **options})
     for number in range(iterations):
         generator = torch.Generator().manual_seed(number)
         online.forward_backward(3 * torch.rand(4, 6, generator=generator), TARGET)

@@ -209,7 +209,7 @@ def test_nothing_of_it_is_left_after_revert():
 
 def trained(step_mode="s"):
     net = sltt_ext.convert(torch.nn.Sequential(torch.nn.Linear(3, 4), neuron.LIFNode(step_mode=step_mode)))
-    online = sltt_ext.OnlineTrainer(net, lambda output, target: output.sum(), 3)
+    online = sltt_ext.OnlineTrainer(net, lambda output, target: output.sum(), 3, chunk=1, pack_spikes=False)
     online.forward_backward(2 * torch.rand(2, 3), None)
     return net
 

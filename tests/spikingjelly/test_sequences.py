@@ -151,7 +151,7 @@ def test_gated_lif(inplane, monkeypatch):
     with pytest.raises(InputError, match="T=5 steps, got 2"):
         converted(x_seq[:2])
     with pytest.raises(ConfigurationError, match="whole sequence"):
-        sltt_ext.OnlineTrainer(converted, lambda output, _: loss(output), T)
+        sltt_ext.OnlineTrainer(converted, lambda output, _: loss(output), T, chunk=1)
 
 
 @pytest.mark.skipif(not FUNCTIONAL_FORM, reason="SpikingJelly 2.x")
@@ -164,7 +164,7 @@ def test_temporal_effective_batch_norm(dimensions):
     functional.reset_net(net)
     assert torch.equal(sltt_ext.convert(net)(x_seq), expected)
     with pytest.raises(ConfigurationError, match="whole sequence"):
-        sltt_ext.OnlineTrainer(net, lambda output, _: loss(output), T)
+        sltt_ext.OnlineTrainer(net, lambda output, _: loss(output), T, chunk=1)
 
 
 @pytest.mark.skipif(not FUNCTIONAL_FORM, reason="SpikingJelly 2.x")
