@@ -134,8 +134,12 @@ class PackedSpikes(SpeedUp):
 
 
 def others_save() -> bool:
-    """Whether hooks of the user's own say how autograd saves tensors: those of a call would take their place."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether hooks of the user's own may say how autograd saves tensors: those of a call would take their place.
+
+    Older releases of torch do not tell.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
 def leave_saving_contexts(is_asked: Callable[[], bool]) -> None:

@@ -450,7 +450,8 @@ class OnlineTrainer:
         self, one: Pass, step: Step, iteration: Iteration, once: EvaluatedOnce | None = None
     ) -> tuple[tuple[SpeedUp, ...], EvaluatedOnce]:
         windows, settings = self._in_windows(one.multi_step), iteration.settings
-        packs = iteration.way.packs and (self.pack_spikes is True or not others_save())
+        asked = self.pack_spikes is True or self.memory_budget == "least"
+        packs = iteration.way.packs and (asked or not others_save())
         iteration.packed.append(packed := PackedSpikes(packs))
         measuring = Measuring(iteration.bytes) if iteration.counts_bytes and one.learns else None
         return speed_ups_of(
