@@ -21,6 +21,11 @@ from sltt_ext.errors import ConfigurationError
 Temporal = Literal["step", "call"]
 
 
+OLDEST_THAT_TRACES = (2, 12)
+TRACES_NEURONS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= OLDEST_THAT_TRACES
+"""Whether `torch.compile` takes fused neurons apart into ordinary operators; with older releases they stay one operator each."""
+
+
 class StatefulModule:
     """What the time loop knows of a module that carries state, or of a network in which modules do.
 

@@ -19,6 +19,7 @@ from sltt_ext.functional.schema import flat, packed
 from sltt_ext.functional.traced_leaky import traced_leaky
 from sltt_ext.kernels import select_kernels
 from sltt_ext.kernels.leaky import LEAKY, LeakyKernels, LeakySettings
+from sltt_ext.neuron import TRACES_NEURONS
 from sltt_ext.surrogate import Surrogate
 
 __all__ = ["leaky", "leaky_backward", "leaky_backward_through_time", "leaky_settings", "run_leaky"]
@@ -81,7 +82,7 @@ def run_leaky(
             kernels, single_step, x_seq, mem, beta, threshold, settings, return_mem_seq, save
         )
         return outputs
-    if backend != "cupy":
+    if TRACES_NEURONS and backend not in ("cupy", "nvrtc"):
         return traced_leaky(x_seq, mem, beta, threshold, settings, return_mem_seq, single_step)
     steps = x_seq.unsqueeze(0) if single_step else x_seq
     s_seq, returned, _ = leaky(steps, mem, beta, threshold, *flat(settings), return_mem_seq, save, backend)

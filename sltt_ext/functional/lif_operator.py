@@ -19,7 +19,7 @@ from sltt_ext.functional.schema import flat, packed
 from sltt_ext.functional.traced_lif import traced_lif
 from sltt_ext.kernels import select_kernels, torch_lif
 from sltt_ext.kernels.lif import LIF, LIFKernels, LIFSettings
-from sltt_ext.neuron import state_dtype
+from sltt_ext.neuron import TRACES_NEURONS, state_dtype
 from sltt_ext.surrogate import Surrogate, derivative
 
 __all__ = ["decay_of", "lif", "lif_backward", "lif_backward_through_time", "lif_settings", "reset", "run_lif"]
@@ -121,7 +121,7 @@ def run_lif(
             kernels, single_step, x_seq, v, decay, settings, save, save_slope, overwrite
         )
         return outputs
-    if backend != "cupy":
+    if TRACES_NEURONS and backend not in ("cupy", "nvrtc"):
         return traced_lif(x_seq, v, decay, settings, single_step)
     v, v_start = (v, 0.0) if isinstance(v, Tensor) else (None, v)
     steps = x_seq.unsqueeze(0) if single_step else x_seq

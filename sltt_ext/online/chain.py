@@ -253,12 +253,12 @@ class _Tracer(fx.Tracer):
         name = path.removeprefix("net").removeprefix(".")
         found = ABSENT
         if not self.is_leaf_module(m, path):
-            before = next(reversed(self.graph.nodes))
+            before = next(iter(reversed(self.graph.nodes)))
             try:
                 found = self._through(m, forward, args, kwargs)
             except Exception as error:  # whatever a forward does with what has no numbers
                 self.reasons[name] = one_line(error, 200)
-                while (node := next(reversed(self.graph.nodes))) is not before:
+                while (node := next(iter(reversed(self.graph.nodes)))) is not before:
                     self.graph.erase_node(node)
         elif isinstance(m, StatefulModule) and any(
             isinstance(child, StatefulModule) for child in [*m.modules()][1:]

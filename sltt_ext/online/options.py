@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
+from sltt_ext.neuron import OLDEST_THAT_TRACES, TRACES_NEURONS
 from sltt_ext.online.draws import DRAWS, Draws
 from sltt_ext.online.schedule import Schedule, in_windows
 
@@ -198,6 +200,11 @@ def compiles(value: Any) -> Any:
     """``compile``: False, True or ``"try"``."""
     if not isinstance(value, bool) and value != "try":
         raise ConfigurationError(f"compile must be False, True or 'try', got {value!r}")
+    if value and not TRACES_NEURONS:
+        oldest = ".".join(map(str, OLDEST_THAT_TRACES))
+        raise ConfigurationError(
+            f"compile={value!r} needs torch {oldest} or newer, and this is {torch.__version__}: give the trainer a torch.compile(net)"
+        )
     return value
 
 

@@ -52,9 +52,10 @@ def test_compiled_network(name, case):
         pytest.skip("multi-step layers of SpikingJelly 0.0.0.0.14 break the graph themselves")
     net = sltt_ext.convert(networks.conv_net(cls, step_mode, **kwargs))
     plain = copy.deepcopy(net)
-    expected = sltt_ext.OnlineTrainer(plain, F.cross_entropy, T, **options)
+    plan = {"chunk": 1, "pack_spikes": False, "cache_invariant": True}  # the same in both
+    expected = sltt_ext.OnlineTrainer(plain, F.cross_entropy, T, **{**plan, **options})
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)  # a graph break is an error
-    online = sltt_ext.OnlineTrainer(compiled, F.cross_entropy, T, **options)
+    online = sltt_ext.OnlineTrainer(compiled, F.cross_entropy, T, **{**plan, **options})
     for iteration in range(4):
         torch.manual_seed(iteration)  # the same steps
         result = online.forward_backward(X, TARGET)
