@@ -2,6 +2,7 @@
 
 import copy
 
+import modules
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
@@ -45,6 +46,8 @@ def run(monkeypatch, once, net, **options):
     ("step_mode", "options"), [("s", {}), ("m", {}), ("m", {"chunk": 2}), ("m", {"k": 2})]
 )
 def test_counters_are_those_of_every_step(monkeypatch, step_mode, options, momentum):
+    if step_mode == "m" and not modules.FUNCTIONAL_FORM:
+        pytest.skip("norms of SpikingJelly 0.0.0.0.14 take no sequences [T, N, C]")
     net = network(momentum)
     functional.set_step_mode(net, step_mode)
     torch.manual_seed(0)
