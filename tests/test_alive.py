@@ -20,7 +20,7 @@ SCRIPTS = {
     "wrap_existing": ["sew_resnet18", "--images", "32", "--epochs", "1", "--time-steps", "2"],
     "wrap_existing torchvision": ["resnet18", "--images", "32", "--epochs", "1", "--time-steps", "2"],
 }
-PUBLISHED = {"preact_resnet18": (3, 32, 32), "vgg11_bn": (2, 48, 48), "nf_resnet34": (3, 64, 64)}
+PUBLISHED = {"preact_resnet18": (3, 32, 32), "vgg11_bn": (2, 48, 48)}
 
 
 @pytest.mark.slow
