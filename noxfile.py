@@ -93,7 +93,15 @@ def tests(session: nox.Session, line: str) -> None:
     """The test suite with the oldest or newest supported frameworks, or with torch from the other end."""
     session.install(*LINES[line])
     session.install("--no-deps", "-e", ".")
-    session.run("pytest", "-n", "2", "--dist", "loadgroup", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        *session.posargs,
+        env={"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
+    )
 
 
 @nox.session(requires=["distributions"])

@@ -7,6 +7,7 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sltt_ext.models.nf_resnet import BasicBlock, NFResNet
+from sltt_ext.neuron import TRACES_NEURONS
 
 
 def plain():
@@ -45,6 +46,7 @@ MOST = {
 }
 
 
+@pytest.mark.skipif(not TRACES_NEURONS, reason="an older torch computes the same by other operators")
 @pytest.mark.parametrize(("make", "method"), MOST, ids=lambda value: getattr(value, "__name__", value))
 def test_launches_do_not_grow(make, method):
     torch.manual_seed(0)
