@@ -16,6 +16,9 @@ ROOT = Path(__file__).parent.parent
 READ_OUT = ("readout",)  # layers in the documentation whose potential is read
 
 
+OPTIONAL = r"accelerate|onnxscript|timm|tonic|transformers|spikingjelly\.activation_based\.nir_exchange"
+
+
 def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
 
@@ -40,7 +43,7 @@ def test_examples_run_as_printed_from_top_to_bottom_and_their_networks_learn(pag
     if page == "bring-your-code.md" and not hasattr(base.MemoryModule, "single_step_functional_forward"):
         pytest.skip("the old package itself asks for CuPy, and SpikingJelly 0.0.0.0.14 still has it")
     for example in blocks(page, "python"):
-        tools = re.findall(r"^from (accelerate|onnxscript|timm|tonic|transformers)\b", example, re.MULTILINE)
+        tools = re.findall(rf"^from ({OPTIONAL})\b", example, re.MULTILINE)
         if all(map(importlib.util.find_spec, tools)):
             exec(example, names)
     monkeypatch.undo()
