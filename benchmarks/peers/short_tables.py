@@ -17,10 +17,11 @@ MEMORY = {
 TIME = {
     "BPTT, step by step": "BPTT, steps",
     "BPTT, all steps in one call": "BPTT, sequence",
-    "SLTT as it comes": "SLTT, multi-step",
-    'SLTT, `memory_budget="least"`': "SLTT, multi-step, least",
-    "SLTT-1 as it comes": "SLTT-1, multi-step",
-    "SLTT-1, `full_output=False`": "SLTT-1, tail skipped, multi-step",
+    "SpikingJelly's SLTT, a loop": "SLTT, SpikingJelly",
+    "SLTT, one step a call, spikes as bits": "SLTT, sltt_ext, cache_invariant, pack_spikes",
+    "SLTT, all steps in one call": "SLTT, sltt_ext, cache_invariant, chunk=T",
+    "SLTT-1, all steps in one call": "SLTT-1, sltt_ext, cache_invariant, chunk=T",
+    "SLTT-1, `full_output=False`": "SLTT-1, tail skipped, sltt_ext, cache_invariant, chunk=T",
 }
 
 
@@ -42,20 +43,15 @@ def memory() -> str:
 
 
 def time() -> str:
-    """Time and memory of NF-ResNet-34 with the plans that the trainer takes by itself."""
-    rows = {row["contender"]: row for row in results("planner") if row["network"] == "NF-ResNet-34"}
+    """Time and memory of an iteration of NF-ResNet-34."""
+    rows = {row["contender"]: row for row in results("peers_nf_resnet_34") if row["dtype"] == "float32"}
+    columns = ("seconds", "to_bptt_steps", "to_bptt_sequence", "peak_mb")
     return table(
-        ["", "plan", "seconds", "relative to BPTT, step by step", "to BPTT in one call", "peak MB"],
+        ["", "seconds", "relative to BPTT, step by step", "to BPTT in one call", "peak MB"],
         (
-            [
-                label,
-                row["plan"],
-                row["seconds"],
-                row["to_bptt_steps"],
-                row["to_bptt_sequence"],
-                row["peak_mb"],
-            ]
-            for label, row in ((label, rows[name]) for label, name in TIME.items() if name in rows)
+            [label, *(rows[name][column] for column in columns)]
+            for label, name in TIME.items()
+            if name in rows
         ),
     )
 
