@@ -43,7 +43,7 @@ _ONLY_ALLOCATES = ("empty", "new_empty", "empty_like", "empty_strided", "new_emp
 _ONLY_VIEWS = ("_unsafe_view", "squeeze_", "unsqueeze_", "lift_fresh", "alias")  # which do not say so
 
 
-def count(iteration: Callable[[], object], warm_up: int = 3) -> Counter[str]:
+def count(iteration: Callable[[], object], warm_up: int = 11) -> Counter[str]:
     """The launches of an iteration, by operator, once what is found out about the network is found out."""
     with ExitStack() as device:
         device.enter_context(mock.patch.object(launching, "DEVICES", {"cpu"}))
