@@ -31,7 +31,9 @@ def test_networks_of_the_scripts(name, monkeypatch, tmp_path):
     folder = name.partition(" ")[0]
     monkeypatch.setattr(sys, "argv", [folder, *SCRIPTS[name]])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(snntorch.SpikingNeuron, "instances", [])  # of this script alone, all of which it resets
+    monkeypatch.setattr(
+        snntorch.SpikingNeuron, "instances", []
+    )  # of this script alone, all of which it resets
     seen = alive.Seen(monkeypatch)
     runpy.run_path(str(EXAMPLES / folder / "train.py"), run_name="__main__")
     monkeypatch.undo()
