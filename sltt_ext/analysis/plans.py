@@ -6,7 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from sltt_ext.analysis.memory import peak_activation_bytes
 from sltt_ext.analysis.modules import without_multi_step
-from sltt_ext.analysis.timing import device_name, interleaved_seconds, synchronised_clock
+from sltt_ext.analysis.timing import Costs, device_name, interleaved_seconds, synchronised_clock
 from sltt_ext.conversion import convert
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.methods import COMPARED, GradientTrainer, Method, method_named
@@ -23,7 +23,6 @@ from sltt_ext.online.objective import LossFn
 from sltt_ext.online.options import TimeDim
 from sltt_ext.online.outputs import Output
 from sltt_ext.online.plan import Way
-from sltt_ext.optional import require
 
 __all__ = ["PlanCost", "Plans", "plans"]
 
@@ -54,25 +53,8 @@ class PlanCost:
     relative_bytes: float
 
 
-@dataclass(frozen=True)
-class Plans:
-    """What `plans` measured.
-
-    Attributes:
-        rows: One for each method and plan.
-        time_steps: T.
-        repeats: How often each was timed.
-        device: Name of the device.
-    """
-
-    rows: tuple[PlanCost, ...]
-    time_steps: int
-    repeats: int
-    device: str
-
-    def to_dataframe(self) -> Any:
-        """The rows as a ``pandas.DataFrame``."""
-        return require("pandas", extra="analysis").DataFrame([asdict(row) for row in self.rows])
+class Plans(Costs[PlanCost]):
+    """What `plans` measured: one row for each method and plan."""
 
 
 def plans(

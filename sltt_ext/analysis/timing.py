@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from sltt_ext.optional import require
 
 __all__ = [
     "Benchmark",
+    "Costs",
     "IterationCost",
     "benchmark",
     "device_name",
@@ -58,25 +59,32 @@ class IterationCost:
     slowest_seconds: float
 
 
+Row = TypeVar("Row")
+
+
 @dataclass(frozen=True)
-class Benchmark:
-    """What `benchmark` measured.
+class Costs(Generic[Row]):
+    """What was measured of iterations that took turns.
 
     Attributes:
-        rows: One for each method.
+        rows: One for each that was measured.
         time_steps: T.
-        repeats: How often each method was timed.
+        repeats: How often each was timed.
         device: Name of the device.
     """
 
-    rows: tuple[IterationCost, ...]
+    rows: tuple[Row, ...]
     time_steps: int
     repeats: int
     device: str
 
     def to_dataframe(self) -> Any:
         """The rows as a ``pandas.DataFrame``."""
-        return require("pandas", extra="analysis").DataFrame([asdict(row) for row in self.rows])
+        return require("pandas", extra="analysis").DataFrame([asdict(row) for row in self.rows])  # type: ignore[call-overload]
+
+
+class Benchmark(Costs[IterationCost]):
+    """What `benchmark` measured: one row for each method."""
 
 
 def benchmark(

@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.methods import COMPARED, method_named
 
 __all__ = [
     "Formatter",
+    "add_methods_argument",
     "add_network_arguments",
     "add_run_arguments",
+    "check_methods",
     "check_writable",
     "checked_device",
     "positive",
@@ -53,6 +57,21 @@ def add_network_arguments(
     parser.add_argument("--membrane", action="store_true", help="the loss reads the last of the network's outputs (snnTorch)")  # fmt: skip
     add_run_arguments(parser, seed="seed of weights and random inputs")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, no tables")
+
+
+def add_methods_argument(parser: Any) -> None:
+    """``--methods``, which are compared."""
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """See that ``--methods`` names each method once.
+
+    Raises:
+        ConfigurationError: If it does not.
+    """
+    if len({method_named(name) for name in names}) < len(names):
+        raise ConfigurationError(f"--methods has one twice: {' '.join(names)}")
 
 
 def add_run_arguments(parser: Any, seed: str) -> None:

@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn import functional as F
 
-from sltt_ext.cli.arguments import Formatter, add_network_arguments, check_writable, positive
-from sltt_ext.errors import ConfigurationError
+from sltt_ext.cli.arguments import (
+    Formatter,
+    add_methods_argument,
+    add_network_arguments,
+    check_methods,
+    check_writable,
+    positive,
+)
 from sltt_ext.files import write_csv
-from sltt_ext.methods import COMPARED, method_named
 from sltt_ext.optional import require
 from sltt_ext.progress import progress
 
@@ -40,7 +45,7 @@ def register(commands: Any) -> None:
         formatter_class=Formatter,
     )
     add_network_arguments(parser, batch=4, shape=(3, 64, 64), factory="SpikingJelly's spiking_resnet18")
-    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
+    add_methods_argument(parser)
     parser.add_argument("--repeats", type=positive, default=11, help="how often each method is timed")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table here")
     parser.set_defaults(run=_run)
@@ -63,8 +68,7 @@ def _run(options: argparse.Namespace) -> None:
     from sltt_ext.analysis.timing import benchmark
     from sltt_ext.cli.inputs import network, random_batches, read_output
 
-    if len({method_named(name) for name in options.methods}) < len(options.methods):
-        raise ConfigurationError(f"--methods has one twice: {' '.join(options.methods)}")
+    check_methods(options.methods)
     if options.csv is not None:
         check_writable("--csv", options.csv)
     options.factory = options.factory or ("sltt_ext.cli.bench", "spiking_resnet18")

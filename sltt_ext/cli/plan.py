@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.nn import functional as F
 
-from sltt_ext.cli.arguments import Formatter, add_network_arguments, positive
-from sltt_ext.errors import ConfigurationError
-from sltt_ext.methods import COMPARED, method_named
+from sltt_ext.cli.arguments import (
+    Formatter,
+    add_methods_argument,
+    add_network_arguments,
+    check_methods,
+    positive,
+)
 from sltt_ext.online import options as checked
 from sltt_ext.optional import require
 
@@ -39,7 +43,7 @@ def register(commands: Any) -> None:
         formatter_class=Formatter,
     )
     add_network_arguments(parser, batch=8, shape=None, factory=None)
-    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
+    add_methods_argument(parser)
     parser.add_argument("--memory-budget", metavar="SIZE", help="what a plan may need: 6GiB, a part of the device's memory such as 0.8, or least; default: the leanest that is about as fast as the fastest")  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=5, help="how often each plan is timed")
     parser.set_defaults(run=_run)
@@ -50,8 +54,7 @@ def _run(options: argparse.Namespace) -> None:
     from sltt_ext.analysis.plans import plans
     from sltt_ext.cli.inputs import network, random_batches, read_output
 
-    if len({method_named(name) for name in options.methods}) < len(options.methods):
-        raise ConfigurationError(f"--methods has one twice: {' '.join(options.methods)}")
+    check_methods(options.methods)
     budget = checked.budget(options.memory_budget, "auto")
     with require("rich.progress", extra="analysis").Progress(console=console, transient=True) as progress:
         task = progress.add_task("network", total=None)
