@@ -30,14 +30,34 @@ from sltt_ext.online.attributes import (
 )
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 
-__all__ = ["KeptTensors", "unknown_neurons"]
+__all__ = ["KeptTensors", "UnknownNeurons"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LOOKS = ("__get__", "is_inference", "untyped_storage")  # at .shape and the like: no numbers are read
 
 
-def unknown_neurons(net: nn.Module) -> dict[str, str]:
-    """Neurons of ``net`` that the time loop neither resets nor makes constant, each with the cure."""
+class UnknownNeurons:
+    """Neurons that are neither reset nor made constant, said once each.
+
+    Args:
+        who: Who does not know them.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._said: dict[str, str] = {}
+
+    def say(self, net: nn.Module, stacklevel: int) -> None:
+        """Warn of those in ``net`` that are new."""
+        found = _unknown_neurons(net)
+        if found.keys() - self._said.keys():
+            message = f"neurons carry their state on from batch to batch, as {self._who} does not know them:"
+            warnings.warn(listed(message, found), SLTTWarning, stacklevel=stacklevel)
+        self._said |= found
+
+
+def _unknown_neurons(net: nn.Module) -> dict[str, str]:
+    """Neurons of ``net`` that the time loop does not know, each with the cure."""
     found: dict[str, str] = {}
     inside = set(net.modules())
     for path, module in net.named_modules():

@@ -37,7 +37,7 @@ from sltt_ext.online.kept_graphs import Found
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
-from sltt_ext.online.outside import KeptTensors, unknown_neurons
+from sltt_ext.online.outside import KeptTensors, UnknownNeurons
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
 from sltt_ext.online.recording import recorded
@@ -94,7 +94,7 @@ class TimeLoop:
         self._common: torch.Generator | None = None
         self._tried = PartsTried(lambda reason: None)
         self._first = FirstCalls()
-        self._unknown: dict[str, str] = {}
+        self._unknown = UnknownNeurons("the time loop")
         self._told = False
 
     def __reduce__(self) -> Any:
@@ -119,7 +119,7 @@ class TimeLoop:
         settings, inside = self.settings, self.settings.time_inside
         if (ddp := replica(net)) is not None:
             keep_states_apart(ddp)
-        self._say_what_is_unknown(net)
+        self._unknown.say(net, stacklevel=5)
         if goes_through_time(net.modules()) != (settings.window is not None):
             raise ConfigurationError(
                 "the network was converted with another temporal= since it runs over time: call over_time again"
@@ -284,14 +284,6 @@ class TimeLoop:
                 "chunk=T the gradient through them, too, with the memory of T steps):"
             )
             warnings.warn(listed(message, norms), SLTTWarning, stacklevel=5)
-
-    def _say_what_is_unknown(self, net: nn.Module) -> None:
-        """Warn, once, of neurons that are neither reset nor made constant."""
-        unknown = unknown_neurons(net)
-        if unknown.keys() - self._unknown.keys():
-            message = "neurons carry their state on from batch to batch, as the time loop does not know them:"
-            warnings.warn(listed(message, unknown), SLTTWarning, stacklevel=5)
-        self._unknown |= unknown
 
 
 def _without_lengths(net: nn.Module, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
