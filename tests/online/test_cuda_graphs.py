@@ -1,107 +1,35 @@
 import copy
-import random
 from types import SimpleNamespace
 
 import networks
 import oracle
 import pytest
 import torch
-from products import named
-from recorded_operators import RecordedOperators
-from spikingjelly.activation_based import functional, layer, neuron
+from graphed import (
+    BATCH,
+    T,
+    assert_as_eager,
+    assert_same,
+    batch,
+    iterations,
+    net_of,
+    online_of,
+    seen,
+    twins,
+)
+from spikingjelly.activation_based import layer
 from torch import nn
 from torch.nn import functional as F
 
 import sltt_ext
-from sltt_ext.errors import ConfigurationError, LossError, SLTTWarning
+from sltt_ext.errors import LossError, SLTTWarning
 from sltt_ext.online import cuda_graphs
-from sltt_ext.online.cuda_graphs import IterationGraphs
-
-T = 3
-BATCH = 4
-
-
-def net_of(step_mode="m", middle=nn.Identity, dropout=0.3):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        layer.Conv2d(1, 4, 3, padding=1),
-        layer.BatchNorm2d(4),
-        neuron.ParametricLIFNode(),
-        middle(),
-        layer.Conv2d(4, 4, 3, padding=1),
-        neuron.LIFNode(),
-        layer.Dropout(dropout),
-        layer.Flatten(),
-        layer.Linear(256, 5),
-    )
-    with torch.no_grad():
-        for parameter in (net[0].weight, net[1].weight, net[4].weight):
-            parameter.mul_(4)
-    functional.set_step_mode(net, step_mode)
-    return sltt_ext.convert(net)
 
 
 def test_the_gradient_reaches_every_layer():
     online = online_of(net_of(), graph=False)
     online.forward_backward(*batch(0))
     assert all(parameter.grad.abs().max() > 1e-4 for parameter in online.net[1:].parameters())
-
-
-PLAN = {"chunk": 1, "pack_spikes": False, "cache_invariant": True}
-"""Nothing has to be measured before an iteration is captured."""
-
-
-def online_of(net, graph=True, loss_fn=F.cross_entropy, **options):
-    online = sltt_ext.OnlineTrainer(net, loss_fn, T, graph=graph, **{**PLAN, **options})
-    if graph:
-        online._graphs = IterationGraphs(RecordedOperators(net))
-    return online
-
-
-def batch(seed, n=BATCH):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(n, 1, 8, 8, generator=generator), torch.randint(0, 5, (n,), generator=generator)
-
-
-def twins(step_mode="m", dropout=0.3, **options):
-    """The same network and options, with and without graphs."""
-    net = net_of(step_mode, dropout=dropout)
-    return [online_of(copy.deepcopy(net), graph, **options) for graph in (True, False)]
-
-
-def seen(online, result):
-    """All that a user can see of an iteration."""
-    gradients = [None if p.grad is None else p.grad.clone() for p in online.net.parameters()]
-    buffers = [buffer.clone() for buffer in online.net.buffers()]
-    return [result.loss, result.output, *gradients, *buffers], (result.time_steps, result.output_steps)
-
-
-def iterations(online, number, before=lambda online, i: online.net.zero_grad(), data=batch):
-    """What each of several iterations shows."""
-    torch.manual_seed(5)
-    found = []
-    for i in range(number):
-        before(online, i)
-        found.append(seen(online, online.forward_backward(*data(i))))
-    return found
-
-
-def assert_same(actual, expected):
-    for (tensors, steps), (own, own_steps) in zip(actual, expected, strict=True):
-        assert steps == own_steps
-        for one, other in zip(tensors, own, strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
-
-
-def assert_as_eager(
-    number=8, before=lambda online, i: online.net.zero_grad(), data=batch, replays=4, **options
-):
-    graphed, eager = twins(**options)
-    assert_same(iterations(graphed, number, before, data), iterations(eager, number, before, data))
-    assert graphed._graphs.backend.replays >= replays
-    return graphed
 
 
 @pytest.mark.parametrize("step_mode", ["s", "m"])
@@ -344,184 +272,6 @@ def test_who_looks_at_operators_sees_them():
     with FlopCounterMode(display=False) as counter:
         graphed.forward_backward(*batch(0))
     assert counter.get_total_flops() > 0
-
-
-REFUSED_OPTIONS = [
-    ({"on_step": print}, "on_step="),
-    ({"backward": torch.Tensor.backward}, "backward="),
-    ({"loss_on": "mean"}, "loss_on='mean'"),
-    ({"loss_on": "sequence"}, "loss_on='sequence'"),
-    ({"wrapper": nn.Identity()}, "wrapper="),
-    ({"graph": "yes"}, "graph must be True or False"),
-]
-
-
-@pytest.mark.parametrize(("options", "name"), REFUSED_OPTIONS, ids=named)
-def test_options_that_cannot_be_captured_are_refused_by_name(options, name):
-    with pytest.raises(ConfigurationError, match=name):
-        sltt_ext.OnlineTrainer(net_of(), F.cross_entropy, T, **{"graph": True, **options})
-
-
-def test_an_option_that_is_set_later_is_refused_too():
-    online = online_of(net_of())
-    online.backward = torch.Tensor.backward
-    with pytest.raises(ConfigurationError, match="backward="):
-        online.forward_backward(*batch(0))
-
-
-def test_a_network_on_the_cpu_is_refused():
-    online = sltt_ext.OnlineTrainer(net_of(), F.cross_entropy, T, graph=True)
-    with pytest.raises(ConfigurationError, match="one CUDA device, and are on cpu"):
-        online.forward_backward(*batch(0))
-
-
-def forward_hook(net):
-    net[1].register_forward_hook(lambda *_: None)
-
-
-def backward_hook(net):
-    net[1].register_full_backward_hook(lambda *_: None)
-
-
-def gradient_hook(net):
-    net[1].weight.register_hook(lambda gradient: gradient)
-
-
-def accumulation_hook(net):
-    net[1].weight.register_post_accumulate_grad_hook(lambda parameter: None)
-
-
-def generator_elsewhere(net):
-    net[1].source = _Elsewhere()
-
-
-class _Elsewhere(torch.Generator):
-    """A generator that says it is on another device."""
-
-    device = torch.device("meta")
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (forward_hook, "1: its hooks"),
-        (backward_hook, "1: its hooks"),
-        (gradient_hook, "1.weight: a hook"),
-        (accumulation_hook, "1.weight: a hook"),
-        (generator_elsewhere, "1.source: it is a generator"),
-    ],
-)
-def test_what_a_replay_would_leave_out_is_refused_by_name(change, name):
-    net = net_of()
-    change(net)
-    with pytest.raises(ConfigurationError, match=name):
-        online_of(net).forward_backward(*batch(0))
-
-
-@pytest.mark.parametrize(
-    ("x", "target", "name"),
-    [
-        (iter([torch.ones(BATCH, 1, 8, 8)] * T), torch.zeros(BATCH).long(), "x: it is a"),
-        ([torch.ones(BATCH, 1, 8, 8)] * T, torch.zeros(BATCH).long(), "x: it is a list"),
-        (torch.ones(BATCH, 1, 8, 8, requires_grad=True), torch.zeros(BATCH).long(), "x: it wants a gradient"),
-        (torch.ones(BATCH, 1, 8, 8), SimpleNamespace(), "target: it is a SimpleNamespace"),
-        (torch.ones(BATCH, 1, 8, 8), (SimpleNamespace(),), "target: there is a SimpleNamespace"),
-    ],
-)
-def test_data_that_a_graph_cannot_read_is_refused_by_name(x, target, name):
-    with pytest.raises(ConfigurationError, match=name):
-        online_of(net_of()).forward_backward(x, target)
-
-
-class Counts(nn.Module):
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x * (1 + 0 * self.calls)
-
-
-class KeepsAMean(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mean = torch.zeros(())
-
-    def forward(self, x):
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
-        return x - self.mean
-
-
-class BuffersAMean(KeepsAMean):
-    def __init__(self):
-        nn.Module.__init__(self)
-        self.register_buffer("mean", torch.zeros(()))
-
-
-class DrawsInPython(nn.Module):
-    def forward(self, x):
-        return x * random.random()
-
-
-class DrawsInNumPy(nn.Module):
-    def forward(self, x):
-        import numpy
-
-        return x * float(numpy.random.rand())
-
-
-@pytest.mark.filterwarnings("ignore::sltt_ext.errors.SLTTWarning")
-@pytest.mark.parametrize(
-    ("middle", "name"),
-    [
-        (Counts, "3.calls: every iteration gives it another value"),
-        (KeepsAMean, "3.mean: every iteration gives it another value"),
-        (BuffersAMean, "3.mean: every iteration gives it another value"),
-        (DrawsInPython, "Python's random: every iteration draws from it|draws from Python's random"),
-        (DrawsInNumPy, "draws from NumPy's random"),
-    ],
-)
-def test_what_a_graph_would_freeze_is_refused_by_name(middle, name):
-    online = online_of(net_of(middle=middle))
-    with pytest.raises(ConfigurationError, match=name):
-        iterations(online, 6)
-
-
-def test_draws_of_the_user_between_iterations_are_no_concern():
-    def before(online, i):
-        online.net.zero_grad()
-        random.random()
-
-    assert_as_eager(before=before)
-
-
-class InPlace(nn.Module):
-    def forward(self, x):
-        return x.mul_(2)
-
-
-def test_a_network_that_changes_its_input_is_refused():
-    net = nn.Sequential(InPlace(), *net_of())
-    with pytest.raises(ConfigurationError, match="x: the network or the loss changes it in place"):
-        online_of(net, cache_invariant=False).forward_backward(*batch(0))
-
-
-def reads_its_value(output, target):
-    loss = F.cross_entropy(output, target)
-    return loss if loss.item() > 0 else 0 * loss
-
-
-def test_a_loss_that_reads_values_back_is_refused_when_captured_and_nothing_is_lost():
-    online = online_of(net_of(), loss_fn=reads_its_value)
-    for i in range(3):
-        online.net.zero_grad()
-        online.forward_backward(*batch(i))
-    before = [parameter.grad.clone() for parameter in online.net.parameters()]
-    buffers = [buffer.clone() for buffer in online.net.buffers()]
-    with pytest.raises(ConfigurationError, match="reads values back from the device"):
-        online.forward_backward(*batch(3))
-    assert all(map(torch.equal, before, [parameter.grad for parameter in online.net.parameters()]))
-    assert all(map(torch.equal, buffers, online.net.buffers()))
-    assert isinstance(online.net[2].v, float)
 
 
 def test_errors_of_an_iteration_are_those_without_graphs():
