@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sltt_ext
 from sltt_ext.online import stopwatch
-from sltt_ext.online.distributed import _groups
+from sltt_ext.online.distributed import _groups, largest_of_all
 
 T, BATCH = 4, 8
 
@@ -116,7 +116,8 @@ def plans(rank, world_size, step_mode, options):
             found.append(str(online.plan))
             if iteration == 27:
                 of_plan = [gradient.clone() for gradient in gradients(online.net)]
-    return {"plans": found, "gradients": of_plan}
+        largest = largest_of_all(net, [float(rank), -float(rank)])
+    return {"plans": found, "gradients": of_plan, "largest": largest}
 
 
 def default_generator(rank, world_size):

@@ -125,6 +125,7 @@ def test_all_processes_follow_the_same_plan(name, mode):
     first, second = results(2)[f"plans, {mode}, {name}"]
     assert first["plans"][:28] == second["plans"][:28]
     assert "measuring" not in first["plans"][27]
+    assert first["largest"] == second["largest"] == [1.0, 0.0]  # what each of them has room for
     assert oracle.relative_error(first["gradients"], expected_gradients({}, ALL)) < 1e-6
 
 
