@@ -1,4 +1,5 @@
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -8,6 +9,12 @@ torch.set_num_threads(1)  # the suite runs in parallel processes
 sys.modules.setdefault(
     "torchaudio", None
 )  # SpikingJelly asks for it; its last release refuses newer torches in transformers
+
+with suppress(ImportError):  # which some environments are without
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -59,7 +59,7 @@ def original(
     return spikes, mem_seq, [value.grad for value in (lif.beta, lif.threshold) if value.requires_grad]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     time_steps=st.integers(1, 6),
     beta=st.sampled_from(["number", "scalar", "channel", "neuron"]),

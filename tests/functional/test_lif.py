@@ -31,7 +31,7 @@ def run_fused(kind, x_seq, v, w, tau, decay_input, **options):
     return functional.multi_step_plif(x_seq, w, v, decay_input=decay_input, **options)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(["if", "lif", "plif"]),
     time_steps=st.integers(1, 6),

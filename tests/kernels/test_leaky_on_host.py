@@ -128,7 +128,7 @@ def test_any_shape_of_beta_and_threshold(beta_shape, threshold_shape):
         compare_random(torch.float32, *shapes, reset_mechanism, reset_delay, all_kept=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     dtype=st.sampled_from(variants.DTYPES),
     time_steps=st.integers(1, 6),

@@ -150,7 +150,7 @@ def test_every_variant_at_other_widths(dtype, width):
         compare_random(kind, dtype, "atan", (3, ELEMENTS[width]), v_reset, detach_reset)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     dtype=st.sampled_from(variants.DTYPES),

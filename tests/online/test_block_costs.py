@@ -23,7 +23,7 @@ COSTS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(found=st.lists(COSTS, min_size=1, max_size=7), calls=st.integers(1, 4))
 def test_the_borders_are_the_best_of_all(found, calls):
     places = [i for i, cost in enumerate(found[:-1]) if cost.border]

@@ -120,7 +120,7 @@ def test_delta_leaky_returns_a_pair_as_state():
         torch.testing.assert_close((spk[t], mem[t], mem_prev[t]), (want_spk, want_mem, want_prev))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     time_steps=st.integers(1, 7),
     split=st.integers(1, 6),
