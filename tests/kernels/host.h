@@ -5,6 +5,7 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <mutex>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -22,6 +23,7 @@ struct Index {
 static Index threadIdx, blockIdx, gridDim;
 static void (*body)();
 static void** passed;
+static std::mutex one_at_a_time;
 
 // Switching by longjmp: swapcontext makes two system calls each time.
 struct Thread {
@@ -108,9 +110,10 @@ const char* kinds_of(void (*)(Parameters...)) {
     return kinds;
 }
 
-// One block at a time. Its threads run one after the other, each from one __syncthreads() to the next if it has any.
+// One launch at a time, since what a kernel reads of its place is global here, and one block at a time. Its threads run one after the other, each from one __syncthreads() to the next if it has any.
 template <auto kernel>
 void launch(unsigned int blocks, unsigned int threads, bool synchronises, void** arguments) {
+    std::lock_guard<std::mutex> lock(one_at_a_time);
     passed = arguments;
     body = [] { call<kernel>(kernel, decltype(numbers_of<kernel>(kernel))()); };
     gridDim.x = blocks;
