@@ -29,11 +29,12 @@ SPIKING_RESNET34 = Network(
     256,
 )
 SETTINGS: dict[str, dict[str, Any]] = {
-    "steps": {},
-    "steps, pack_spikes": {"pack_spikes": True, "cache_invariant": False},
-    "blocks": {"blocks": "auto"},
-    "blocks, pack_spikes": {"blocks": "auto", "pack_spikes": True},
+    "as it comes": {},
+    "spikes as bits": {"chunk": 1, "pack_spikes": True, "cache_invariant": False},
+    'memory_budget="least"': {"memory_budget": "least"},
 }
+AT_MOST = 20
+"""Iterations until a plan is decided."""
 
 
 def bptt(task: Task) -> tuple[Callable[[], Any], nn.Module]:
@@ -43,11 +44,18 @@ def bptt(task: Task) -> tuple[Callable[[], Any], nn.Module]:
 
 
 def sltt(task: Task, options: dict[str, Any]) -> tuple[Callable[[], Any], nn.Module]:
-    """An iteration of SLTT, the first of which is over, and its network."""
+    """An iteration of SLTT, whose plan is decided, and its network."""
     net = sltt_ext.convert(task.network.build(), backend="torch")
     online = sltt_ext.OnlineTrainer(net, lambda output, target: task.loss(output), task.time_steps, **options)
     run = partial(online.forward_backward, task.x, task.target)
     run()
+    for _ in range(AT_MOST):
+        if online.plan.is_decided:
+            break
+        net.zero_grad()
+        run()
+    net.zero_grad()
+    print(online.plan, flush=True)
     return run, net
 
 
@@ -59,6 +67,7 @@ def rows(network: Network) -> list[dict[str, Any]]:
     for name, prepare in contenders.items():
         with FakeTensorMode():
             run, net = prepare(network.task(T))
+            net.zero_grad()
             peaks[name] = peak_activation_bytes(run, net)
     return [
         {

@@ -3,7 +3,8 @@
 python benchmarks/planner.py                  everything; writes benchmarks/results/planner.csv
 python benchmarks/planner.py --repeats 3      a quick look
 
-All contenders of a network take turns. In so many repetitions SLTT-1 draws each step equally often. ``least`` has ``memory_budget="least"``.
+All contenders of a network take turns. In so many repetitions SLTT-1 draws each step equally often. ``least`` has ``memory_budget="least"``, and
+``fastest`` ``"0.8"``: the fastest plan that fits into so much of the memory.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class ResNet18(Network):
 
 
 RESNET18 = ResNet18("spiking ResNet-18", lambda maker: spiking_resnet18(), (3, 64, 64), 16)
+BUDGETS = {"least": "least", "fastest": "0.8"}
 CASES = ((NF_RESNET34, 6, ("s", "m")), (RESNET18, 4, ("m",)))
 BARS = {
     ("NF-ResNet-34", "SLTT", True): (0.40, 0.80),
@@ -108,7 +110,8 @@ def contenders(
         for k, full in ((None, True), (1, True), (1, False)):
             name = "SLTT" if k is None else f"SLTT-{k}" + ", tail skipped" * (not full)
             runs[f"{name}, {kind}"] = online(task, mode, k, full, repeats, None)
-        runs[f"SLTT, {kind}, least"] = online(task, mode, None, True, repeats, "least")
+        for name, budget in BUDGETS.items():
+            runs[f"SLTT, {kind}, {name}"] = online(task, mode, None, True, repeats, budget)
     return runs
 
 
@@ -126,7 +129,7 @@ def rows(
         method, full = name.partition(",")[0], "tail" not in name
         bars = (
             BARS.get((network.name, method, full), ("", ""))
-            if run.online and "least" not in name
+            if run.online and not name.endswith((*BUDGETS,))
             else ("", "")
         )
         found.append(
@@ -167,7 +170,7 @@ def main() -> None:
         for network, time_steps, step_modes in CASES:
             if options.only not in (None, network.name):
                 continue
-            number = 2 + 4 * len(step_modes)
+            number = 2 + (3 + len(BUDGETS)) * len(step_modes)
             task = progress.add_task(network.name, total=number * (options.repeats + 2))
             found += rows(
                 network, time_steps, step_modes, options.repeats, lambda task=task: progress.advance(task)

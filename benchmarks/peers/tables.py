@@ -282,6 +282,39 @@ TABLES: dict[str, Callable[[], str]] = {
             "others": "others",
         },
     ),
+    "blocks": partial(
+        as_measured,
+        "blocks",
+        {
+            "network": "network",
+            "contender": "contender",
+            "peak GiB": "peak_gib",
+            "relative to BPTT, steps": "to_bptt_steps",
+        },
+    ),
+    "planner": partial(
+        as_measured,
+        "planner",
+        {
+            "network": "network",
+            "contender": "contender",
+            "plan": "plan",
+            "seconds": "seconds",
+            "relative to BPTT, steps": "to_bptt_steps",
+            "to BPTT, sequence": "to_bptt_sequence",
+            "peak, to BPTT, steps": "peak_to_bptt_steps",
+        },
+    ),
+    "compiled": partial(
+        as_measured,
+        "compiled",
+        {
+            "contender": "contender",
+            "seconds": "seconds",
+            "relative to compiled BPTT": "of_compiled_bptt",
+            "seconds to compile": "compile_s",
+        },
+    ),
     "trainer": partial(
         as_measured,
         "trainer_overhead",

@@ -31,7 +31,7 @@ from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.states import begin, one_call, reset
 from sltt_ext.time_invariant import is_average_pooling, is_counting_batch_norm, is_time_invariant
 
-__all__ = ["Cost", "costs", "least_borders", "peak_bytes"]
+__all__ = ["Cost", "batch_size", "costs", "least_borders", "parts_of_batch", "peak_bytes"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAMPLES = 2

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.online.block_costs import batch_size, costs, least_borders, parts_of_batch
+from sltt_ext.online.block_costs import batch_size, costs, least_borders, parts_of_batch, peak_bytes
 from sltt_ext.online.blockwise import BlockKnowledge, Blockwise
 from sltt_ext.online.borders import Samples
 from sltt_ext.online.chain import Chain
@@ -32,6 +32,7 @@ class Blocks:
 
     Attributes:
         parts: In how many parts of the steps the gradients at a border are kept, where a call has one step.
+        peak_bytes: What an iteration needs at its peak, as far as it can be counted beforehand.
 
     Raises:
         ConfigurationError: If it is neither.
@@ -43,7 +44,7 @@ class Blocks:
             raise ConfigurationError(
                 f"blocks must be None, 'auto' or a list of modules of the network, got {chosen!r}"
             )
-        self.parts = 1
+        self.parts, self.peak_bytes = 1, 0
         self._chosen = chosen
         self._points: tuple[str, ...] = ()
         self._borders: set[str] = set()
@@ -113,6 +114,20 @@ class Blocks:
             tried=tried,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was chosen, as plain values."""
+        return {
+            "points": list(self._points), "borders": sorted(self._borders), "in parts": list(self._in_parts),
+            "axis": self._axis, "static": self._static, "peak": self.peak_bytes,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict` gave."""
+        self._points, self._borders = tuple(state["points"]), set(state["borders"])
+        self._in_parts, self._axis = list(state["in parts"]), state["axis"]
+        self._static, self.peak_bytes = state["static"], state["peak"]
+        self._known, self._compared = [BlockKnowledge() for _ in range(len(self._borders) + 1)], False
+
     def _choose(self, chain: Chain, one: Pass, source: Callable[[], Frames], packs: bool) -> None:
         """Choose the borders, and in how many parts of the batch each block runs."""
         given = source()
@@ -124,6 +139,7 @@ class Blocks:
         else:
             places = [chain.nodes.index(node) for node in chain.borders_around(self._chosen, one.net)]  # type: ignore[arg-type]
         self._in_parts = parts_of_batch(found, places, calls, learned)
+        self.peak_bytes = peak_bytes(found, places, calls, learned)
         self._static = bool(places) and found[places[0]].static
         self._borders = {chain.nodes[place].name for place in places}
         self._axis = int(one.multi_step)

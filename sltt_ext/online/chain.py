@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import inspect
 import operator
-import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +23,7 @@ from sltt_ext.errors import ConfigurationError, one_line
 from sltt_ext.forwards import has_own_forward
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.attributes import ABSENT, is_same, plain_attributes, put
-from sltt_ext.online.snapshot import random_numbers, without_modes
+from sltt_ext.online.snapshot import drawn, random_numbers
 
 __all__ = ["Block", "Chain", "module_of"]
 
@@ -273,11 +271,11 @@ class _Tracer(fx.Tracer):
         return found
 
     def _through(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        before, drawn, draw_again = dict(plain_attributes(m)), _drawn(), random_numbers(m)
+        before, generators, draw_again = dict(plain_attributes(m)), drawn(m), random_numbers(m)
         try:
             found = forward(*args, **kwargs)
         finally:
-            draws = _drawn() != drawn
+            draws = drawn(m) != generators
             if draws:
                 draw_again()
             after = dict(plain_attributes(m))
@@ -313,12 +311,3 @@ def _apply(apply: Any, cls: type[torch.autograd.Function], *args: Any, **kwargs:
     if any(isinstance(arg, fx.Proxy) for arg in (*args, *kwargs.values())):
         raise _NotTracedError(f"its forward calls the autograd function {cls.__name__}")
     return apply.__get__(None, cls)(*args, **kwargs)
-
-
-def _drawn() -> Any:
-    """Where the generators of random numbers are."""
-    numpy = getattr(sys.modules.get("numpy"), "random", None)
-    state = None if numpy is None else numpy.get_state()[1:3]
-    with without_modes():  # real states also where the network runs on fake tensors
-        torchs = torch.get_rng_state().tolist()
-    return random.getstate(), state and (state[0].tolist(), state[1]), torchs

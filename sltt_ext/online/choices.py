@@ -36,6 +36,7 @@ class Choices:
         caches: What the user says of evaluating once.
         budget: In bytes; None where it is not known yet.
         asks: The user's own budget.
+        blocks: Whether the network may be run block by block.
     """
 
     measured: Measured
@@ -48,6 +49,7 @@ class Choices:
     caches: bool | str
     budget: int | None
     asks: int | str | None
+    blocks: bool = False
 
     def first_trial(self) -> Trial | None:
         """What the very first iteration is measured for; None where there is nothing to find out."""
@@ -59,7 +61,9 @@ class Choices:
         for trial in self._of_bytes():
             if self.measured.attempts.get(trial, 0) < ATTEMPTS and not self._is_known(trial):
                 return trial
-        if self.asks == "least" or not may_be_timed:
+        if self.asks == "least":
+            return self._in_blocks()
+        if not may_be_timed:
             return None
         return self._of_seconds()
 
@@ -74,6 +78,12 @@ class Choices:
 
     def leanest(self) -> Way:
         """The way that needs the least memory."""
+        steps = self.leanest_in_steps()
+        blocks = steps._replace(blocks=True)
+        return blocks if self.blocks and 0 < self._bytes(blocks) < self._bytes(steps) else steps
+
+    def leanest_in_steps(self) -> Way:
+        """The one that needs the least where the network is run as a whole."""
         own = [
             self._lean()._replace(packs=packs, caches=caches)
             for packs in _values(self.packs, self.measured.packed, otherwise=self._packs())
@@ -81,6 +91,12 @@ class Choices:
         ]
         known = [way for way in own if self.measured.variant(way) in self.measured.needs]
         return min(known or [self._lean()], key=self._bytes)
+
+    def _in_blocks(self) -> Trial | None:
+        """An iteration whose bytes are counted as the network is run block by block: the second time, it is watched no more."""
+        trial = Trial(self.leanest_in_steps()._replace(blocks=True), timed=False)
+        tried = self.measured.attempts.get(trial, 0) >= ATTEMPTS
+        return trial if self.blocks and not tried and self.measured.needs else None
 
     def is_leanest_known(self) -> bool:
         """Whether all has been counted that the leanest way is found by."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
 from sltt_ext.online.block_plan import Blocks, check_options
 from sltt_ext.online.blocks import CompiledCode
+from sltt_ext.online.blockwise import Blockwise
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.distributed import (
     Step,
@@ -39,6 +41,7 @@ from sltt_ext.online.heads import Heads
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.invariants import EvaluatedOnce
 from sltt_ext.online.kept_graphs import Found
+from sltt_ext.online.lean_blocks import LeanBlocks, Results
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.objective import (
     Backward,
@@ -57,6 +60,7 @@ from sltt_ext.online.recording import recorded
 from sltt_ext.online.schedule import Schedule, selected_steps, steps_of_a_draw
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import outer_tensors
+from sltt_ext.online.states import all_or_nothing, reset
 from sltt_ext.online.structures import flatten
 from sltt_ext.online.summed_gradients import SummedGradients
 from sltt_ext.online.windows import each_frame, each_step, read_each
@@ -100,9 +104,13 @@ class Iterations:
     _first: FirstCalls
     _code: CompiledCode
     _blocks: Blocks | None
+    _lean: LeanBlocks
     _is_measuring: bool
 
     def _neurons(self) -> tuple[list[StatefulModule], bool]:
+        raise NotImplementedError
+
+    def _leaves(self, x: Any) -> list[Tensor]:
         raise NotImplementedError
 
     def _run(
@@ -129,36 +137,41 @@ class Iterations:
         if loss_of_call is not None:
             objective = Objective(loss_of_call, self._back_propagating(once), self._after)
         with explaining_steps(self.net, x, self.time_steps, self.time_dim, multi_step):
-            mean = MeanOutput()
             if self._blocks is not None and objective is not None:
-                return self._in_blocks(self._blocks, one, iteration, x, objective, guards, mean), mean.value()
+                check_options(self.loss_on, self.on_step, self.chunk, self._in_windows(multi_step))
+                return self._in_blocks(self._plan_of(self._blocks, one, iteration, x), objective, guards)
+            if iteration.way.blocks and objective is not None:
+                results = self._lean.run(
+                    self.net, x, iteration,
+                    plan=lambda blocks: self._plan_of(blocks, one, iteration, x),
+                    run=lambda plan: self._in_blocks(plan, objective, guards),
+                    whole=lambda: self._run(x, stop, replace(iteration, way=iteration.way._replace(blocks=False), trial=None))[1],
+                    undone=lambda: all_or_nothing(self._leaves(x), partial(reset, neurons)),
+                )  # fmt: skip
+                if results is not None:
+                    return results
+            mean = MeanOutput()
             loss = through_time(one, objective, (Alone(), *guards, *speed_ups), mean)
             return loss, mean.value()
 
-    def _in_blocks(
-        self,
-        blocks: Blocks,
-        one: Pass,
-        iteration: Iteration,
-        x: Any,
-        objective: Objective,
-        guards: Sequence[SpeedUp],
-        mean: MeanOutput,
-    ) -> Tensor | None:
-        """The sum of the losses of a run that goes block by block."""
+    def _plan_of(self, blocks: Blocks, one: Pass, iteration: Iteration, x: Any) -> Blockwise:
+        """How a run goes block by block."""
         if isinstance(x, Iterator):
             raise InputError(
                 "blocks= goes through the frames twice: give a tensor or a list, not an iterator"
             )
-        check_options(self.loss_on, self.on_step, self.chunk, self._in_windows(one.multi_step))
-        plan = blocks.plan(
+        return blocks.plan(
             one, x, partial(self._source, x, one.multi_step), modules=self._modules, caches=self._caches(iteration),
             packs=iteration.way.packs, grouping=self._grouping, tried=self._tried, wrapper=self.wrapper,
         )  # fmt: skip
+
+    def _in_blocks(self, plan: Blockwise, objective: Objective, guards: Sequence[SpeedUp]) -> Results:
+        """The sum of the losses of a run that goes block by block, and the mean output."""
+        mean = MeanOutput()
         back_propagates = Objective(
             objective.loss, partial(back_propagate_all, backward=self.backward), objective.after
         )
-        return plan.run(back_propagates, guards, mean)
+        return plan.run(back_propagates, guards, mean), mean.value()
 
     def _speed_ups(
         self, one: Pass, step: Step, iteration: Iteration, once: EvaluatedOnce | None = None

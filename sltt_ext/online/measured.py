@@ -28,7 +28,8 @@ class Trial(NamedTuple):
 
     def __str__(self) -> str:
         bits, once = ", spikes as bits" * self.way.packs, ", nothing once" * (not self.way.caches)
-        return f"{'seconds' if self.timed else 'bytes'} of chunk {self.way.chunk}{bits}{once}"
+        blocks = ", block by block" * self.way.blocks
+        return f"{'seconds' if self.timed else 'bytes'} of chunk {self.way.chunk}{bits}{once}{blocks}"
 
 
 _KINDS = [(learns, graph) for learns in (False, True) for graph in (False, True)]
@@ -47,6 +48,7 @@ class Measured:
         needs: What back-propagated calls needed, by variant.
         watched: The variants of iterations that watched modules, which needs memory of its own.
         unselected: What calls without gradients needed.
+        in_blocks: What an iteration needed that went block by block.
         seconds: By way, those of each iteration.
         attempts: How often an iteration was run for its bytes.
         modules: How many modules may be evaluated once.
@@ -58,6 +60,7 @@ class Measured:
     needs: dict[Variant, Need] = field(default_factory=dict)
     watched: set[Variant] = field(default_factory=set)
     unselected: Need | None = None
+    in_blocks: int | None = None
     seconds: dict[Way, list[CallSeconds]] = field(default_factory=dict)
     attempts: dict[Trial, int] = field(default_factory=dict)
     modules: int = 0
@@ -101,6 +104,9 @@ class Measured:
             )
             return
         self.attempts[trial] = self.attempts.get(trial, 0) + 1
+        if trial.way.blocks:  # the first time it is watched, which needs memory of its own
+            self.in_blocks = max((call[1] for call in _calls(numbers[2:8])), default=None)
+            return
         self._add_bytes(self.variant(trial.way), _calls(numbers[2:8]))
         for call in _calls(numbers[8:14]):
             self.unselected = Need(*call) if self.unselected is None else self.unselected.with_another(*call)
@@ -127,6 +133,8 @@ class Measured:
         A variant that was counted in short calls alone adds as much more to each step of a longer one; or as much less
         once, as what it spares may be there once.
         """
+        if way.blocks:
+            return None if self.in_blocks is None else Need(way.chunk, self.in_blocks, self.in_blocks)
         longest = max(self.needs, key=lambda variant: self.needs[variant].steps, default=None)
         if longest is None:
             return None
@@ -178,6 +186,7 @@ class Measured:
         """Reckon with inputs that are so many times as large."""
         self.needs = {variant: need.scaled(factor) for variant, need in self.needs.items()}
         self.unselected = self.unselected and self.unselected.scaled(factor)
+        self.in_blocks = None if self.in_blocks is None else int(self.in_blocks * factor)
 
     def state_dict(self) -> dict[str, Any]:
         """As plain numbers, for files that are read with ``weights_only=True``."""
@@ -187,6 +196,7 @@ class Measured:
             "needs": [(variant, astuple(need)) for variant, need in self.needs.items()],
             "watched": sorted(self.watched),
             "unselected": self.unselected and astuple(self.unselected),
+            "in blocks": self.in_blocks,
             "seconds": [
                 (tuple(way), [[(kind, one) for kind, one in taken.items()] for taken in found])
                 for way, found in self.seconds.items()
@@ -205,6 +215,7 @@ class Measured:
         self.needs = {_pair(variant): _need(need) for variant, need in state["needs"]}
         self.watched = {_pair(variant) for variant in state["watched"]}
         self.unselected = state["unselected"] and _need(state["unselected"])
+        self.in_blocks = state.get("in blocks")
         self.seconds = {
             Way(*way): [{_pair(kind): (one[0], one[1]) for kind, one in taken} for taken in found]
             for way, found in state["seconds"]

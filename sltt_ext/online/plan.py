@@ -16,12 +16,14 @@ class Way(NamedTuple):
         sequences: Whether the network takes sequences, its own way or as one of single steps that is run so.
         packs: Whether spikes are kept as bits.
         caches: Whether what does not depend on time is evaluated once.
+        blocks: Whether the network is run block by block, all steps of one and then the next.
     """
 
     chunk: int
     sequences: bool
     packs: bool
     caches: bool
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
         budget_bytes: How many there may be; None where no ``memory_budget`` was given.
         seconds: What an iteration took, the least of a few; None where nothing was timed.
         measuring: What is measured next; "" where the plan is decided.
+        blocks: How many blocks run one after the other, all steps of each; 1 where the network runs as a whole.
     """
 
     time_steps: int
@@ -53,6 +56,7 @@ class Plan:
     budget_bytes: int | None = None
     seconds: float | None = None
     measuring: str = ""
+    blocks: int = 1
 
     @property
     def is_decided(self) -> bool:
@@ -67,6 +71,8 @@ class Plan:
             parts.append(f"{self.group} without gradients")
         if self.in_sequences:
             parts.append("run on sequences")
+        if self.blocks > 1:
+            parts.append(f"block by block ({self.blocks})")
         if self.pack_spikes:
             parts.append("spikes as bits")
         if self.cache_invariant and self.modules_once:

@@ -46,6 +46,7 @@ class Asked(NamedTuple):
         memory_budget: See `OnlineTrainer`.
         explicit: Whether a ``"auto"`` of ``chunk`` was written by the user.
         updates: Whether weights are updated after every call: how often must not depend on memory.
+        blocks: Whether the network may be run block by block.
     """
 
     chunk: int | str
@@ -54,6 +55,7 @@ class Asked(NamedTuple):
     memory_budget: int | str | None
     explicit: bool
     updates: bool
+    blocks: bool = False
 
 
 class Given(NamedTuple):
@@ -105,6 +107,10 @@ class Iteration:
     stopwatch: Stopwatch | None = None
     packed: list[PackedSpikes] = field(default_factory=list)
 
+    def run_whole(self) -> None:
+        """Run the network as a whole, and measure nothing."""
+        self.way, self.trial = self.way._replace(blocks=False), None
+
     @property
     def counts_bytes(self) -> bool:
         """Whether the memory of its calls is counted."""
@@ -122,6 +128,7 @@ class Planner:
 
     Attributes:
         grouping: Whether several of the user's own calls may be one.
+        blocks: How many blocks the network has, where it runs block by block.
     """
 
     def __init__(
@@ -132,6 +139,7 @@ class Planner:
         modules_once: Callable[[nn.Module], int],
     ) -> None:
         self.grouping = Grouping(asked.explicit)
+        self.blocks = 1
         self._asked = asked
         self._time_steps = time_steps
         self._tries = tries
@@ -145,10 +153,28 @@ class Planner:
         self._is_decided = False
         self._warned = False
         self._held: Way | None = None
+        self._kept_whole: str | None = None
 
     def hold(self, way: Way | None) -> None:
         """Run every iteration in this way from now on, and measure nothing; None: in the one that was decided."""
         self._held = way
+
+    def keep_whole(self, reason: str) -> None:
+        """Run the network as a whole from now on, and never block by block."""
+        if self._is_decided and self._choices().chosen().blocks:
+            warnings.warn(
+                f"memory_budget='least' runs the network as a whole again, which needs more memory than block by block: {reason}",
+                SLTTWarning,
+                stacklevel=2,
+            )
+        self._kept_whole = reason
+
+    def needs_less(self, bytes_: int) -> bool:
+        """Whether so many bytes are less than the leanest way needs that runs the network as a whole."""
+        choices = self._choices()
+        way = choices.leanest_in_steps()
+        need = self._measured.need(way)
+        return need is None or bytes_ < need.of(way.chunk)
 
     def iteration(self, net: nn.Module, given: Given, measures: bool) -> Iteration:
         """How the iteration that begins is run.
@@ -249,6 +275,7 @@ class Planner:
             None if given in (None, "least") else self._budget,
             measured.seconds_of(way),
             "" if self._is_decided or self._held is not None else measuring,
+            self.blocks if way.blocks else 1,
         )
 
     def ways(self) -> list[Way]:
@@ -265,6 +292,7 @@ class Planner:
         return {
             "budget": (self._asked.memory_budget, self._budget),
             "kept apart": self.grouping.kept_apart,
+            "blocks": (self.blocks, self._kept_whole),
             "sequences": self._same_in_sequences,
             "seen": (self._multi_step, self._selects, self._shares),
             "decided": (self._is_decided, following),
@@ -276,6 +304,7 @@ class Planner:
         asked, bytes_ = state["budget"]
         self._budget = bytes_ if asked == self._asked.memory_budget else None
         self.grouping.kept_apart = state["kept apart"]
+        self.blocks, self._kept_whole = state.get("blocks", (1, None))
         self._same_in_sequences = state["sequences"]
         self._multi_step, self._selects, self._shares = state["seen"]
         self._measured.load_state_dict(state["measured"])
@@ -319,6 +348,7 @@ class Planner:
             caches=asked.cache_invariant,
             budget=self._budget,
             asks=asked.memory_budget,
+            blocks=asked.blocks and self._kept_whole is None,
         )
 
     def _may_share(self, net: nn.Module, given: Given) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.storages import storage_of
 
-__all__ = ["Snapshot", "random_numbers", "without_modes"]
+__all__ = ["Snapshot", "drawn", "random_numbers", "without_modes"]
 
 without_modes = torch._C._DisableTorchDispatch
 """A context without dispatch modes, entered and left in C: torch's own takes the modes off, and Ctrl-C may keep them off."""
@@ -127,6 +127,16 @@ def random_numbers(net: nn.Module) -> Callable[[], None]:
             numpy.set_state(numbers)
 
     return draw_again
+
+
+def drawn(net: nn.Module) -> list[Any]:
+    """Where the generators of random numbers are: those of torch, of Python, and of NumPy where it is used."""
+    devices = {parameter.device for parameter in net.parameters() if parameter.device.type == "cuda"}
+    numpy = getattr(sys.modules.get("numpy"), "random", None)
+    state = None if numpy is None else numpy.get_state()[1:3]
+    with without_modes():  # real states also where the network runs on fake tensors
+        torchs = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        return [random.getstate(), state and (state[0].tolist(), state[1]), *(one.tolist() for one in torchs)]
 
 
 def _put_back(store: dict[Any, Any], before: dict[Any, Any], names: set[Any]) -> None:

@@ -27,6 +27,7 @@ from sltt_ext.online.frozen import Iteration as GraphedIteration
 from sltt_ext.online.invariant_trials import InvariantModules
 from sltt_ext.online.iterations import Iterations
 from sltt_ext.online.kept_graphs import Found
+from sltt_ext.online.lean_blocks import LeanBlocks
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.objective import (
@@ -119,7 +120,7 @@ class OnlineTrainer(Iterations):
             every step: ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
         memory_budget: For what is ``"auto"``: bytes for activations, states and gradients, also as ``"6GiB"``, or a part of
             the memory that a CUDA device has left (of all memory on the CPU), ``"0.8"``: the fastest plan that fits is
-            taken. ``"least"`` takes the leanest there is; None the leanest that takes at most 15 % longer than
+            taken. ``"least"`` takes the leanest there is, which may be one of ``blocks``; None the leanest that takes at most 15 % longer than
             the fastest.
         cache_invariant: Evaluate what does not depend on time once an iteration: every time-invariant module until
             the first neuron where one input is shown at all steps, and every weight parametrisation. The first
@@ -221,12 +222,14 @@ class OnlineTrainer(Iterations):
                 self.memory_budget,
                 explicit=asked and self.chunk == "auto",
                 updates=updates,
+                blocks=self._may_choose_blocks(),
             ),
             self.time_steps,
             is_the_same_in_sequences,
             self._modules.number,
         )
         self._grouping = self._planner.grouping
+        self._lean = LeanBlocks(self._planner)
         self._kept = KeptTensors()
         self._found = Found()
         self._tried = PartsTried(self._grouping.keep_apart)
@@ -327,6 +330,7 @@ class OnlineTrainer(Iterations):
             "generator": None if generator is None else generator.get_state(),
             "plan": self._planner.state_dict(),
             "time-invariant": self._modules.state_dict(self.net),
+            "blocks": (self._blocks or self._lean.blocks).state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -347,6 +351,8 @@ class OnlineTrainer(Iterations):
             self._planner.load_state_dict(state["plan"])
         if "time-invariant" in state:  # earlier versions found nothing out
             self._modules.load_state_dict(self.net, state["time-invariant"])
+        if "blocks" in state:
+            (self._blocks or self._lean.blocks).load_state_dict(state["blocks"])
         if saved is None:
             return
         if self.generator is None:
@@ -363,6 +369,11 @@ class OnlineTrainer(Iterations):
     def _not_captured(self) -> dict[str, str]:
         """Options that a graph does not go with."""
         return options.not_captured(self.on_step, self.backward, self.loss_on, self.wrapper)
+
+    def _may_choose_blocks(self) -> bool:
+        """Whether the plan may go block by block without being told to."""
+        own = self.loss_on != "step" or self.on_step is not None or self.chunk != "auto"
+        return self.memory_budget == "least" and not (own or self._through_time or self._graphs)
 
     def _leaves(self, x: Any) -> list[Tensor]:
         """Everything that an iteration gives a gradient to."""

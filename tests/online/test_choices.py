@@ -24,10 +24,22 @@ class Machine:
         step: Seconds of a step.
         packing: By how much packing multiplies them, and how many bytes a step has less.
         caching: The same of evaluating once; bytes may be more.
+        in_blocks: Bytes of an iteration that goes block by block.
     """
 
-    def __init__(self, T=8, calls=1.0, step=1.0, packing=(1.0, 40), caching=(0.8, -10), noise=0.0, **options):
+    def __init__(
+        self,
+        T=8,
+        calls=1.0,
+        step=1.0,
+        packing=(1.0, 40),
+        caching=(0.8, -10),
+        noise=0.0,
+        in_blocks=0,
+        **options,
+    ):
         self.T, self.calls, self.step, self.packing, self.caching = T, calls, step, packing, caching
+        self.in_blocks = in_blocks
         self.noise, self.draw = noise, random.Random(0)
         self.measured, self.trials = Measured(longest={True: T, False: 0}), []
         self.options = {
@@ -45,6 +57,8 @@ class Machine:
         return seconds * (1 + self.noise * self.draw.random())
 
     def bytes(self, way):
+        if way.blocks:
+            return self.in_blocks
         return 100 + (100 - self.packing[1] * way.packs) * way.chunk - self.caching[1] * way.caches
 
     def decide(self, timed=True):
@@ -106,6 +120,28 @@ def test_the_leanest_there_is_needs_no_seconds():
     machine = Machine(calls=10.0, asks="least")
     assert machine.decide() == Way(1, True, True, False)
     assert not any(trial.timed or trial.doubles for trial in machine.trials)
+
+
+@pytest.mark.parametrize(("in_blocks", "taken"), [(140, True), (160, False), (170, False)])
+def test_block_by_block_where_that_needs_less(in_blocks, taken):
+    machine = Machine(asks="least", in_blocks=in_blocks, blocks=True)
+    way = machine.decide()
+    assert way == Way(1, True, True, False, taken)
+    assert machine.trials[-1].way.blocks
+    assert machine.choices.leanest_in_steps() == Way(1, True, True, False)
+    again = Measured()
+    again.load_state_dict(machine.measured.state_dict())
+    assert again == machine.measured
+    assert again.need(way).of(1) == min(in_blocks, 160)
+    again.scale(2.0)
+    assert again.need(way).of(1) == 2 * min(in_blocks, 160)
+
+
+def test_nothing_goes_block_by_block_that_may_not():
+    for options in ({"asks": "least"}, {"asks": 10**9, "budget": 10**9, "blocks": True}, {"blocks": True}):
+        machine = Machine(in_blocks=1, **options)
+        assert not machine.decide().blocks
+        assert not any(trial.way.blocks for trial in machine.trials)
 
 
 def test_evaluating_once_that_saves_memory_is_part_of_the_leanest():

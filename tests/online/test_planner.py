@@ -172,7 +172,7 @@ def test_what_the_user_says_is_the_plan_from_the_start():
 def test_the_leanest_needs_least():
     def peak(**options):
         net = normed()
-        _, online = trained(net, 6, **options)
+        _, online = trained(net, 10, **options)
         net.zero_grad()
         with ActivationMeter() as meter:
             online.forward_backward(*networks.images(4))
