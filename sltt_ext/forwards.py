@@ -26,7 +26,19 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 
-__all__ = ["Around", "Layer", "Looking", "Replacements", "has_own_forward"]
+__all__ = [
+    "HOOKS",
+    "Around",
+    "Layer",
+    "Looking",
+    "Replacements",
+    "has_global_hooks",
+    "has_hooks",
+    "has_own_forward",
+]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module has its hooks."""
 
 Around = Callable[..., Any]
 """``around(module, forward, *args, **kwargs)`` stands in for ``forward(*args, **kwargs)`` of ``module``."""
@@ -244,6 +256,16 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether someone else has replaced the forward of this very module."""
     standing = vars(module).get("forward", _ABSENT)
     return standing is not _ABSENT and not (isinstance(standing, _Stack) and standing.before is _ABSENT)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its own."""
+    return any(getattr(module, name) for name in HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks that see the calls of all modules."""
+    return any(getattr(torch.nn.modules.module, f"_global{name}", None) for name in HOOKS)
 
 
 def _put_back(own: dict[str, Any], name: str, before: Any) -> None:

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules import module as global_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from sltt_ext.forwards import has_own_forward
+from sltt_ext.forwards import has_global_hooks, has_hooks, has_own_forward
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 
 __all__ = ["Setting", "register_step_modes", "sequence_form"]
@@ -44,7 +43,6 @@ _SHAPELESS: set[type[nn.Module]] = {
     nn.CELU, nn.ELU, nn.GELU, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.ReLU,
     nn.ReLU6, nn.SELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softsign, nn.Tanh, DistributedDataParallel,
 }  # fmt: skip
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def register_step_modes(name: str, value: Any, usable: Usable, *classes: type[nn.Module]) -> None:
@@ -61,7 +59,7 @@ def register_step_modes(name: str, value: Any, usable: Usable, *classes: type[nn
 
 def sequence_form(net: nn.Module) -> list[Setting] | None:
     """What tells the modules of ``net`` that they take sequences ``[C, N, ...]``; None where it is not known to be enough."""
-    if any(getattr(global_hooks, f"_global{name}", None) for name in _HOOKS):
+    if has_global_hooks():
         return None
     settings = []
     waiting, seen = [net], set()
@@ -70,7 +68,7 @@ def sequence_form(net: nn.Module) -> list[Setting] | None:
         if module in seen:
             continue
         seen.add(module)
-        if any(getattr(module, name) for name in _HOOKS) or has_own_forward(module):
+        if has_hooks(module) or has_own_forward(module):
             return None
         cls = (
             module.original

@@ -27,12 +27,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sltt_ext.errors import LossError
-from sltt_ext.forwards import Layer, Replacements
+from sltt_ext.forwards import HOOKS, Layer, Replacements
 from sltt_ext.neuron import Reclassed, SLTTNeuron
 
 __all__ = ["StepTrial"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LONGEST, _SHORTEST = 16, 4
 """Steps of a trial, at most, with a few samples and with all: what reaches further back is not seen."""
 
@@ -261,7 +260,7 @@ def _copied(net: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
-        for name in _HOOKS:
+        for name in HOOKS:
             hooks = getattr(module, name)
             memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_of_torch(hook))
     copied = copy.deepcopy(net, memo)

@@ -12,11 +12,10 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from sltt_ext.forwards import has_own_forward
+from sltt_ext.forwards import has_global_hooks, has_hooks, has_own_forward
 
 __all__ = [
     "Time",
@@ -171,8 +170,5 @@ def _has_fixed_weights(module: nn.Module) -> bool:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether it shows nowhere that a time-invariant module ran only once."""
-    hooks = (
-        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
-        torch.nn.modules.module._global_forward_hooks, torch.nn.modules.module._global_forward_pre_hooks,
-    )  # fmt: skip
-    return is_time_invariant(module) and not any(hooks) and not has_own_forward(module)
+    seen = has_hooks(module) or has_global_hooks() or has_own_forward(module)
+    return is_time_invariant(module) and not seen

@@ -53,6 +53,8 @@ ALL_SPEED_UPS = {
     FASTEST: replace(_PLAIN, cache_invariant=True, chunk="all"),
 }
 """SLTT with each speed-up alone, then with several."""
+LEAST = replace(_PLAIN, chunk="auto", cache_invariant="auto", pack_spikes="auto", memory_budget="least")
+"""The leanest plan there is, which may go block by block."""
 SPEED_UPS = {
     name: method
     for name, method in ALL_SPEED_UPS.items()
@@ -142,6 +144,11 @@ class Online:
             known = self._trainers[net] = task, self._trainer(net, task)
         return known[1].forward_backward(task.x, task.target)
 
+    def is_decided(self, net: nn.Module) -> bool:
+        """Whether its plan for a network is decided."""
+        known = self._trainers.get(net)
+        return known is not None and known[1].plan.is_decided  # type: ignore[attr-defined, no-any-return]
+
     def _trainer(self, net: nn.Module, task: Task) -> GradientTrainer:
         return self.method.trainer(
             net, lambda output, target: task.loss(output), task.time_steps, time_dim=task.time_dim,
@@ -219,6 +226,12 @@ def ours() -> list[Contender]:
             method, by = replace(speed_ups, k=k, full_output=full), f"sltt_ext, {name}"
             found.append(Contender(method.name, by, by, partial(converted, method), Online(method), k, full))
     return found
+
+
+def leanest() -> Contender:
+    """SLTT with the least memory."""
+    by = 'sltt_ext, memory_budget="least"'
+    return Contender("SLTT", by, by, partial(converted, LEAST), Online(LEAST))
 
 
 def contenders(network: Network) -> list[Contender]:

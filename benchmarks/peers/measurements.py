@@ -13,7 +13,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peers.contenders import FASTEST, LEANEST, PLAIN, TOGETHER, Contender, Online, Steps, contenders
+from peers.contenders import (
+    FASTEST,
+    LEANEST,
+    PLAIN,
+    TOGETHER,
+    Contender,
+    Online,
+    Steps,
+    contenders,
+    leanest,
+)
 from peers.networks import HALF_AS_WIDE, LARGE, NF_RESNET34, Network, Task, of_size
 from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.analysis.timing import interleaved_medians
@@ -195,7 +205,7 @@ def _counted(network: Network, fake: bool) -> list[Contender]:
     """
     short = network in LARGE[1:]
     found = shortlist(network) if short else contenders(network)
-    return [c for c in found if c.k is None and not (fake and c.by == "memopt")]
+    return [*(c for c in found if c.k is None and not (fake and c.by == "memopt")), leanest()]
 
 
 def _memory(network: Network, tensors: AbstractContextManager[Any], fake: bool, on_run: OnRun) -> list[Row]:
@@ -221,10 +231,18 @@ def _memory(network: Network, tensors: AbstractContextManager[Any], fake: bool, 
     ]
 
 
+AT_MOST = 20
+"""Iterations until a plan is decided."""
+
+
 def _peak(run: Run, on_run: OnRun) -> int:
     """Peak of an iteration; sltt_ext's trainer learns in its first ones what it may evaluate once, and share."""
     if isinstance(run.contender.iterate, Online):
         for _ in range(1 if run.contender.k is None else 3):
+            run()
+        for _ in range(AT_MOST):
+            if run.contender.iterate.is_decided(run.net):
+                break
             run()
     peak = peak_activation_bytes(run, run.net)
     on_run()

@@ -13,6 +13,7 @@ MEMORY = {
     "rate-based backpropagation": "rate-based, sequence",
     "SLTT, `OnlineTrainer`": "SLTT, sltt_ext, plain",
     "SLTT, with `pack_spikes=True`": "SLTT, sltt_ext, pack_spikes",
+    'SLTT, with `memory_budget="least"`': 'SLTT, sltt_ext, memory_budget="least"',
 }
 TIME = {
     "BPTT, step by step": "BPTT, steps",

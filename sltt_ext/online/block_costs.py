@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.forwards import Replacements
+from sltt_ext.forwards import HOOKS, Replacements, has_hooks
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.borders import levels
 from sltt_ext.online.chain import Chain, module_of
@@ -33,7 +33,6 @@ from sltt_ext.time_invariant import is_average_pooling, is_counting_batch_norm, 
 
 __all__ = ["Cost", "batch_size", "costs", "least_borders", "parts_of_batch", "peak_bytes"]
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SAMPLES = 2
 _MOST_PARTS = 8
 _BY_SAMPLE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.relu}
@@ -107,7 +106,7 @@ def _counted(chain: Chain, one: Pass, frame: Any, static: bool, packs: bool, fac
     seen = _Seen(chain, int(one.multi_step), static, packs, factor, set(map(_memory, others)))
     with Replacements() as replaced:
         for module in one.net.modules():
-            for name in _HOOKS:
+            for name in HOOKS:
                 replaced.attribute(module, name, OrderedDict())
         before = Snapshot(one.net)
         replaced.at_end(before.restore)
@@ -205,7 +204,7 @@ def _is_by_sample(node: fx.Node, axis: int) -> bool:
     module = module_of(node)
     if module is None:
         return node.target in _BY_SAMPLE and all(given.op != "get_attr" for given in node.all_input_nodes)
-    if any(getattr(module, name) for name in _HOOKS):
+    if has_hooks(module):
         return False
     if isinstance(module, SLTTNeuron):
         return levels(node) is not None

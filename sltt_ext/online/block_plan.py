@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError
+from sltt_ext.forwards import has_hooks
 from sltt_ext.online.block_costs import batch_size, costs, least_borders, parts_of_batch, peak_bytes
 from sltt_ext.online.blockwise import BlockKnowledge, Blockwise
 from sltt_ext.online.borders import Samples
@@ -182,7 +183,7 @@ def _check_network(net: nn.Module, wrapper: nn.Module | None) -> None:
         reason = f"a {type(wrapper or net).__name__} sees the calls of the network"
     elif is_compiled(net):
         reason = "torch.compile runs it or a part of it"
-    elif net._forward_hooks or net._forward_pre_hooks or net._backward_hooks or net._backward_pre_hooks:
+    elif has_hooks(net):
         reason = "it has hooks of its own, which would see no call (put them on modules in it)"
     else:
         return

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sltt_ext.errors import ConfigurationError, one_line
-from sltt_ext.forwards import has_own_forward
+from sltt_ext.forwards import has_hooks, has_own_forward
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.attributes import ABSENT, is_same, plain_attributes, put
 from sltt_ext.online.snapshot import drawn, random_numbers
@@ -236,9 +236,8 @@ class _Tracer(fx.Tracer):
             torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
         if (
-            any(hooks)
+            has_hooks(m)
             or has_own_forward(m)
             or isinstance(m, StatefulModule)
             or not any(True for _ in m.children())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from sltt_ext.errors import ConfigurationError, listed
+from sltt_ext.forwards import has_hooks
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.distributed import is_distributed
 from sltt_ext.online.gradient_hooks import gradient_hooks
@@ -28,7 +29,6 @@ __all__ = ["Frozen", "Iteration", "Watch", "described", "generators", "refuse", 
 _VERSIONS = 32  # of what is frozen, that are known again
 _PLAIN = (bool, int, float, str, type(None))
 _CANNOT = "graph=True cannot capture this iteration:"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Place = tuple[str, str]
 """Path of a module, and a name in it."""
@@ -242,7 +242,7 @@ def refuse(one: Iteration, x: Any, target: Any, device_type: str) -> torch.devic
             f"network, loss and input have to be on one {device_type.upper()} device, and are on {where}"
         )
     for path, module in one.modules():
-        if any(getattr(module, name) for name in _HOOKS):
+        if has_hooks(module):
             found[path or "the network"] = (
                 "its hooks are Python, and a replay calls none: remove them, or graph=True"
             )

@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError, one_line
-from sltt_ext.forwards import Replacements
+from sltt_ext.forwards import Replacements, has_global_hooks, has_hooks
 from sltt_ext.online.block_plan import Blocks
 from sltt_ext.online.blockwise import Blockwise
 from sltt_ext.online.gradient_hooks import has_gradient_hooks
@@ -111,7 +111,7 @@ def _look_for_reasons(net: nn.Module, x: Any) -> None:
     """
     if isinstance(x, Iterator):
         raise ConfigurationError("the frames come from an iterator, which goes through them once")
-    if has_gradient_hooks(net) or any(one._forward_hooks or one._forward_pre_hooks for one in net.modules()):
+    if has_global_hooks() or has_gradient_hooks(net) or any(map(has_hooks, net.modules())):
         raise ConfigurationError("it has hooks, which would run more often")
 
 

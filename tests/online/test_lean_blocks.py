@@ -144,6 +144,18 @@ def test_networks_that_run_as_a_whole(name):
     assert online.plan.blocks == 1
 
 
+def test_a_hook_on_all_modules_sees_each_step_once():
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        online = trained(deep(), memory_budget="least")[1]
+        seen.clear()
+        online.forward_backward(*data())
+    finally:
+        hook.remove()
+    assert seen.count(online.net[2]) == T
+
+
 def test_an_iterator_of_frames():
     x, target = data()
     net = deep()
