@@ -156,6 +156,7 @@ class Choices:
             self._timed(lean)
             or self._timed(self._variants(min(lean, key=self._measured_seconds)))
             or self._last()
+            or self._counted()
         )
 
     def _timed(self, ways: Sequence[Way]) -> Trial | None:
@@ -180,6 +181,22 @@ class Choices:
         for way in [fastest, *close] if close else ():
             if len(self.measured.seconds.get(way, ())) < SAMPLES:
                 return Trial(way, timed=True)
+        return None
+
+    def _counted(self) -> Trial | None:
+        """A way that is fast enough, with the most steps in a call, of which shorter calls do not say what it needs."""
+        ways = {way: seconds for way in self._ways() if (seconds := self._seconds(way)) is not None}
+        fitting = {way: seconds for way, seconds in ways.items() if self._fits(way)}
+        limit = min(fitting.values(), default=0.0) * self._within
+        longest = max((way.chunk for way in fitting), default=0)
+        for way in sorted(fitting, key=lambda way: fitting[way]):
+            trial = Trial(way, timed=False, exact=True)
+            if (
+                longest == way.chunk > 2 * self.part
+                and fitting[way] <= limit
+                and trial not in self.measured.attempts
+            ):
+                return trial
         return None
 
     def _is_hopeless(self, way: Way) -> bool:

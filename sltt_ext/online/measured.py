@@ -20,11 +20,13 @@ class Trial(NamedTuple):
         way: How it is run.
         timed: Whether its seconds are measured, and not its bytes.
         doubles: Whether its calls have twice as many steps as the user's own.
+        exact: Whether its bytes are those of this way alone: longer calls may need less than shorter ones let expect.
     """
 
     way: Way
     timed: bool
     doubles: bool = False
+    exact: bool = False
 
     def __str__(self) -> str:
         bits, once = ", spikes as bits" * self.way.packs, ", nothing once" * (not self.way.caches)
@@ -48,6 +50,7 @@ class Measured:
         needs: What back-propagated calls needed, by variant.
         watched: The variants of iterations that watched modules, which needs memory of its own.
         unselected: What calls without gradients needed.
+        exact: What single ways needed, where others let expect something else.
         in_blocks: What an iteration needed that went block by block.
         seconds: By way, those of each iteration.
         attempts: How often an iteration was run for its bytes.
@@ -60,6 +63,7 @@ class Measured:
     needs: dict[Variant, Need] = field(default_factory=dict)
     watched: set[Variant] = field(default_factory=set)
     unselected: Need | None = None
+    exact: dict[Way, int] = field(default_factory=dict)
     in_blocks: int | None = None
     seconds: dict[Way, list[CallSeconds]] = field(default_factory=dict)
     attempts: dict[Trial, int] = field(default_factory=dict)
@@ -104,8 +108,13 @@ class Measured:
             )
             return
         self.attempts[trial] = self.attempts.get(trial, 0) + 1
+        peak = max((call[1] for call in _calls(numbers[2:8])), default=None)
         if trial.way.blocks:  # the first time it is watched, which needs memory of its own
-            self.in_blocks = max((call[1] for call in _calls(numbers[2:8])), default=None)
+            self.in_blocks = peak
+            return
+        if trial.exact:
+            if peak is not None:
+                self.exact[trial.way] = peak
             return
         self._add_bytes(self.variant(trial.way), _calls(numbers[2:8]))
         for call in _calls(numbers[8:14]):
@@ -133,8 +142,9 @@ class Measured:
         A variant that was counted in short calls alone adds as much more to each step of a longer one; or as much less
         once, as what it spares may be there once.
         """
-        if way.blocks:
-            return None if self.in_blocks is None else Need(way.chunk, self.in_blocks, self.in_blocks)
+        exact = self.in_blocks if way.blocks else self.exact.get(way)
+        if way.blocks or exact is not None:
+            return None if exact is None else Need(way.chunk, exact, exact)
         longest = max(self.needs, key=lambda variant: self.needs[variant].steps, default=None)
         if longest is None:
             return None
@@ -186,6 +196,7 @@ class Measured:
         """Reckon with inputs that are so many times as large."""
         self.needs = {variant: need.scaled(factor) for variant, need in self.needs.items()}
         self.unselected = self.unselected and self.unselected.scaled(factor)
+        self.exact = {way: int(bytes_ * factor) for way, bytes_ in self.exact.items()}
         self.in_blocks = None if self.in_blocks is None else int(self.in_blocks * factor)
 
     def state_dict(self) -> dict[str, Any]:
@@ -196,14 +207,13 @@ class Measured:
             "needs": [(variant, astuple(need)) for variant, need in self.needs.items()],
             "watched": sorted(self.watched),
             "unselected": self.unselected and astuple(self.unselected),
+            "exact": [(tuple(way), bytes_) for way, bytes_ in self.exact.items()],
             "in blocks": self.in_blocks,
             "seconds": [
                 (tuple(way), [[(kind, one) for kind, one in taken.items()] for taken in found])
                 for way, found in self.seconds.items()
             ],
-            "attempts": [
-                (tuple(trial.way), trial.timed, trial.doubles, n) for trial, n in self.attempts.items()
-            ],
+            "attempts": [(tuple(trial.way), *trial[1:], n) for trial, n in self.attempts.items()],
             "modules": self.modules,
             "packed": self.packed,
         }
@@ -215,12 +225,13 @@ class Measured:
         self.needs = {_pair(variant): _need(need) for variant, need in state["needs"]}
         self.watched = {_pair(variant) for variant in state["watched"]}
         self.unselected = state["unselected"] and _need(state["unselected"])
+        self.exact = {Way(*way): bytes_ for way, bytes_ in state.get("exact", ())}
         self.in_blocks = state.get("in blocks")
         self.seconds = {
             Way(*way): [{_pair(kind): (one[0], one[1]) for kind, one in taken} for taken in found]
             for way, found in state["seconds"]
         }
-        self.attempts = {Trial(Way(*way), timed, doubles): n for way, timed, doubles, n in state["attempts"]}
+        self.attempts = {Trial(Way(*way), *how): n for way, *how, n in state["attempts"]}
 
 
 def _largest(calls: Sequence[CallBytes], selected: bool) -> list[float]:

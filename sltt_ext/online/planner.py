@@ -288,7 +288,7 @@ class Planner:
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured: a resumed run has to send the same calls."""
-        following = self._next and (tuple(self._next.way), self._next.timed, self._next.doubles)
+        following = self._next and (tuple(self._next.way), *self._next[1:])
         return {
             "budget": (self._asked.memory_budget, self._budget),
             "kept apart": self.grouping.kept_apart,

@@ -25,6 +25,7 @@ class Machine:
         packing: By how much packing multiplies them, and how many bytes a step has less.
         caching: The same of evaluating once; bytes may be more.
         in_blocks: Bytes of an iteration that goes block by block.
+        whole: Bytes of an iteration whose steps all share one call; None: what the shorter ones let expect.
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Machine:
         caching=(0.8, -10),
         noise=0.0,
         in_blocks=0,
+        whole=None,
         **options,
     ):
         self.T, self.calls, self.step, self.packing, self.caching = T, calls, step, packing, caching
-        self.in_blocks = in_blocks
+        self.in_blocks, self.whole = in_blocks, whole
         self.noise, self.draw = noise, random.Random(0)
         self.measured, self.trials = Measured(longest={True: T, False: 0}), []
         self.options = {
@@ -59,6 +61,8 @@ class Machine:
     def bytes(self, way):
         if way.blocks:
             return self.in_blocks
+        if self.whole is not None and way.chunk == self.T:
+            return self.whole
         return 100 + (100 - self.packing[1] * way.packs) * way.chunk - self.caching[1] * way.caches
 
     def decide(self, timed=True):
@@ -154,6 +158,24 @@ def test_without_seconds_bytes_decide():
     assert (
         Machine(calls=10.0, budget=560, asks=560).decide(timed=False).chunk == 7
     )  # with bits, as many as fit
+
+
+def test_what_is_fast_enough_is_counted_itself():
+    machine = Machine(calls=0.3, whole=150)
+    assert machine.decide() == Way(8, True, True, True)
+    assert sum(trial.exact for trial in machine.trials) <= 4
+    assert machine.choices.measured.need(Way(8, True, True, True)).of(8) == 150
+    again = Measured()
+    again.load_state_dict(machine.measured.state_dict())
+    assert again == machine.measured
+    again.scale(2.0)
+    assert again.need(Way(8, True, True, True)).of(8) == 300
+    assert Machine(calls=0.3, whole=10**6).decide() == Way(2, True, True, True)
+
+
+def test_what_needs_more_than_expected_and_no_longer_fits():
+    machine = Machine(calls=10.0, budget=700, asks=700, whole=701)
+    assert machine.decide().chunk == 4
 
 
 @pytest.mark.parametrize("options", [{"packs": False}, {"packs": True}, {"caches": False}, {"caches": True}])
