@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, one_line
+from sltt_ext.errors import one_line
 from sltt_ext.forwards import Replacements, has_global_hooks, has_hooks
 from sltt_ext.online.block_plan import Blocks
 from sltt_ext.online.blockwise import Blockwise
@@ -31,6 +31,10 @@ Results = tuple[Tensor | None, Any]
 
 _TOLERANCE = 1e-2
 """Of the output's norm: a part of a batch may be rounded in another way, and a spike be another one."""
+
+
+class _RunsAsAWholeError(Exception):
+    """What speaks against blocks, which nobody has asked for."""
 
 
 class LeanBlocks:
@@ -71,7 +75,9 @@ class LeanBlocks:
             if iteration.trial is not None:
                 return self._tried(net, iteration, planned, run, whole, undone)
         except Exception as error:  # if it is the user's own, the network as a whole raises it, too
-            self._planner.keep_whole(one_line(error, 200))
+            self._planner.keep_whole(
+                str(error) if isinstance(error, _RunsAsAWholeError) else one_line(error, 200)
+            )
             iteration.run_whole()
             return None
         return run(planned)
@@ -87,7 +93,7 @@ class LeanBlocks:
     ) -> Results:
         """The first iterations: whether they need less memory is seen, and whether they give the same."""
         if not self._planner.needs_less(self.blocks.peak_bytes):
-            raise ConfigurationError("it needs more memory block by block")
+            raise _RunsAsAWholeError("it needs more memory block by block")
         before, block, meter = Snapshot(net), undone(), ActivationMeter()
         try:
             expected = _output(net, whole)
@@ -107,24 +113,24 @@ def _look_for_reasons(net: nn.Module, x: Any) -> None:
     """See that nothing speaks against blocks at first sight.
 
     Raises:
-        ConfigurationError: If something does.
+        _RunsAsAWholeError: If something does.
     """
     if isinstance(x, Iterator):
-        raise ConfigurationError("the frames come from an iterator, which goes through them once")
+        raise _RunsAsAWholeError("the frames come from an iterator, which goes through them once")
     if has_global_hooks() or has_gradient_hooks(net) or any(map(has_hooks, net.modules())):
-        raise ConfigurationError("it has hooks, which would run more often")
+        raise _RunsAsAWholeError("it has hooks, which would run more often")
 
 
 def _output(net: nn.Module, whole: Callable[[], Any]) -> Any:
     """What the network gives as a whole.
 
     Raises:
-        ConfigurationError: If it draws random numbers.
+        _RunsAsAWholeError: If it draws random numbers.
     """
     before = drawn(net)
     output = whole()
     if drawn(net) != before:
-        raise ConfigurationError("it draws random numbers, which are others block by block")
+        raise _RunsAsAWholeError("it draws random numbers, which are others block by block")
     return output
 
 
@@ -132,10 +138,10 @@ def _compare(found: Any, expected: Any) -> None:
     """See that blocks give what the network gives as a whole.
 
     Raises:
-        ConfigurationError: If they do not.
+        _RunsAsAWholeError: If they do not.
     """
     for mine, theirs in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if isinstance(mine, FakeTensor):
             continue
         if not float((mine - theirs).norm()) <= _TOLERANCE * float(theirs.norm()):
-            raise ConfigurationError("it gives another output block by block")
+            raise _RunsAsAWholeError("it gives another output block by block")
