@@ -106,8 +106,8 @@ CLAIMS = (
         for what, limit in zip(("SLTT", SKIPPED, "SLTT-1"), limits)
     ),
     time(SKIPPED, "BPTT, sequence", "to_bptt_sequence", 0.5, "bfloat16"),
-    peak("BPTT, steps", "to_bptt_steps", 0.09, "fake", "256 images of 224 px"),
-    peak("SpikingJelly's loop", "to_spikingjelly", 0.42, "fake", "256 images of 224 px"),
+    peak("BPTT, steps", "to_bptt_steps", 0.07, "fake", "256 images of 224 px"),
+    peak("SpikingJelly's loop", "to_spikingjelly", 0.30, "fake", "256 images of 224 px"),
     peak("BPTT, steps", "to_bptt_steps", 0.13, "real", "32 images of 96 px"),
     Claim("SLTT: growth of the peak from T = 4 to T = 32", 0.01, "peers_over_time", growth),
     Claim(f"{NODE}, eager", 3, "neuron", neuron(compiled=False), at_least=True),

@@ -9,7 +9,7 @@ from peers.markdown import results, table
 from sltt_ext.analysis.plots import BLUE, GREEN, MARKERS, ORANGE
 from sltt_ext.optional import require
 
-LEAST = "SLTT, sltt_ext, pack_spikes"
+LEAST = 'SLTT, sltt_ext, memory_budget="least"'
 FRONT = {
     "BPTT, step by step": ("BPTT, steps", "BPTT, steps"),
     "BPTT, all steps in one call": ("BPTT, sequence", "BPTT, sequence"),
