@@ -24,6 +24,9 @@ KNOWS = [block for block in OTHERS if TRACES_NEURONS or "compile=True" not in bl
 """Without what an older torch refuses."""
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7)
 
+ABORTED_AT_EXIT = "terminate called without an active exception"
+"""What gloo's threads say, rarely, as a process ends whose work is done (pytorch/pytorch#179291)."""
+
 
 def run(tmp_path, script, *launcher):
     (tmp_path / "task.py").write_text(TASK)
@@ -34,9 +37,13 @@ def run(tmp_path, script, *launcher):
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
     }
     command = [sys.executable, *launcher, "script.py"]
-    return subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment, timeout=300
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment, timeout=300
+        )
+        if ABORTED_AT_EXIT not in done.stderr:
+            break
+    return done
 
 
 @pytest.mark.slow
