@@ -43,7 +43,8 @@ def trained(net, iterations=8, loss_fn=F.cross_entropy, data=data, **options):
         net.zero_grad()
         output = online.forward_backward(x, target).output
         buffers = [buffer.double().clone() for buffer in net.buffers()]
-        found.append([*(gradient.clone() for gradient in oracle.gradients(net)), output, *buffers])
+        gradients = (None if gradient is None else gradient.clone() for gradient in oracle.gradients(net))
+        found.append([*gradients, output, *buffers])
     return found, online
 
 
