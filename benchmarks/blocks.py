@@ -54,7 +54,6 @@ def sltt(task: Task, options: dict[str, Any]) -> tuple[Callable[[], Any], nn.Mod
             break
         net.zero_grad()
         run()
-    net.zero_grad()
     print(online.plan, flush=True)
     return run, net
 

@@ -120,8 +120,8 @@ class OnlineTrainer(Iterations):
             every step: ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
         memory_budget: For what is ``"auto"``: bytes for activations, states and gradients, also as ``"6GiB"``, or a part of
             the memory that a CUDA device has left (of all memory on the CPU), ``"0.8"``: the fastest plan that fits is
-            taken. ``"least"`` takes the leanest there is, which may be one of ``blocks``; None the leanest that takes at most 15 % longer than
-            the fastest.
+            taken. ``"least"`` takes the leanest there is, which may go block by block (see ``blocks``); None the leanest that
+            takes at most 15 % longer than the fastest.
         cache_invariant: Evaluate what does not depend on time once an iteration: every time-invariant module until
             the first neuron where one input is shown at all steps, and every weight parametrisation. The first
             iteration evaluates them at every step, and leaves out those whose output, weights or gradient

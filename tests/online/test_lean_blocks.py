@@ -109,7 +109,7 @@ class ReadsSteps(nn.Module):
 
 
 class Raises(layer.Conv2d):
-    """It does not go through memory of other places."""
+    """It does not run as a whole without gradients, as it does to be compared."""
 
     def forward(self, x):
         if not torch.is_grad_enabled():
@@ -126,12 +126,34 @@ def hooked(register):
     return make
 
 
+class History:
+    """Whether the last call was with gradients, and how often one has raised."""
+
+    learns, raised = True, 0
+
+
+class RaisesAgain(nn.Module):
+    """It runs with gradients alone, or without alone: block by block, the blocks behind it have their gradients when it raises."""
+
+    def __init__(self):
+        super().__init__()
+        self.history = History()  # which nobody puts back
+
+    def forward(self, x):
+        before, self.history.learns = self.history.learns, torch.is_grad_enabled()
+        if self.history.learns and not before:
+            self.history.raised += 1
+            raise LossError("not first without gradients")
+        return x
+
+
 WHOLE_NETWORKS = {
     "decides by the step": ReadsSteps,
     "draws": lambda: deep(layer.Dropout(0.2)),
     "hook": hooked(lambda conv: conv.register_forward_hook(lambda *_: None)),
     "hook before": hooked(lambda conv: conv.register_forward_pre_hook(lambda *_: None)),
     "hook on a gradient": hooked(lambda conv: conv.weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))),
+    "raises in the second run": lambda: deep(RaisesAgain()),
     "raises": lambda: deep(Raises(8, 8, 1)),
     "float borders": lambda: nn.Sequential(layer.Conv2d(8, 8, 3), layer.Flatten(), neuron.LIFNode(), layer.Linear(1568, 5)).double(),
 }  # fmt: skip
@@ -143,6 +165,8 @@ def test_networks_that_run_as_a_whole(name):
     assert same
     assert online.plan.is_decided
     assert online.plan.blocks == 1
+    if name == "raises in the second run":
+        assert online.net[4].history.raised == 1
 
 
 def test_a_hook_on_all_modules_sees_each_step_once():
@@ -198,6 +222,7 @@ def test_a_run_that_is_resumed(interrupted, tmp_path):
     resumed = sltt_ext.OnlineTrainer(net, F.cross_entropy, T, memory_budget="least")
     resumed.load_state_dict(saved["online"])
     assert resumed.plan == first.plan
+    assert resumed.state_dict()["blocks"] == first.state_dict()["blocks"]
     for expected in whole[interrupted:]:
         net.zero_grad()
         resumed.forward_backward(*data())

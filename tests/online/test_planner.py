@@ -150,6 +150,17 @@ def test_a_run_that_is_resumed_while_it_measures(make, interrupted, tmp_path):
     assert replace(resumed.plan, peak_bytes=0) == replace(online.plan, peak_bytes=0)
 
 
+@pytest.mark.usefixtures("clock")
+@pytest.mark.parametrize("make", ["multi-step", "norms, multi-step"])
+def test_the_longest_calls_are_counted_themselves(make):
+    _, online = trained(NETWORKS[make]())
+    assert online.plan.chunk == T
+    online.net.zero_grad()
+    with ActivationMeter() as meter:
+        online.forward_backward(*networks.images(4))
+    assert online.plan.peak_bytes == pytest.approx(meter.peak_bytes, rel=0.01)
+
+
 def test_a_plan_in_a_line():
     plan = Plan(6, 4, 4, False, True, True, 12, int(1.9 * 2**30), 6 * 2**30)
     assert str(plan) == "chunk 4 of 6, spikes as bits, 12 modules once; 1.9 GiB of 6.0 GiB"
