@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import write_results
+from measure import until_decided, write_results
 from peers.contenders import bptt_steps
 from peers.networks import LARGE, Network, Task
 from spikingjelly.activation_based import surrogate
@@ -33,8 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spikes as bits": {"chunk": 1, "pack_spikes": True, "cache_invariant": False},
     'memory_budget="least"': {"memory_budget": "least"},
 }
-AT_MOST = 20
-"""Iterations until a plan is decided."""
 
 
 def bptt(task: Task) -> tuple[Callable[[], Any], nn.Module]:
@@ -47,13 +45,13 @@ def sltt(task: Task, options: dict[str, Any]) -> tuple[Callable[[], Any], nn.Mod
     """An iteration of SLTT, whose plan is decided, and its network."""
     net = sltt_ext.convert(task.network.build(), backend="torch")
     online = sltt_ext.OnlineTrainer(net, lambda output, target: task.loss(output), task.time_steps, **options)
-    run = partial(online.forward_backward, task.x, task.target)
-    run()
-    for _ in range(AT_MOST):
-        if online.plan.is_decided:
-            break
+
+    def run() -> None:
         net.zero_grad()
-        run()
+        online.forward_backward(task.x, task.target)
+
+    run()
+    until_decided(lambda: online.plan.is_decided, run)
     print(online.plan, flush=True)
     return run, net
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def until_decided(is_decided: Callable[[], bool], run: Callable[[], object], at_most: int = 60) -> None:
+    """Run iterations until a trainer's plan is decided."""
+    for _ in range(at_most):
+        if is_decided():
+            return
+        run()
 
 
 def write_results(

@@ -30,9 +30,6 @@ from sltt_ext.analysis.timing import interleaved_medians
 from sltt_ext.cli.bench import spiking_resnet18
 from sltt_ext.online.schedule import Schedule
 
-AT_MOST = 60
-"""Iterations until a plan is decided."""
-
 
 @dataclass
 class Run:
@@ -89,10 +86,7 @@ def online(
         memory_budget=budget,
     )
     run = Run(net, lambda: trainer.forward_backward(task.x, task.target), trainer)
-    for _ in range(AT_MOST):
-        if trainer.plan.is_decided:
-            break
-        run()
+    measure.until_decided(lambda: trainer.plan.is_decided, run)
     return run
 
 

@@ -10,6 +10,7 @@ from itertools import combinations, cycle
 from typing import Any
 
 import torch
+from measure import until_decided
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -231,19 +232,13 @@ def _memory(network: Network, tensors: AbstractContextManager[Any], fake: bool, 
     ]
 
 
-AT_MOST = 20
-"""Iterations until a plan is decided."""
-
-
 def _peak(run: Run, on_run: OnRun) -> int:
     """Peak of an iteration; sltt_ext's trainer learns in its first ones what it may evaluate once, and share."""
-    if isinstance(run.contender.iterate, Online):
+    iterate = run.contender.iterate
+    if isinstance(iterate, Online):
         for _ in range(1 if run.contender.k is None else 3):
             run()
-        for _ in range(AT_MOST):
-            if run.contender.iterate.is_decided(run.net):
-                break
-            run()
+        until_decided(lambda: iterate.is_decided(run.net), run)
     peak = peak_activation_bytes(run, run.net)
     on_run()
     return peak
