@@ -142,7 +142,7 @@ class Iterations:
                 return self._in_blocks(self._plan_of(self._blocks, one, iteration, x), objective, guards)
             if iteration.way.blocks and objective is not None:
                 results = self._lean.run(
-                    self.net, x, iteration,
+                    self.net, iteration,
                     plan=lambda blocks: self._plan_of(blocks, one, iteration, x),
                     run=lambda plan: self._in_blocks(plan, objective, guards),
                     whole=lambda: self._run(x, stop, replace(iteration, way=iteration.way._replace(blocks=False), trial=None))[1],

@@ -7,7 +7,7 @@ decide by the step that it is in), and one of which that cannot be told, since i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,7 +51,6 @@ class LeanBlocks:
     def run(
         self,
         net: nn.Module,
-        x: Any,
         iteration: Iteration,
         plan: Callable[[Blocks], Blockwise],
         run: Callable[[Blockwise], Results],
@@ -62,7 +61,6 @@ class LeanBlocks:
 
         Args:
             net: The network.
-            x: The input.
             iteration: How the iteration is run.
             plan: Finds the blocks.
             run: Goes through them.
@@ -70,7 +68,7 @@ class LeanBlocks:
             undone: A block, to be entered twice, that puts gradients and states back if it is cut short.
         """
         try:
-            _look_for_reasons(net, x)
+            _look_for_hooks(net)
             planned = plan(self.blocks)
             if iteration.trial is not None:
                 return self._tried(net, iteration, planned, run, whole, undone)
@@ -109,14 +107,12 @@ class LeanBlocks:
         return found
 
 
-def _look_for_reasons(net: nn.Module, x: Any) -> None:
-    """See that nothing speaks against blocks at first sight.
+def _look_for_hooks(net: nn.Module) -> None:
+    """See that nobody sees how often modules run.
 
     Raises:
-        _RunsAsAWholeError: If something does.
+        _RunsAsAWholeError: If somebody does.
     """
-    if isinstance(x, Iterator):
-        raise _RunsAsAWholeError("the frames come from an iterator, which goes through them once")
     if has_global_hooks() or has_gradient_hooks(net) or any(map(has_hooks, net.modules())):
         raise _RunsAsAWholeError("it has hooks, which would run more often")
 
