@@ -380,6 +380,18 @@ def test_time_and_memory_of_a_network_over_time_are_the_measured_ones():
     assert everything <= 1.05
 
 
+def test_time_of_compiled_networks_is_the_measured_one():
+    page = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
+    rows = {row["contender"]: row for row in results("compiled")}
+    ratio = {name: f"{float(row['of_compiled_bptt']):.2f}" for name, row in rows.items()}
+    assert f"takes {ratio['SLTT, chunk=T, compiled']} of compiled BPTT's time with `chunk=T`" in page
+    assert (
+        f"With one step a call it takes {ratio['SLTT, compiled']}, and is slower than it is uncompiled"
+        in page
+    )
+    assert float(rows["SLTT, compiled"]["seconds"]) > float(rows["SLTT"]["seconds"])
+
+
 def test_memory_block_by_block_is_as_counted():
     page = (ROOT / "docs" / "training.md").read_text()
     rows = {(row["network"], row["contender"]): float(row["to_bptt_steps"]) for row in results("blocks")}
