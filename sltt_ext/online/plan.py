@@ -43,6 +43,7 @@ class Plan:
         seconds: What an iteration took, the least of a few; None where nothing was timed.
         measuring: What is measured next; "" where the plan is decided.
         blocks: How many blocks run one after the other, all steps of each; 1 where the network runs as a whole.
+        whole: Why it does, where ``memory_budget="least"`` has tried blocks; "" where nothing speaks against them.
     """
 
     time_steps: int
@@ -57,6 +58,7 @@ class Plan:
     seconds: float | None = None
     measuring: str = ""
     blocks: int = 1
+    whole: str = ""
 
     @property
     def is_decided(self) -> bool:
@@ -84,6 +86,8 @@ class Plan:
         if self.peak_bytes is not None:
             of = "" if self.budget_bytes is None else f" of {size_of(self.budget_bytes)}"
             text += f"; {size_of(self.peak_bytes)}{of}"
+        if self.whole:
+            text += f"; as a whole: {self.whole}"
         return f"{text}; still measuring: {self.measuring}" if self.measuring else text
 
 

@@ -276,6 +276,7 @@ class Planner:
             measured.seconds_of(way),
             "" if self._is_decided or self._held is not None else measuring,
             self.blocks if way.blocks else 1,
+            self._kept_whole or "",
         )
 
     def ways(self) -> list[Way]:

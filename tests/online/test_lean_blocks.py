@@ -159,12 +159,25 @@ WHOLE_NETWORKS = {
 }  # fmt: skip
 
 
+WHOLE_NETWORKS_SAY = {
+    "decides by the step": "; as a whole: it gives another output block by block",
+    "draws": "; as a whole: it draws random numbers",
+    "hook": "; as a whole: it has hooks",
+    "hook before": "; as a whole: it has hooks",
+    "hook on a gradient": "; as a whole: it has hooks",
+    "raises in the second run": "; as a whole: LossError: not first without gradients",
+    "raises": "; as a whole: LossError: not without gradients",
+    "float borders": "",
+}
+
+
 @pytest.mark.parametrize("name", WHOLE_NETWORKS)
 def test_networks_that_run_as_a_whole(name):
     same, online = is_as_a_whole(WHOLE_NETWORKS[name])
     assert same
     assert online.plan.is_decided
     assert online.plan.blocks == 1
+    assert WHOLE_NETWORKS_SAY[name] in str(online.plan)
     if name == "raises in the second run":
         assert online.net[4].history.raised == 1
 
