@@ -31,10 +31,10 @@ from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.states import begin, one_call, reset
 from sltt_ext.time_invariant import is_average_pooling, is_counting_batch_norm, is_time_invariant
 
-__all__ = ["Cost", "batch_size", "costs", "least_borders", "parts_of_batch", "peak_bytes"]
+__all__ = ["Cost", "batch_size", "costs", "least_borders", "most_parts", "parts_of_batch", "peak_bytes"]
 
 _SAMPLES = 2
-_MOST_PARTS = 8
+_MOST_PARTS, _FEWEST_SAMPLES = 8, 4
 _BY_SAMPLE = {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, torch.add, torch.relu}
 
 
@@ -67,6 +67,11 @@ def batch_size(frame: Any, axis: int) -> int:
         leaf.shape[axis] for leaf in tree_leaves(frame) if isinstance(leaf, Tensor) and leaf.dim() > axis
     }
     return sizes.pop() if len(sizes) == 1 else 0
+
+
+def most_parts(batch: int) -> int:
+    """In how many parts a batch may run: operators are slow on very few samples, and weights that are computed are so for each part."""
+    return max(min(batch // _FEWEST_SAMPLES, _MOST_PARTS), 1)
 
 
 def costs(chain: Chain, one: Pass, frame: Any, static: bool, packs: bool) -> list[Cost]:
@@ -233,16 +238,17 @@ def _memory(tensor: Tensor) -> int:
         return 0
 
 
-def least_borders(found: Sequence[Cost], calls: int, gradients: int) -> list[int]:
+def least_borders(found: Sequence[Cost], calls: int, gradients: int, most: int) -> list[int]:
     """After which nodes the borders are for which a pass needs the least memory.
 
     Args:
         found: The cost of each node.
         calls: How many calls a pass has.
         gradients: How many gradients are kept at a border.
+        most: In how many parts the batch may run.
     """
     ends = [-1, *(i for i, cost in enumerate(found) if cost.border), len(found) - 1]
-    need = _Need(found, calls, gradients)
+    need = _Need(found, calls, gradients, most)
     low, high = 0, need.of_block(-1, ends[-1], 0)
     best: list[int] = []
     while low < high:
@@ -251,15 +257,15 @@ def least_borders(found: Sequence[Cost], calls: int, gradients: int) -> list[int
         if way is None:
             low = bound + 1
         else:
-            best, high = way, peak_bytes(found, way, calls, gradients)
+            best, high = way, peak_bytes(found, way, calls, gradients, most)
             if high > bound:
                 break
     return best
 
 
-def peak_bytes(found: Sequence[Cost], borders: Sequence[int], calls: int, gradients: int) -> int:
+def peak_bytes(found: Sequence[Cost], borders: Sequence[int], calls: int, gradients: int, most: int) -> int:
     """The bytes that a pass with these borders needs at its peak."""
-    need, kept, peak = _Need(found, calls, gradients), 0, 0
+    need, kept, peak = _Need(found, calls, gradients, most), 0, 0
     ends = [-1, *borders, len(found) - 1]
     for entry, exit in pairwise(ends):
         peak = max(peak, need.of_block(entry, exit, kept))
@@ -267,19 +273,20 @@ def peak_bytes(found: Sequence[Cost], borders: Sequence[int], calls: int, gradie
     return peak
 
 
-def parts_of_batch(found: Sequence[Cost], borders: Sequence[int], calls: int, gradients: int) -> list[int]:
+def parts_of_batch(
+    found: Sequence[Cost], borders: Sequence[int], calls: int, gradients: int, most: int
+) -> list[int]:
     """In how many parts of the batch each block runs: as few as do not raise the peak."""
-    peak, ends, kept, parts = (
-        peak_bytes(found, borders, calls, gradients),
-        [-1, *borders, len(found) - 1],
-        0,
-        [],
-    )
-    for entry, exit in pairwise(ends):
-        numbers = (1, 2, 4, _MOST_PARTS)
-        needs = (_Need(found, calls, gradients, number).of_block(entry, exit, kept) for number in numbers)
-        parts.append(next(number for number, need in zip(numbers, needs) if need <= peak))
-        kept += _Need(found, calls, gradients).border(entry, exit)
+    peak, kept, parts = peak_bytes(found, borders, calls, gradients, most), 0, []
+    numbers = [number for number in (1, 2, 4) if number < most] + [most]
+    needs = [_Need(found, calls, gradients, number) for number in numbers]
+    for entry, exit in pairwise([-1, *borders, len(found) - 1]):
+        parts.append(
+            next(
+                number for number, need in zip(numbers, needs) if need.of_block(entry, exit, kept) <= peak
+            )
+        )
+        kept += needs[0].border(entry, exit)
     return parts
 
 
@@ -301,7 +308,7 @@ def _way(ends: Sequence[int], need: _Need, bound: int) -> list[int] | None:
 class _Need:
     """The bytes that a block needs, where it runs in so many parts of the batch if it can."""
 
-    def __init__(self, found: Sequence[Cost], calls: int, gradients: int, parts: int = _MOST_PARTS) -> None:
+    def __init__(self, found: Sequence[Cost], calls: int, gradients: int, parts: int) -> None:
         self._parts = parts
         self._together = [0, *accumulate(not cost.by_sample for cost in found)]
         self._found, self._calls, self._gradients = found, calls, gradients

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.forwards import has_hooks
-from sltt_ext.online.block_costs import batch_size, costs, least_borders, parts_of_batch, peak_bytes
+from sltt_ext.online.block_costs import batch_size, costs, least_borders, most_parts, parts_of_batch, peak_bytes
 from sltt_ext.online.blockwise import BlockKnowledge, Blockwise
 from sltt_ext.online.borders import Samples
 from sltt_ext.online.chain import Chain
@@ -135,19 +135,20 @@ class Blocks:
         frame = given.take(0, min(one.sizes.chunk, one.stop))
         found = costs(chain, one, frame, given.static is not None, packs)
         calls, learned = (-(-steps // one.sizes.chunk) for steps in (one.stop, len(one.selected)))
+        most = most_parts(batch_size(frame, int(one.multi_step)))
         if self._chosen == "auto":
-            places = least_borders(found, calls, learned)
+            places = least_borders(found, calls, learned, most)
         else:
             places = [chain.nodes.index(node) for node in chain.borders_around(self._chosen, one.net)]  # type: ignore[arg-type]
-        self._in_parts = parts_of_batch(found, places, calls, learned)
-        self.peak_bytes = peak_bytes(found, places, calls, learned)
+        self._in_parts = parts_of_batch(found, places, calls, learned, most)
+        self.peak_bytes = peak_bytes(found, places, calls, learned, most)
         self._static = bool(places) and found[places[0]].static
         self._borders = {chain.nodes[place].name for place in places}
         self._axis = int(one.multi_step)
 
     def _samples(self, number: int, batch: int) -> list[Samples | None]:
         """So many parts of a batch, as far as it has as many samples."""
-        number = min(number, batch)
+        number = min(number, most_parts(batch))
         if number < 2:
             return [None]
         edges = [batch * i // number for i in range(number + 1)]

@@ -37,6 +37,8 @@ from sltt_ext.online.passes import Call, Pass, SpeedUp
 __all__ = ["CompiledBlocks", "CompiledCode"]
 
 _BACKEND = "inductor"
+_KEEP_LAYOUT = {"layout_optimization": False}
+"""The compiler would turn every convolution on the CPU to channels last, and its weights with it, in each call."""
 _NUMBER = itertools.count()
 
 
@@ -83,7 +85,7 @@ class CompiledCode:
         """The compiled function that runs ``modules`` one after the other; one for all of the same kind."""
         kind = tuple(map(self._kind, modules))
         if kind not in self._functions:
-            self._functions[kind] = _compiled()
+            self._functions[kind] = _compiled(_is_on_cpu(modules))
         return self._functions[kind]
 
     def failed(self, path: str, module: nn.Module, error: Exception) -> None:
@@ -337,11 +339,20 @@ def _run_part(
     return x
 
 
-def _compiled() -> Callable[..., Any]:
-    """`_run_part`, compiled; a function of its own: the compiler counts, and takes for one, what has the same name."""
+def _is_on_cpu(modules: Sequence[nn.Module]) -> bool:
+    return all(weight.device.type == "cpu" for module in modules for weight in module.parameters())
+
+
+def _compiled(keeps_layout: bool) -> Callable[..., Any]:
+    """`_run_part`, compiled; a function of its own: the compiler counts, and takes for one, what has the same name.
+
+    Args:
+        keeps_layout: Whether tensors lie in memory as they do in the network that is not compiled.
+    """
     code = _run_part.__code__.replace(co_name=f"{_run_part.__name__}_{next(_NUMBER)}")
     function = types.FunctionType(code, _run_part.__globals__, code.co_name)
-    return torch.compile(function, fullgraph=True, backend=_BACKEND)
+    options = _KEEP_LAYOUT if keeps_layout and _BACKEND == "inductor" else None
+    return torch.compile(function, fullgraph=True, backend=_BACKEND, options=options)
 
 
 def _is_of_the_compiler(error: Exception) -> bool:

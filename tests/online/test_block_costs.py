@@ -10,7 +10,7 @@ from torch import nn
 
 import sltt_ext
 from sltt_ext.errors import ConfigurationError
-from sltt_ext.online.block_costs import Cost, costs, least_borders, parts_of_batch, peak_bytes
+from sltt_ext.online.block_costs import Cost, costs, least_borders, most_parts, parts_of_batch, peak_bytes
 from sltt_ext.online.chain import Chain
 from sltt_ext.online.frames import frames
 from sltt_ext.online.outputs import output_sequence
@@ -29,10 +29,15 @@ def test_the_borders_are_the_best_of_all(found, calls):
     places = [i for i, cost in enumerate(found[:-1]) if cost.border]
     found[-1] = Cost(**{**vars(found[-1]), "border": False})
     every = [list(chosen) for n in range(len(places) + 1) for chosen in combinations(places, n)]
-    best = min(peak_bytes(found, chosen, calls, calls) for chosen in every)
-    chosen = least_borders(found, calls, calls)
-    assert peak_bytes(found, chosen, calls, calls) == best
-    assert len(parts_of_batch(found, chosen, calls, calls)) == len(chosen) + 1
+    best = min(peak_bytes(found, chosen, calls, calls, 8) for chosen in every)
+    chosen = least_borders(found, calls, calls, 8)
+    assert peak_bytes(found, chosen, calls, calls, 8) == best
+    assert len(parts_of_batch(found, chosen, calls, calls, 8)) == len(chosen) + 1
+
+
+@pytest.mark.parametrize(("batch", "parts"), [(0, 1), (3, 1), (8, 2), (15, 3), (32, 8), (256, 8)])
+def test_no_part_of_a_batch_has_fewer_than_four_samples_or_is_one_of_more_than_eight(batch, parts):
+    assert most_parts(batch) == parts
 
 
 def planned(net, x):

@@ -245,6 +245,17 @@ class Unfit(nn.Module):
         return x * 2 if float(x.sum()) > 0 else x
 
 
+def test_convolutions_on_the_cpu_keep_the_layout_that_they_have(monkeypatch):
+    options = []
+    monkeypatch.setattr(blocks, "_BACKEND", "inductor")
+    monkeypatch.setattr(torch, "compile", lambda function, **how: options.append(how["options"]) or function)
+    code = blocks.CompiledCode(True)
+    for device in ("cpu", "meta"):
+        code.function([nn.Conv2d(1, 1, 3, device=device)])
+        code.function([nn.Conv2d(2, 2, 3, device=device), neuron.LIFNode()])
+    assert options == 2 * [{"layout_optimization": False}] + 2 * [None]
+
+
 def test_a_network_that_cannot_be_compiled():
     net = networks.conv_net()
     net.insert(2, Unfit())

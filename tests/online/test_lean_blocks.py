@@ -267,7 +267,7 @@ def test_snntorch():
 
     def images():
         x, target = data()
-        return x.float(), target
+        return x.float().repeat(4, 1, 1, 1), target.repeat(4)
 
     found, online = trained(make(), data=images, memory_budget="least")
     expected, _ = trained(make(), data=images, **WHOLE)
