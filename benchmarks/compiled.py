@@ -1,9 +1,9 @@
 """Compiled training of a spiking ResNet-18: BPTT over the whole sequence, SLTT, and SLTT-1 that stops after its step.
 
-Multi-step, T=4, 16 images of 64 px. BPTT is the network as SpikingJelly has it, given to `torch.compile` as a whole; SLTT
-compiles by blocks (`OnlineTrainer(compile=True)`). Contenders take turns; a ratio is the median over rounds of the time by
-that of compiled BPTT in the same round. ``compile_s`` is the time that the first two compiled iterations take longer than two
-later ones, without a cache on disk.
+The network is multi-step, with T=4 and 16 images of 64 px. For BPTT, SpikingJelly's network is given to `torch.compile` as a
+whole. SLTT compiles by blocks (`OnlineTrainer(compile=True)`). Contenders take turns. A ratio is the time divided by that of
+compiled BPTT in the same round, as the median over rounds. ``compile_s`` is how much longer the first two compiled iterations
+take than two later ones, without a cache on disk.
 
 python benchmarks/compiled.py
 """
@@ -42,7 +42,7 @@ Run = Callable[[], Any]
 
 
 class SmallBlock(nn.Module):
-    """A residual block in small."""
+    """A small residual block."""
 
     def __init__(self) -> None:
         super().__init__()
