@@ -5,9 +5,9 @@ python benchmarks/accuracy.py event_digits
 python benchmarks/accuracy.py images --data FOLDER      FOLDER/{train,test}/<class>/*.jpg, 32 x 32 pixels
 python benchmarks/accuracy.py cost                      time and memory of one iteration of each
 
-For each seed all methods start with the same weights and see the same batches, so that their differences are paired. One
-row a run, seed by seed, appended to benchmarks/results/accuracy_SET.csv as soon as it is there; runs that are in the file
-are not repeated, so a stopped measurement goes on where it was. One thread.
+For each seed all methods start with the same weights and see the same batches, so that their differences are paired. Each run
+is a row, seed by seed, which is appended to benchmarks/results/accuracy_SET.csv as soon as it is there. Runs that are in the
+file are not repeated, so a stopped measurement goes on where it was. Everything runs on one thread.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ Sets = tuple[Dataset[tuple[Tensor, int]], Dataset[tuple[Tensor, int]]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What all methods share on one data set; the rest is the paper's: SGD, momentum 0.9, cosine annealing.
+    """What all methods share on one data set. The rest is the paper's: SGD, momentum 0.9, cosine annealing.
 
     Attributes:
         methods: ``BPTT``, ``SLTT``, ``SLTT-K``, ``window C`` (BPTT within C steps) and ``rate-based``.
-        by_scale: Which of them are trained with ``scale="paper"``, too.
+        by_scale: The methods that are also trained with ``scale="paper"``.
     """
 
     sets: Callable[[Path | None], Sets]
@@ -139,7 +139,7 @@ INPUTS = {"digits": (1, 8, 8), "event_digits": (10, 2, 16, 16), "images": (3, 32
 def trainer(
     net: nn.Module, method: str, time_steps: int, time_dim: int | None, scale: str = "mean", seed: int = 0
 ) -> GradientTrainer:
-    """What computes a method's gradients; the steps of SLTT-K are drawn apart from all other random numbers."""
+    """The trainer of a method. The steps of SLTT-K are drawn from a generator of their own."""
     loss_fn = sltt_ext.CrossEntropyMSELoss()
     if method == RATE_BASED:
         return RateBasedTrainer(net, loss_fn, time_steps, time_dim=time_dim)
@@ -155,7 +155,7 @@ def trainer(
 
 
 def run(setting: Setting, method: str, scale: str, seed: int, train_set: Dataset, test_set: Dataset) -> float:
-    """Train, then the accuracy on the test set."""
+    """Train, and return the accuracy on the test set."""
     torch.manual_seed(seed)
     net = setting.network().to(memory_format=torch.channels_last)
     online = trainer(net, method, setting.time_steps, setting.time_dim, scale, seed)
@@ -181,7 +181,7 @@ def run(setting: Setting, method: str, scale: str, seed: int, train_set: Dataset
 
 
 def cost(repeats: int) -> Iterator[dict[str, Any]]:
-    """Time and memory of one training iteration of each method on each set, random input; the methods take turns."""
+    """Time and memory of one training iteration of each method on each set, with random input. The methods take turns."""
     for name, shape in INPUTS.items():
         setting = SETTINGS[name]
         torch.manual_seed(0)

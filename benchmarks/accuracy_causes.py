@@ -3,10 +3,10 @@
 python benchmarks/accuracy_causes.py similarity --data FOLDER     of SLTT's and BPTT's gradient: `accuracy_causes_similarity.csv`
 python benchmarks/accuracy_causes.py accuracy --data FOLDER       after training by either: `accuracy_causes.csv`
 
-The network and all other settings are those of `accuracy.py images`; 2,500 of the training images are used. For each seed both
-have the same weights at the start and the same batches. BPTT is one window of T steps (`convert(temporal="call")`). The mean loss of the
-last epoch tells smaller differences than accuracy does. Rows are appended as soon as they are there, and what is in the
-files is not repeated. One thread.
+The network and all other settings are those of `accuracy.py images`, with 2,500 of the training images. For each seed, both methods
+have the same weights at the start and the same batches. BPTT is one window of T steps (`convert(temporal="call")`). The mean
+loss of the last epoch shows smaller differences than accuracy does. Rows are appended as soon as they are there, and what is in
+the files is not repeated. Everything runs on one thread.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Variant:
     norms_over_time: bool = False
 
     def network(self, seed: int) -> nn.Module:
-        """The same weights at every call with this seed; multi-step where norms are over time."""
+        """The network, with the same weights at every call with this seed. It is multi-step where norms are over time."""
         torch.manual_seed(seed)
         net = PreActResNet([1, 1, 1, 1], width=8, neuron=self._neuron).to(memory_format=torch.channels_last)
         if self.norms_over_time:
@@ -60,7 +60,7 @@ class Variant:
         return net
 
     def trainer(self, net: nn.Module, bptt: bool) -> sltt_ext.OnlineTrainer:
-        """Of SLTT, or of BPTT, which is a window of all steps."""
+        """The trainer of SLTT, or of BPTT, which is a window of all steps."""
         sltt_ext.convert(net, temporal="call" if bptt else "step")
         chunk = SETTING.time_steps if bptt or self.norms_over_time else 1
         return sltt_ext.OnlineTrainer(
@@ -90,14 +90,14 @@ def optimizer_of(net: nn.Module, learning_rate: float) -> torch.optim.SGD:
 
 
 def batches(data: Dataset, seed: int) -> DataLoader:
-    """In an order, and with crops and flips, that depend on the seed alone."""
+    """Batches whose order, crops and flips depend on the seed alone."""
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
     return DataLoader(data, SETTING.batch_size, shuffle=True, generator=order)
 
 
 def gradient(net: nn.Module, variant: Variant, bptt: bool, batch: Batch) -> Tensor:
-    """All parameters' in one vector, of a copy of the network."""
+    """The gradient of all parameters in one vector, computed on a copy of the network."""
     own = copy.deepcopy(net)
     variant.trainer(own, bptt).forward_backward(*batch)
     return torch.cat(
@@ -155,7 +155,7 @@ def tested(online: sltt_ext.OnlineTrainer, test_set: Dataset) -> dict[str, float
 
 
 def run(variant: Variant, bptt: bool, seed: int, train_set: Dataset, test_set: Dataset) -> dict[str, float]:
-    """Train: the mean loss of the last epoch, and test figures."""
+    """Train, and return the mean loss of the last epoch and the test figures."""
     net = variant.network(seed)
     online, optimizer = variant.trainer(net, bptt), optimizer_of(net, variant.learning_rate)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, SETTING.epochs)
@@ -183,7 +183,7 @@ def accuracies(train_set: Dataset, test_set: Dataset) -> None:
 
 
 def first_of_each_class(data: Any, number: int) -> Subset:
-    """So many images of each class of an ImageFolder."""
+    """A given number of images of each class of an ImageFolder."""
     seen: Counter[int] = Counter()
     chosen = []
     for index, label in enumerate(data.targets):

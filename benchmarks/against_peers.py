@@ -1,11 +1,11 @@
 """sltt_ext against BPTT, SpikingJelly's SLTT and rate-based backpropagation: time and memory.
 
 python benchmarks/against_peers.py                        everything
-python benchmarks/against_peers.py --only VGG-11          one network, or one of the two other parts
+python benchmarks/against_peers.py --only VGG-11          one network, or one of the two other parts: "over time", memory
 python benchmarks/against_peers.py --repeats 2            a quick look
 
-Writes one file for each part to benchmarks/results, and the plots; benchmarks/write_tables.py then brings the
-tables in docs/benchmarks.md up to date.
+Writes one file for each part to benchmarks/results, and the plots. benchmarks/write_tables.py then brings the
+tables of the documentation up to date.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def parts(repeats: int) -> dict[str, Part]:
 
 
 def left_out() -> Iterator[str]:
-    """What this installation has not got."""
+    """What this installation lacks."""
     if len(networks()) < 4:
         yield "Spikformer, memopt and SLTTLIFNode (LIFNode and detach_net instead): they need SpikingJelly 2.0"
     for name in ALL_SPEED_UPS:

@@ -1,4 +1,4 @@
-"""Peak memory of an iteration that goes block by block, against stepping and BPTT: the paper's scale, by fake tensors.
+"""Peak memory of an iteration block by block, step by step, and by BPTT, at the paper's size, with fake tensors.
 
 python benchmarks/blocks.py
 """
@@ -42,7 +42,7 @@ def bptt(task: Task) -> tuple[Callable[[], Any], nn.Module]:
 
 
 def sltt(task: Task, options: dict[str, Any]) -> tuple[Callable[[], Any], nn.Module]:
-    """An iteration of SLTT, whose plan is decided, and its network."""
+    """An iteration of SLTT after its plan is decided, and its network."""
     net = sltt_ext.convert(task.network.build(), backend="torch")
     online = sltt_ext.OnlineTrainer(net, lambda output, target: task.loss(output), task.time_steps, **options)
 

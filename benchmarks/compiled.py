@@ -1,12 +1,12 @@
 """Compiled training of a spiking ResNet-18: BPTT over the whole sequence, SLTT, and SLTT-1 that stops after its step.
 
-Multi-step, T=4, 16 images of 64 px. BPTT is the network as SpikingJelly has it, given to `torch.compile` as a whole; SLTT
-compiles by blocks (`OnlineTrainer(compile=True)`). Contenders take turns. A ratio is the median over rounds: the time by
-that of compiled BPTT in the same round. ``compile_s`` is how much longer the first three iterations take than three later ones,
-without a cache on disk.
+The network is multi-step, with T=4 and 16 images of 64 px. For BPTT, SpikingJelly's network is given to `torch.compile` as a
+whole. SLTT compiles by blocks (`OnlineTrainer(compile=True)`). Contenders take turns. A ratio is the time divided by that of
+compiled BPTT in the same round, as the median over rounds. ``compile_s`` is how much longer the first three iterations take
+than three later ones, without a cache on disk.
 
-On the CPU, the compiler turns convolutions to channels last by itself. SLTT's blocks do not (`sltt_ext.online.blocks`), so compiled
-BPTT is measured both ways: as it is, and with ``layout_optimization`` off.
+On the CPU, the compiler turns convolutions to channels last by itself. The blocks of SLTT keep their layout instead. So compiled
+BPTT is measured in both ways: as it is, and with ``layout_optimization`` off.
 
 python benchmarks/compiled.py
 """
@@ -54,7 +54,7 @@ Run = Callable[[], Any]
 
 
 class SmallBlock(nn.Module):
-    """A residual block in small."""
+    """A small residual block."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,12 +1,13 @@
 """How well K of the T steps stand for all of them, by how they are drawn: `results/draws.csv`.
 
-A pre-activation ResNet on handwritten digits, the same image at every step, and a network of snnTorch's on event digits,
-before training and after some, for several seeds and batches. Each step's gradient is computed once; that of a draw is a
-weighted sum of these, so that the error of thousands of draws, |g_K - g|^2 relative to |g|^2, follows from the products of
-the steps' gradients. In training the forward pass is the same whatever is drawn, so this is exact.
+There are two networks: a pre-activation ResNet on handwritten digits, with the same image at every step, and a network of
+snnTorch's on event digits. Both are measured before training and after some, for several seeds and batches. The gradient of each
+step is computed once. The gradient of a draw is a weighted sum of these. So the error of thousands of draws, |g_K - g|^2
+relative to |g|^2, follows from the products of the steps' gradients. In training the forward pass is the same whatever is
+drawn, so this is exact.
 
-With `full_output=False` an iteration ends with the last step that is drawn: `forward_steps` is how many it runs on average,
-and `relative_seconds` the processor time that so many take, relative to random draws.
+With `full_output=False` an iteration ends with the last drawn step. `forward_steps` is the mean number of steps that it runs,
+and `relative_seconds` is the CPU time of so many steps, relative to random draws.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Task:
         name: For the table.
         network: Makes the network.
         data: ``T -> `` inputs and labels.
-        time_dim: Of the inputs.
+        time_dim: The axis of time in the inputs.
     """
 
     name: str
@@ -99,7 +100,7 @@ def train(task: Task, net: nn.Module, time_steps: int, seed: int) -> None:
 
 
 def products_of_gradients(task: Task, net: nn.Module, time_steps: int, seed: int) -> list[Tensor]:
-    """Of each batch, the products ``[T, T]`` of the gradients of all pairs of steps."""
+    """The products ``[T, T]`` of the gradients of all pairs of steps, for each batch."""
     x, target = task.data(time_steps)
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed + 100))
     products, gradients = [], []
@@ -120,7 +121,7 @@ def products_of_gradients(task: Task, net: nn.Module, time_steps: int, seed: int
 
 @cache
 def weights_of_draws(name: Draws, k: int, time_steps: int) -> Tensor:
-    """What each step counts in the mean of a draw, ``[draws, T]``; 0 where it is not drawn."""
+    """The weight of each step in the mean of a draw, ``[draws, T]``; 0 where it is not drawn."""
     generator, schedule = torch.Generator().manual_seed(0), DRAWS[name](k)
     weights = torch.zeros(DRAWN, time_steps, dtype=torch.double)
     for row in weights:
@@ -148,7 +149,7 @@ def cosines(products: list[Tensor]) -> tuple[float, float]:
 
 
 def seconds_by_last_step(task: Task, time_steps: int, k: int) -> Callable[[Tensor], Tensor]:
-    """The processor time of an iteration as a line over its forward steps, through the medians of such that take turns."""
+    """The CPU time of an iteration as a line over its forward steps, fitted to medians of runs in turns."""
     torch.manual_seed(0)
     net = task.network()
     x, target = (part[:BATCH] for part in task.data(time_steps))

@@ -1,12 +1,12 @@
-"""All that a CUDA device has to show, within a few minutes: tests, memcheck, kernels, and whole networks against the peers.
+"""Everything that needs a CUDA device, within a few minutes: tests, memcheck, kernels, and networks against the peers.
 
 python benchmarks/gpu_proof.py                       everything, within 9 minutes
-python benchmarks/gpu_proof.py --wheels FOLDER       where this Python lacks SpikingJelly: with the wheels in a folder
+python benchmarks/gpu_proof.py --wheels FOLDER       with the wheels in a folder, where this Python lacks SpikingJelly
 python benchmarks/gpu_proof.py --dry-run             on a CPU, small: every section and contender that it can run
 
-The sections come in the order of their value, each with a limit of its own, and results are written as soon as they are there:
-gpu_proof.csv says what became of each section, gpu_networks.csv has seconds and peak memory, gpu_launches.csv launches,
-neuron_kernel.csv bandwidth. benchmarks/write_tables.py brings the tables in docs/benchmarks.md up to date.
+The most valuable sections come first, each with a time limit of its own. Results are written as soon as they are there:
+gpu_proof.csv says how each section ended, gpu_networks.csv has times and peak memory, gpu_launches.csv launches, and
+neuron_kernel.csv bandwidth. benchmarks/write_tables.py brings the tables of the documentation up to date.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a section: one line, and whether that is as it has to be."""
+    """How a section ended: one line, and whether it succeeded."""
 
     text: str
     good: bool = True
@@ -72,7 +72,7 @@ class Section:
     """A part of the whole.
 
     Attributes:
-        name: How it is called.
+        name: Its name.
         seconds: How long it may take.
         run: ``(options, seconds) -> `` its outcome.
     """
@@ -83,7 +83,7 @@ class Section:
 
 
 def sections() -> Iterator[Section]:
-    """From the most valuable to the least; the networks that did not fit have their turn at the end."""
+    """The sections, the most valuable first. The networks that did not fit in have their turn at the end."""
     networks = Networks()
     yield Section("tests", 130, tests)
     yield Section("networks", 170, networks.run)
@@ -94,13 +94,13 @@ def sections() -> Iterator[Section]:
 
 
 def tests(options: Options, seconds: float) -> Outcome:
-    """tests/gpu on the device; a dry run only looks for them."""
+    """Run tests/gpu on the device. A dry run only collects them."""
     chosen = ["tests/gpu", *(["--collect-only", "-q"] if options.dry else ["-k", "not host"])]
     return of_pytest(ended([sys.executable, *TESTS, *chosen], options, seconds))
 
 
 def memcheck(options: Options, seconds: float) -> Outcome:
-    """A part of the kernels' tests under compute-sanitizer; all of them is `make gpu-sanitizer`."""
+    """Run a part of the kernels' tests under compute-sanitizer; `make gpu-sanitizer` runs all of them."""
     checker = shutil.which("compute-sanitizer")
     if checker is None:
         return Outcome("left out: compute-sanitizer is not on the PATH")
@@ -123,7 +123,7 @@ def bandwidth(options: Options, seconds: float) -> Outcome:
 
 
 class Networks:
-    """Seconds and peak memory of whole networks, as far as there is time, and then from there on."""
+    """Seconds and peak memory of whole networks, as many as there is time for. A second run goes on from there."""
 
     def __init__(self) -> None:
         self._rows: list[dict[str, Any]] = []
@@ -144,7 +144,7 @@ class Networks:
 
 
 def launches(options: Options, seconds: float) -> Outcome:
-    """What the host hands to the device in one iteration."""
+    """What the host launches on the device in one iteration."""
     if options.dry:
         return Outcome("left out: launches are those of a CUDA device")
     problem = without_networks(options)
@@ -161,7 +161,7 @@ def launches(options: Options, seconds: float) -> Outcome:
 def measure_cells(
     file: str, cells: Sequence[Any], rows: list[dict[str, Any]], options: Options, seconds: float
 ) -> None:
-    """Measure cells and add their rows; the file is written anew with each."""
+    """Measure cells and add their rows. The file is written again after each."""
     import measure
     from peers import on_device, workers
 
@@ -175,7 +175,7 @@ def measure_cells(
 
 
 def without_networks(options: Options) -> Outcome | None:
-    """Why there are no networks to measure, if so."""
+    """Why no networks can be measured; None if they can."""
     command = [sys.executable, "-c", "import spikingjelly.activation_based.neuron"]
     done = subprocess.run(
         command, env=options.environment, capture_output=True, text=True, check=False, cwd=ROOT
@@ -194,14 +194,14 @@ def say_refused(refused: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that is over: its exit code, None if it was cut short, and its last line."""
+    """A finished process: its exit code (None if it was stopped), and its last line."""
 
     code: int | None
     last_line: str
 
 
 def ended(command: list[str], options: Options, seconds: float, **variables: str) -> Ended:
-    """Run a command, with all its children, for at most so many seconds; its output is shown as it comes."""
+    """Run a command, with all its children, for at most a number of seconds. Its output is shown as it comes."""
     process = subprocess.Popen(
         command, cwd=ROOT, env={**options.environment, **variables}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -218,7 +218,7 @@ def ended(command: list[str], options: Options, seconds: float, **variables: str
 
 
 class _Alarm:
-    """Kills a process and its children after a while."""
+    """Kills a process and its children after a time."""
 
     def __init__(self, process: subprocess.Popen[str], seconds: float) -> None:
         import threading
@@ -246,7 +246,7 @@ def of_pytest(done: Ended) -> Outcome:
 
 
 def with_wheels(folder: Path, target: Path) -> None:
-    """Install all wheels of a folder into another one, as they are: what they need has to lie there, too, or be here already."""
+    """Install all wheels of a folder into another one. What they need has to be in the folder, or installed already."""
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
         raise SystemExit(f"there is no wheel in {folder}")
@@ -255,7 +255,7 @@ def with_wheels(folder: Path, target: Path) -> None:
 
 
 def missing() -> list[str]:
-    """What this Python lacks, and what cannot be shown for that."""
+    """What this Python lacks, and what cannot be shown without it."""
     return [
         f"{name} is missing, so without: {what}"
         for name, what in NEEDED.items()
@@ -264,7 +264,7 @@ def missing() -> list[str]:
 
 
 def run_all(options: Options, seconds: float, chosen: Sequence[Section]) -> list[dict[str, Any]]:
-    """Run the sections within so many seconds, and write what became of each."""
+    """Run the sections within a number of seconds, and write how each ended."""
     import measure
 
     end = time.monotonic() + seconds

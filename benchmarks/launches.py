@@ -2,10 +2,10 @@
 
 python benchmarks/launches.py
 
-Every operator that torch dispatches counts as one launch, but for views and for memory that is only allocated. An operator
+Every operator that torch dispatches counts as one launch, except for views and for memory that is only allocated. An operator
 on a list of tensors (``_foreach_``) counts as one, and so does a convolution's backward, which a device may run as several
-kernels. A neuron counts as the kernels that its CUDA backend launches, one forward and one backward. What pays on a device
-alone is switched on. The operators that there are do not depend on sizes, so that images are small.
+kernels. A neuron counts as the kernels that its CUDA backend launches, one forward and one backward. Savings that are made only
+on a device are switched on. The number of operators does not depend on sizes, so the images are small.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _ONLY_VIEWS = ("_unsafe_view", "squeeze_", "unsqueeze_", "lift_fresh", "alias") 
 
 
 def count(iteration: Callable[[], object], warm_up: int = 11) -> Counter[str]:
-    """The launches of an iteration, by operator, once what is found out about the network is found out."""
+    """The launches of an iteration, by operator, after the iterations in which the trainer watches the network."""
     with ExitStack() as device:
         device.enter_context(mock.patch.object(launching, "DEVICES", {"cpu"}))
         for _ in range(warm_up):
@@ -72,7 +72,7 @@ class _Launches(TorchDispatchMode):
 
 @contextmanager
 def _neurons_on_cuda(launches: _Launches) -> Iterator[None]:
-    """Neurons launch what the CUDA backend does, and return what the reference computes."""
+    """Neurons launch what the CUDA backend launches, and return what the reference computes."""
 
     def counted(name: str) -> Callable[..., Any]:
         def run(*given: Any) -> Any:
@@ -127,7 +127,7 @@ def sltt(make: Callable[[], nn.Module], step_mode: str, options: dict[str, Any])
 
 
 def bptt(make: Callable[[], nn.Module]) -> Callable[[], object]:
-    """An iteration of one call and one backward pass through all of time."""
+    """An iteration of BPTT: one call, and one backward pass through all time steps."""
     net = make()
     functional.set_step_mode(net, "m")
     sltt_ext.convert(net, temporal="call")

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package, or nothing."""
+    """The installed version of a package; empty if there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -39,7 +39,7 @@ def write_results(
     show: bool = True,
     say: bool = True,
 ) -> None:
-    """Write ``benchmarks/results/NAME.csv``, with device and versions in every row; ``show`` the rows, ``say`` where."""
+    """Write ``benchmarks/results/NAME.csv``, with device and versions in every row. ``show`` prints the rows, ``say`` the path."""
     common = {
         "device": device_name(device),
         "torch": torch.__version__,

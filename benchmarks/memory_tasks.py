@@ -3,13 +3,13 @@
 python benchmarks/memory_tasks.py accuracy
 python benchmarks/memory_tasks.py similarity        of SLTT's and BPTT's gradient before training: `memory_tasks_similarity.csv`
 
-Store and recall: one of four cues is shown for one step, noise follows, and after a delay a signal asks which cue it was.
-Noise also comes before: the sequence is twice as long as a window that holds cue and question. And scikit-learn's digits,
-shown row by row, and pixel by pixel. In all of them the loss reads the last step's output alone, so only the window that ends
-with it is back-propagated.
+There are two kinds of tasks. In store and recall, one of four cues is shown for one step, noise follows, and after a delay a
+signal asks which cue it was. Noise also comes before: the sequence is twice as long as a window that holds cue and question. The
+other tasks are scikit-learn's digits, shown row by row or pixel by pixel. In all tasks the loss reads only the output of the last
+step. So only the window that ends with it is back-propagated.
 
-The networks are snnTorch's. For each seed all methods have the same weights at the start and the same batches. One row a run,
-appended as soon as it is there; runs that are in the file are not repeated.
+The networks are snnTorch's. For each seed all methods have the same weights at the start and the same batches. Each run is a
+row, which is appended as soon as it is there. Runs that are in the file are not repeated.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, and by which network.
+    """A task, and the network that learns it.
 
     Attributes:
-        name: For the table.
-        neuron: For the table.
+        name: Its name in the table.
+        neuron: The neuron's name in the table.
         network: Makes the network, of single steps.
         train: ``generator -> `` a batch, input ``[T, N, ...]`` and class ``[N]``.
         test: The test set, likewise.
         time_steps: T.
         windows: Numbers of steps between SLTT's 1 and T that are back-propagated together.
-        iterations: Of training, by Adam.
-        learning_rate: Its rate.
+        iterations: How many iterations of training there are, by Adam.
+        learning_rate: Adam's learning rate.
     """
 
     name: str
@@ -84,7 +84,7 @@ def covering_window(delay: int) -> int:
 
 
 def store_and_recall(samples: int, delay: int, generator: torch.Generator) -> Batch:
-    """Sequences of cue channels, noise channels and one that asks, ``[T, N, 13]``, and the cues ``[N]``."""
+    """Sequences ``[T, N, 13]`` of cue channels, noise channels and one channel that asks, and the cues ``[N]``."""
     time_steps = 2 * covering_window(delay)
     cue = torch.randint(CUES, (samples,), generator=generator)
     x = torch.zeros(time_steps, samples, CUES + NOISE + 1)
@@ -95,7 +95,7 @@ def store_and_recall(samples: int, delay: int, generator: torch.Generator) -> Ba
 
 
 def leaky() -> nn.Module:
-    """Forgets slowly, and has no reset, so that membranes can keep what noise would else reset."""
+    """A network that forgets slowly. It has no reset: noise would reset what membranes keep."""
     return snntorch.Leaky(
         beta=0.98,
         reset_mechanism="none",
@@ -105,7 +105,7 @@ def leaky() -> nn.Module:
 
 
 def recurrent() -> nn.Module:
-    """With recurrent weights that start half as large as snnTorch's."""
+    """A network with recurrent weights, which start half as large as snnTorch's."""
     neuron = snntorch.RLeaky(
         beta=0.9,
         linear_features=HIDDEN,
@@ -190,7 +190,7 @@ def asked_at_the_end(cls: Tensor, time_steps: int) -> Tensor:
 
 
 def trainer(net: nn.Module, time_steps: int, window: int | None) -> GradientTrainer:
-    """BPTT, or SLTT with windows; the loss is the same, and it is back-propagated within the last window alone."""
+    """BPTT, or SLTT with windows. Both have the same loss, which SLTT back-propagates only within the last window."""
     if window is None:
         return BPTTTrainer(net, asked_loss, time_steps, time_dim=0, target_time_dim=0)
     sltt_ext.convert(net, temporal="step" if window == 1 else "call")
@@ -202,7 +202,7 @@ def trainer(net: nn.Module, time_steps: int, window: int | None) -> GradientTrai
 
 @torch.no_grad()
 def accuracy(net: nn.Module, x_seq: Tensor, cls: Tensor) -> float:
-    """Of the last step's output."""
+    """The accuracy of the last step's output."""
     for module in net.modules():
         if isinstance(module, snntorch.SpikingNeuron):
             module.reset_mem()
@@ -212,7 +212,7 @@ def accuracy(net: nn.Module, x_seq: Tensor, cls: Tensor) -> float:
 
 
 def run(task: Task, window: int | None, seed: int) -> dict[str, float]:
-    """Train: accuracy on the test set, seconds of all iterations, and peak activations of one."""
+    """Train, and return the test accuracy, the seconds of all iterations, and the peak activations of one."""
     torch.manual_seed(seed)
     net = task.network()
     online = trainer(net, task.time_steps, window)
@@ -237,7 +237,7 @@ def run(task: Task, window: int | None, seed: int) -> dict[str, float]:
 
 
 def similarity() -> Iterator[dict[str, Any]]:
-    """Of SLTT's and BPTT's gradient, before training: of all parameters, and of the layer that reads the input."""
+    """Similarity of SLTT's and BPTT's gradient before training: all parameters, and the layer that reads the input."""
     for task in tasks():
         cosines = []
         for seed in range(SEEDS):

@@ -35,7 +35,7 @@ def halved() -> nn.Module:
 
 
 class SEWBlock(nn.Module):
-    """Spike-element-wise residual block; spikes are added."""
+    """A spike-element-wise residual block, which adds spikes."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class SEWBlock(nn.Module):
 
 
 class SEWResNet(nn.Module):
-    """Fang et al., "Deep residual learning in spiking neural networks", NeurIPS 2021, in small."""
+    """A small form of Fang et al., "Deep residual learning in spiking neural networks", NeurIPS 2021."""
 
     def __init__(self, in_channels: int, width: int = 16) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class SpikingAttention(nn.Module):
 
 
 class Spikformer(nn.Module):
-    """Zhou et al., "Spikformer: when spiking neural network meets transformer", ICLR 2023, in small."""
+    """A small form of Zhou et al., "Spikformer: when spiking neural network meets transformer", ICLR 2023."""
 
     def __init__(self, in_channels: int, dim: int = 32, depth: int = 2) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class Spikformer(nn.Module):
 
 
 class MaskingAttention(nn.Module):
-    """Spike-driven attention: what is common to keys and values of all places masks the queries."""
+    """Spike-driven attention: what keys and values of all places have in common masks the queries."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class MaskingAttention(nn.Module):
 
 
 class SpikeDrivenTransformer(nn.Module):
-    """Yao et al., "Spike-driven transformer", NeurIPS 2023, in small: shortcuts add potentials, not spikes."""
+    """A small form of Yao et al., "Spike-driven transformer", NeurIPS 2023: shortcuts add potentials, not spikes."""
 
     def __init__(self, in_channels: int, dim: int = 32, depth: int = 2) -> None:
         super().__init__()

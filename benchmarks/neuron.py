@@ -1,9 +1,9 @@
 """The neuron alone: training forward and backward over [T=8, N=32, C=64, 16, 16] on the CPU.
 
-SpikingJelly's SLTTLIFNode stepping through the data against ours, stepping and multi-step, as PyTorch operators and
-compiled (``backend="inductor"``), in float32 and bfloat16; "paper" is the neuron of the paper's experiments. Each
-contender has a process of its own, since what one leaves in the allocator changes the other's page faults; the
-processes take turns. Each first frees one 30 MB tensor, as any training process has done: from then on glibc
+SpikingJelly's SLTTLIFNode steps through the data. Ours is compared with it, stepping and multi-step, as PyTorch operators
+and compiled (``backend="inductor"``), in float32 and bfloat16. "paper" is the neuron of the paper's experiments. Each
+contender has a process of its own, since what one leaves in the allocator changes the other's page faults. The
+processes take turns. Each first frees one 30 MB tensor, as any training process has done. From then on glibc
 keeps freed memory instead of returning it to the system after every step.
 """
 
@@ -75,7 +75,7 @@ def make_run(contender: str, neuron_index: int, dtype: torch.dtype) -> Callable[
 
 
 def serve(contender: str, requests: Connection) -> None:
-    """Answer each (neuron, dtype) that is asked for with the median seconds of some runs, until None comes."""
+    """Answer each request (neuron, dtype) with the median seconds of some runs, until None comes."""
     warnings.filterwarnings("ignore")
     torch.ones(7_500_000)
     while (asked := requests.recv()) is not None:

@@ -1,9 +1,9 @@
 """The fused neuron on a CUDA device: bytes per second, against a plain copy and SpikingJelly's own LIF.
 
-Training forward, backward and evaluation of a LIF neuron over T steps, for every size and dtype. A contender's
+It measures training forward, backward and evaluation of a LIF neuron over T steps, for every size and dtype. A contender's
 share of the copy bandwidth is (bytes that have to move) / (its time) / (bandwidth of a copy of the same size,
-measured in the same round). Bytes that have to move, per element of x: training forward reads x, writes s and
-the derivative; backward reads two and writes one; evaluation reads x and writes s. State comes on top and is
+measured in the same round). These bytes have to move, for each element of x: training forward reads x, and writes s and
+the derivative. Backward reads two and writes one. Evaluation reads x and writes s. State comes on top and is
 not counted, which is to our disadvantage where T is small.
 
     python benchmarks/neuron_kernel.py            results/neuron_kernel.csv and .png, named after the device
@@ -52,7 +52,7 @@ def contenders(device: str) -> dict[str, Neuron]:
 
 
 def spikingjelly_contenders(device: str) -> dict[str, Neuron]:
-    """SpikingJelly's multi-step LIF with each backend it offers; 2.0 chooses one by itself."""
+    """SpikingJelly's multi-step LIF with each of its backends. Version 2.0 chooses one by itself."""
     if importlib.util.find_spec("spikingjelly") is None:
         print("SpikingJelly is not installed: measured without it")
         return {}

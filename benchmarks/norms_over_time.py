@@ -1,13 +1,13 @@
-"""Batch norms over time, where a multi-step network runs step by step: gradients, and accuracy, by several remedies.
+"""Batch norms where a multi-step network runs step by step: gradients, accuracy and memory of several remedies.
 
 python benchmarks/norms_over_time.py gradients --data FOLDER
 python benchmarks/norms_over_time.py accuracy --data FOLDER     FOLDER/{train,test}/<class>/*.jpg
 python benchmarks/norms_over_time.py memory                     of `over_time` itself
 
-Writes `norms_over_time.csv`, `norms_over_time_accuracy.csv` and `norms_over_time_memory.csv` in `results`. The gradient
-that all are compared with is SLTT's of the network as it was, with norms over all T N samples (`chunk=T`). What the methods
-are is in `step_norms`; the networks are small (`networks_in_one_call`), images and frames have 16 x 16 pixels. Rows are appended
-as soon as they are there, and what is in the files is not repeated.
+Writes `norms_over_time.csv`, `norms_over_time_accuracy.csv` and `norms_over_time_memory.csv` in `results`. All gradients are
+compared with SLTT's gradient of the original network, with norms over all T N samples (`chunk=T`). The methods are explained in
+`step_norms`. The networks are small (`networks_in_one_call`), and images and frames have 16 x 16 pixels. Rows are appended as soon
+as they are there, and what is in the files is not repeated.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Data:
     time_steps: int
 
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
-        """Batches of the training set in random order, without end; the last samples of an order are left out."""
+        """Batches of the training set in random order, without end. The last samples of an order are left out."""
         order = torch.Generator().manual_seed(seed)
         while True:
             for chosen in torch.randperm(len(self.train), generator=order).split(size):
@@ -89,7 +89,7 @@ def images(root: Path) -> Data:
 
 
 def iterate(norms: Norms, optimizer: torch.optim.Optimizer, batch: Batch, method: str = "chunk=T") -> None:
-    """One iteration; running statistics move as they do in the library."""
+    """One iteration. Running statistics move as they do in the library."""
     x_seq, target = batch
     optimizer.zero_grad()
     F.cross_entropy(METHODS[method](norms, x_seq), target).backward()
@@ -99,7 +99,7 @@ def iterate(norms: Norms, optimizer: torch.optim.Optimizer, batch: Batch, method
 
 
 def started(name: str, data: Data, trained: bool) -> nn.Module:
-    """A network after some iterations as it was (or, fresh, after as many whose updates change nothing)."""
+    """A network after some iterations of the original one (or, fresh, after as many iterations whose updates change nothing)."""
     torch.manual_seed(0)
     norms, batches = Norms(sltt_ext.convert(NETWORKS[name](data.train.shape[-3]))), data.batches(32, 0)
     optimizer = torch.optim.AdamW(norms.net.parameters(), lr=2e-3 if trained else 0.0)
@@ -144,7 +144,7 @@ def gradients(sets: dict[str, Data]) -> None:
 def compared(
     net: nn.Module, data: Data, size: int, trained: bool
 ) -> dict[str, list[tuple[float, float, float]]]:
-    """Cosine and ratio of norms with the gradient of chunk=T, and relative error of the output, by method and batch."""
+    """Cosine and norm ratio to the gradient of chunk=T, and relative error of the output, by method and batch."""
     values: dict[str, list[tuple[float, float, float]]] = {method: [] for method in COMPARED}
     batches = data.batches(size, seed=1)
     for _ in range(BATCHES[size]):
@@ -192,7 +192,7 @@ def accuracy(sets: dict[str, Data]) -> None:
 
 
 def trained_accuracy(data: Data, method: str, seed: int) -> float:
-    """Train by a method, then the accuracy on the test set by running statistics."""
+    """Train by a method, and return the accuracy on the test set with running statistics."""
     torch.manual_seed(seed)
     norms = Norms(sltt_ext.convert(SEWResNet(data.train.shape[-3], width=8)))
     iterations = EPOCHS * (len(data.train) // BATCH)

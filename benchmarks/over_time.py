@@ -31,7 +31,7 @@ def network() -> nn.Module:
 
 
 def times() -> list[dict[str, object]]:
-    """Each pair takes turns; the ratio is that of each round, then the median."""
+    """The time of each pair, which takes turns. The ratio is the median over the ratios of the rounds."""
     x, target = torch.randn(8, 3, 96, 96), torch.randint(0, 10, (8,))
     rows: list[dict[str, object]] = []
     for name, options in SETTINGS.items():

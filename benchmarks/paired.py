@@ -29,12 +29,12 @@ class Interval(NamedTuple):
 
     @property
     def holds_zero(self) -> bool:
-        """Whether the differences may as well be none."""
+        """Whether the mean difference may be zero."""
         return abs(self.mean) <= self.half
 
 
 def interval(differences: Sequence[float], level: float = 0.95) -> Interval:
-    """Student's interval for the mean of independent, normal differences; two of them at least."""
+    """Student's interval for the mean of independent, normal differences, of which there are two at least."""
     n = len(differences)
     quantile = float(t.ppf((1 + level) / 2, n - 1))
     return Interval(statistics.mean(differences), quantile * statistics.stdev(differences) / n**0.5)
@@ -42,7 +42,7 @@ def interval(differences: Sequence[float], level: float = 0.95) -> Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """A method beside another one, the baseline, that had the same seeds.
+    """A method beside another one, the baseline, with the same seeds.
 
     Attributes:
         accuracies: The method's, in percent.
@@ -54,24 +54,24 @@ class Paired:
 
     @property
     def mean(self) -> float:
-        """The method's."""
+        """The mean accuracy of the method."""
         return statistics.mean(self.accuracies)
 
     @property
     def baseline_mean(self) -> float:
-        """The baseline's, over the same seeds."""
+        """The mean accuracy of the baseline, over the same seeds."""
         return self.mean - statistics.mean(self.differences)
 
     @property
     def interval(self) -> Interval | None:
-        """Of the mean difference; None where there is one seed."""
+        """The interval of the mean difference; None where there is one seed."""
         return interval(self.differences) if len(self.differences) > 1 else None
 
 
 def paired(
     rows: Rows, baseline: str = "BPTT", column: str = "test_accuracy", factor: float = 100
 ) -> dict[str, Paired]:
-    """By method, in the rows' order: its runs of the seeds that the baseline has, too; ``factor`` makes percent of parts."""
+    """By method, in the order of the rows: its runs with the seeds of the baseline. ``factor`` makes percent of fractions."""
     percent: dict[str, dict[str, float]] = {}
     for row in rows:
         percent.setdefault(row["method"], {})[row["seed"]] = factor * float(row[column])

@@ -1,10 +1,10 @@
-"""The trainer as it comes, with the plan that it takes by itself, against BPTT: time, peak memory, and what the rule demands.
+"""The trainer with the plan that it takes by itself, against BPTT: time, peak memory, and what the rule demands.
 
 python benchmarks/planner.py                  everything; writes benchmarks/results/planner.csv
 python benchmarks/planner.py --repeats 3      a quick look
 
-All contenders of a network take turns. In so many repetitions SLTT-1 draws each step equally often. ``least`` has ``memory_budget="least"``, and
-``fastest`` ``"0.8"``: the fastest plan that fits into so much of the memory.
+All contenders of a network take turns. Over the repetitions, SLTT-1 draws each step equally often. ``least`` has
+``memory_budget="least"``. ``fastest`` has ``memory_budget="0.8"``: the fastest plan that fits into that part of the memory.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from sltt_ext.online.schedule import Schedule
 
 @dataclass
 class Run:
-    """An iteration of a contender at each call."""
+    """Runs an iteration of a contender at each call."""
 
     net: nn.Module
     iterate: Callable[[], object]
     online: sltt_ext.OnlineTrainer | None = None
 
     def __call__(self) -> None:
-        """Run it; the gradients of the last one are gone first."""
+        """Run an iteration, after the gradients of the last one are removed."""
         self.net.zero_grad()
         self.iterate()
 
@@ -49,7 +49,7 @@ class ResNet18(Network):
     """SpikingJelly's own, with batch norm, as `sltt bench` has it."""
 
     def build(self, node: Callable[..., nn.Module] = neuron.LIFNode, step_mode: str = "s") -> nn.Module:
-        """The network in a step mode; the same weights at every call."""
+        """The network in a step mode, with the same weights at every call."""
         torch.manual_seed(0)
         net = spiking_resnet18()
         functional.set_step_mode(net, step_mode)

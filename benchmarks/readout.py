@@ -1,9 +1,10 @@
 """What the accuracy is read from: the readout of snnTorch's tutorial 5, trained by BPTT and by SLTT.
 
 The tutorial takes the cross-entropy of the last layer's membrane potentials at every step, and counts that layer's spikes for
-the accuracy. Here each trained network is read in both ways. Neurons, optimizer and number of steps are the tutorial's; there
-are 100 hidden neurons, and the images are scikit-learn's digits. For each seed all methods have the same weights at the start and the same
-batches. One row a run, appended to `results/readout.csv`; runs that are in the file are not repeated. One thread.
+the accuracy. Here each trained network is read in both ways. Neurons, optimizer and number of steps are the tutorial's. There
+are 100 hidden neurons, and the images are scikit-learn's digits. For each seed all methods have the same weights at the start
+and the same batches. Each run is a row, which is appended to `results/readout.csv`. Runs that are in the file are not
+repeated. Everything runs on one thread.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def network() -> nn.Module:
 
 @torch.no_grad()
 def accuracies(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of the class with the most spikes, and of the one with the highest potential on average."""
+    """The accuracy of the class with the most spikes, and that of the class with the highest mean potential."""
     utils.reset(net)
     spikes, potentials = (torch.stack(each).sum(0) for each in zip(*(net(images) for _ in range(TIME_STEPS))))
     return {
@@ -50,7 +51,7 @@ def accuracies(net: nn.Module, images: Tensor, labels: Tensor) -> dict[str, floa
 
 
 def run(data: Digits, method: str, seed: int, epochs: int = EPOCHS) -> dict[str, float]:
-    """Train, then the accuracies on the test set."""
+    """Train, and return the accuracies on the test set."""
     torch.manual_seed(seed)
     net = network()
     online = method_named(method).trainer(net, F.cross_entropy, TIME_STEPS, output="membrane")

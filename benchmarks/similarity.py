@@ -1,7 +1,7 @@
 """How close SLTT's gradient is to BPTT's, over tau and over T: `results/similarity.csv`, `docs/similarity.png`.
 
-A small convolutional network on scikit-learn's handwritten digits, the paper's neuron (soft reset, triangle
-surrogate), trained with SLTT for a few epochs for every tau and seed, then measured on test images.
+A small convolutional network with the paper's neuron (soft reset, triangle surrogate) is trained with SLTT on scikit-learn's
+handwritten digits, for a few epochs for every tau and seed. Then it is measured on test images.
 """
 
 from __future__ import annotations

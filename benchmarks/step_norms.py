@@ -1,4 +1,4 @@
-"""What batch norms may read where a network runs step by step: prototypes, around a network as it is.
+"""What batch norms may read where a network runs step by step: prototypes around an unchanged network.
 
 A norm over all T steps of a batch, with the sums over all T N samples (and places)::
 
@@ -48,7 +48,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def pooled(seen: Sequence[Statistics], weights: Sequence[float] | None = None) -> Statistics:
-    """The statistics of several calls of the same size, together."""
+    """The statistics over several calls of the same size."""
     share = torch.tensor(weights or [1.0] * len(seen), device=seen[0].mean.device)
     share = (share / share.sum()).unsqueeze(1)
     means = torch.stack([one.mean for one in seen])
@@ -58,17 +58,17 @@ def pooled(seen: Sequence[Statistics], weights: Sequence[float] | None = None) -
 
 
 def of_the_step(norm: nn.Module, seen: Sequence[Statistics]) -> Statistics:
-    """Those of the call alone."""
+    """The statistics of this call alone."""
     return seen[-1]
 
 
 def seen_so_far(norm: nn.Module, seen: Sequence[Statistics]) -> Statistics:
-    """Those of all steps of the sequence up to this one."""
+    """The statistics of all steps of the sequence up to this one."""
     return pooled(seen)
 
 
 def half_life(norm: nn.Module, seen: Sequence[Statistics]) -> Statistics:
-    """A moving average over the steps of the sequence: each counts half as much as the next."""
+    """A moving average over the steps of the sequence, in which each step counts half as much as the next."""
     return pooled(seen, [0.5 ** (len(seen) - 1 - t) for t in range(len(seen))])
 
 
@@ -78,7 +78,7 @@ def running(norm: Any, seen: Sequence[Statistics]) -> Statistics:
 
 
 def fixed(table: Mapping[nn.Module, Statistics]) -> Rule:
-    """The same ones at every step."""
+    """The same statistics at every step."""
     return lambda norm, seen: table[norm]
 
 
@@ -113,7 +113,7 @@ class Norms:
 
     @torch.no_grad()
     def evaluated(self, x_seq: Tensor) -> Tensor:
-        """The mean output over time of the network itself, in evaluation mode by its running statistics."""
+        """The mean output over time of the network itself, in evaluation mode with its running statistics."""
         functional.reset_net(self.net)
         return self.net(x_seq).mean(0)
 
@@ -127,7 +127,7 @@ class Norms:
 
     @torch.no_grad()
     def move(self, at_each_call: bool) -> None:
-        """Move the running statistics by the last run: at each call, as torch does, or once by those over all steps."""
+        """Move the running statistics after the last run: for each call, as torch does, or once with those over all steps."""
         for norm, seen in self.seen.items():
             for mean, variance in seen if at_each_call else [pooled(seen)]:
                 norm.running_mean.lerp_(mean, norm.momentum)
@@ -191,7 +191,7 @@ def _channels(values: Tensor) -> Tensor:
 
 
 def _passes(number: int) -> Callable[[Norms, Tensor], Tensor]:
-    """The last of several passes step by step, by the statistics over all steps of the one before it."""
+    """The last of several passes step by step. It has the statistics over all steps of the pass before it."""
 
     def run(norms: Norms, x_seq: Tensor) -> Tensor:
         rule: Rule = of_the_step
@@ -205,7 +205,7 @@ def _passes(number: int) -> Callable[[Norms, Tensor], Tensor]:
 
 
 def _replayed(norms: Norms, x_seq: Tensor) -> Tensor:
-    """The output of a pass by each step's statistics, with the gradient of one by those over all steps of it."""
+    """The output of a pass with each step's statistics, and the gradient of one with the statistics over all its steps."""
     with torch.no_grad():
         first = norms.run(x_seq)
     again = norms.run(x_seq, fixed(norms.over_all_steps()))
@@ -213,7 +213,7 @@ def _replayed(norms: Norms, x_seq: Tensor) -> Tensor:
 
 
 def _whole_first(moments: Moments = "step") -> Callable[[Norms, Tensor], Tensor]:
-    """Step by step by the statistics of a pass that shows the network all steps in one call, without a graph."""
+    """A pass step by step, with the statistics of a call that shows the network all steps, without a graph."""
 
     def run(norms: Norms, x_seq: Tensor) -> Tensor:
         with torch.no_grad():

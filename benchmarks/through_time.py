@@ -1,9 +1,9 @@
 """The neuron alone under BPTT on the CPU: the frameworks' own, and ours with ``through_time``.
 
-Training forward and backward over [T=8, N=16, C=64, 16, 16], one backward for all steps: SpikingJelly's multi-step neurons in
-PyTorch, snnTorch's Leaky in its loop, and the fused ones as PyTorch operators and compiled. Contenders take turns; the
-ratio is the median over rounds of the time by the framework's in the same round. Saved bytes are what autograd keeps
-between forward and backward, per byte of the input.
+It measures training forward and backward over [T=8, N=16, C=64, 16, 16], with one backward for all steps: SpikingJelly's
+multi-step neurons in PyTorch, snnTorch's Leaky in its loop, and the fused neurons as PyTorch operators and compiled. Contenders
+take turns. The ratio is the time divided by the framework's in the same round, as the median over rounds. Saved bytes are what
+autograd keeps between forward and backward, per byte of the input.
 
 python benchmarks/through_time.py
 """

@@ -1,4 +1,4 @@
-"""What the trainer costs over a loop of the same steps written by hand.
+"""How much longer the trainer takes than a loop of the same steps written by hand.
 
 python benchmarks/trainer_overhead.py
 """
@@ -33,7 +33,7 @@ def by_hand(net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> None:
 
 
 def compare(name: str, net: nn.Module, x: torch.Tensor, target: torch.Tensor) -> dict[str, object]:
-    """Both take turns, and who goes first takes turns; the ratio is that of each round, then the median."""
+    """Both take turns, also in going first. The ratio is the median over the ratios of the rounds."""
     sltt_ext.convert(net)
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
     contenders: list[Callable[[], object]] = [

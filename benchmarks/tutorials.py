@@ -1,10 +1,10 @@
 """The networks of snnTorch's tutorials, one training iteration: T = 25 steps, a batch of 32 images of 28 x 28.
 
-Contenders: snnTorch as its tutorials have it (BPTT), snnTorch with the states detached by hand and one
+The contenders are snnTorch as in its tutorials (BPTT), snnTorch with the states detached by hand and one
 backward per step (SLTT without sltt_ext), sltt_ext stepping, in one backward and in `OnlineTrainer`, and
-`MultiStep`. The input is rate-coded random images; the loss is the cross-entropy of each step's membrane
-potential. Time is that of one CPU thread, as the processor counts it, so that other work on the machine does
-not count; more threads favour the larger operators of `MultiStep`. Memory is the peak of activations.
+`MultiStep`. The input is rate-coded random images. The loss is the cross-entropy of each step's membrane
+potential. Time is the CPU time of one thread, so that other work on the machine does not count. More threads favour
+the larger operators of `MultiStep`. Memory is the peak of activations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A whole network with temporal credit: time and memory of windows, against the framework's own BPTT in one call.
+"""A whole network with a gradient through time: time and memory of windows, against the framework's own BPTT in one call.
 
-SpikingJelly's spiking ResNet-18 in multi-step mode, 16 images of 64 px, T = 4, two threads. All contenders take the mean over
-time of the steps' cross-entropy, and take turns; the ratio is the median over rounds of the time by the framework's.
+It is SpikingJelly's spiking ResNet-18 in multi-step mode, with 16 images of 64 px, T = 4 and two threads. The loss of all
+contenders is the mean over time of the steps' cross-entropy. They take turns. The ratio is the time divided by the framework's,
+as the median over rounds.
 
 python benchmarks/windows.py
 """

@@ -1,4 +1,4 @@
-"""Bring README.md and pages of the documentation up to date: their tables and plots, from benchmarks/results.
+"""Bring the tables and plots of README.md and of the documentation up to date, from benchmarks/results.
 
 python benchmarks/write_tables.py
 """
@@ -18,7 +18,7 @@ def main() -> None:
 
 
 def pages() -> None:
-    """The tables alone, for which nothing has to be drawn."""
+    """Bring the tables up to date, without the plots."""
     for name in tables.PAGES:
         page = ROOT / name
         page.write_text(tables.with_tables(page.read_text()))

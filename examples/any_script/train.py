@@ -1,6 +1,6 @@
 """A plain image-classification script: mixup, label smoothing, EMA, clipping, accumulation, a gradient scaler.
 
-It trains a spiking network that runs its T steps inside, with BPTT. ``--sltt`` changes one line: the network over time.
+It trains a spiking network that runs its T steps inside, with BPTT. ``--sltt`` changes one line, and trains it with SLTT.
 
 python examples/any_script/train.py --epochs 3 --sltt
 """
@@ -19,7 +19,7 @@ import sltt_ext
 
 
 class Net(nn.Module):
-    """Repeats the image T times, and classifies the average over time: as published networks do."""
+    """Repeats the image T times, and classifies the average over time, as published networks do."""
 
     def __init__(self, time_steps: int, width: int = 32) -> None:
         super().__init__()

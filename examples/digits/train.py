@@ -27,7 +27,7 @@ options = parser.parse_args()
 
 
 class Digits(OnlineModule):
-    """The module Lightning trains: everything but the optimizer is there already."""
+    """The module that Lightning trains. Only the optimizer has to be added."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Any optimizer and scheduler."""

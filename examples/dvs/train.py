@@ -1,4 +1,4 @@
-"""Train a spiking VGG-11 on the event cameras' sets DVS-Gesture or DVS-CIFAR10, as in the paper.
+"""Train a spiking VGG-11 on the event-camera data sets DVS-Gesture or DVS-CIFAR10, as in the paper.
 
 python examples/dvs/train.py --config examples/dvs/dvs_gesture.yaml                    SLTT
 python examples/dvs/train.py --config examples/dvs/dvs_gesture.yaml --method sltt-k    SLTT-4, as published

@@ -1,4 +1,4 @@
-"""Bring a network that exists to SLTT: SEW-ResNet-18 of SpikingJelly's zoo, or torchvision's ResNet-18 made spiking.
+"""Train an existing network with SLTT: SEW-ResNet-18 of SpikingJelly's zoo, or torchvision's ResNet-18 made spiking.
 
 python examples/wrap_existing/train.py sew_resnet18
 python examples/wrap_existing/train.py resnet18

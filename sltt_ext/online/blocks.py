@@ -83,9 +83,10 @@ class CompiledCode:
 
     def function(self, modules: Sequence[nn.Module]) -> Callable[..., Any]:
         """The compiled function that runs ``modules`` one after the other; one for all of the same kind."""
-        kind = tuple(map(self._kind, modules))
+        on_cpu = _is_on_cpu(modules)
+        kind = (on_cpu, *map(self._kind, modules))
         if kind not in self._functions:
-            self._functions[kind] = _compiled(_is_on_cpu(modules))
+            self._functions[kind] = _compiled(keeps_layout=on_cpu)
         return self._functions[kind]
 
     def failed(self, path: str, module: nn.Module, error: Exception) -> None:
