@@ -15,7 +15,7 @@ import argparse
 import copy
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,10 +170,10 @@ def run(variant: Variant, bptt: bool, seed: int, train_set: Dataset, test_set: D
     return {"training_loss": round(statistics.mean(losses), 4), **tested(online, test_set)}
 
 
-def accuracies(train_set: Dataset, test_set: Dataset) -> None:
+def accuracies(train_set: Dataset, test_set: Dataset, seeds: Sequence[int]) -> None:
     path = RESULTS / "accuracy_causes.csv"
     done = recorded(path, ("variant", "method", "seed"))
-    for seed in range(SEEDS):
+    for seed in seeds:
         for label, variant in VARIANTS.items():
             for method, bptt in METHODS.items():
                 if (label, method, str(seed)) in done:
@@ -199,11 +199,12 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["similarity", "accuracy"])
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(SEEDS), help="of the training runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
     train_set, test_set = SETTING.sets(options.data)
     if options.what == "accuracy":
-        accuracies(first_of_each_class(train_set, OF_EACH_CLASS), test_set)
+        accuracies(first_of_each_class(train_set, OF_EACH_CLASS), test_set, options.seeds)
     else:
         path = RESULTS / "accuracy_causes_similarity.csv"
         for row in similarity(train_set):

@@ -13,6 +13,7 @@ import argparse
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 
 import measure
@@ -57,6 +58,7 @@ class ResNet18(Network):
 
 
 RESNET18 = ResNet18("spiking ResNet-18", lambda maker: spiking_resnet18(), (3, 64, 64), 16)
+CONVOLUTIONS = "convolutions alone, T in a call"
 BUDGETS = {"least": "least", "fastest": "0.8"}
 CASES = ((NF_RESNET34, 6, ("s", "m")), (RESNET18, 4, ("m",)))
 BARS = {
@@ -90,6 +92,39 @@ def online(
     return run
 
 
+def convolutions(net: nn.Module, task: Task) -> Callable[[], object]:
+    """The convolutions of a multi-step network forward and backward, all steps in one call, and nothing else of it.
+
+    A convolution that does not depend on time runs for one step, as SLTT evaluates it once. No plan can be faster than this.
+    """
+    seen: list[tuple[nn.Conv2d, torch.Size]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, _: seen.append((module, args[0].shape)))
+        for module in net.modules()
+        if isinstance(module, nn.Conv2d)
+    ]
+    with torch.no_grad():
+        net(task.x.expand(task.time_steps, *task.x.shape))
+    functional.reset_net(net)
+    for hook in hooks:
+        hook.remove()
+    calls = []
+    for i, (module, shape) in enumerate(seen):
+        images = task.x.shape[0] * (task.time_steps if i else 1)
+        spikes = torch.rand(images, *shape[-3:]).gt(0.8).float().requires_grad_(i > 0)
+        weight = module.weight.detach().clone().requires_grad_()
+        run = partial(nn.functional.conv2d, spikes, weight, None, module.stride, module.padding)
+        calls.append((run, torch.randn_like(run()), spikes, weight))
+
+    def iteration() -> None:
+        for run, gradient, *leaves in calls:
+            for leaf in leaves:
+                leaf.grad = None
+            run().backward(gradient)
+
+    return iteration
+
+
 def contenders(
     network: Network, time_steps: int, step_modes: tuple[str, ...], repeats: int
 ) -> dict[str, Run]:
@@ -98,6 +133,7 @@ def contenders(
     runs = {
         "BPTT, steps": Run(steps, lambda: bptt_steps(steps, task, ())),
         "BPTT, sequence": Run(sequence, lambda: bptt_sequence(sequence, task, ())),
+        CONVOLUTIONS: Run(sequence, convolutions(sequence, task)),
     }
     for mode in step_modes:
         kind = {"s": "single-step", "m": "multi-step"}[mode]
@@ -115,7 +151,8 @@ def rows(
     runs = contenders(network, time_steps, step_modes, repeats)
     peaks = {}
     for name, run in runs.items():
-        peaks[name] = peak_activation_bytes(run, run.net)
+        if name != CONVOLUTIONS:
+            peaks[name] = peak_activation_bytes(run, run.net)
         on_run()
     seconds = interleaved_medians(runs, repeats, on_run=on_run)
     found = []
@@ -140,8 +177,8 @@ def rows(
                 "bar_steps": bars[0],
                 "to_bptt_sequence": round(seconds[name] / seconds["BPTT, sequence"], 3),
                 "bar_sequence": bars[1],
-                "peak_mb": round(peaks[name] / 1e6, 1),
-                "peak_to_bptt_steps": round(peaks[name] / peaks["BPTT, steps"], 3),
+                "peak_mb": round(peaks[name] / 1e6, 1) if name in peaks else "",
+                "peak_to_bptt_steps": round(peaks[name] / peaks["BPTT, steps"], 3) if name in peaks else "",
             }
         )
     return found
@@ -164,7 +201,7 @@ def main() -> None:
         for network, time_steps, step_modes in CASES:
             if options.only not in (None, network.name):
                 continue
-            number = 2 + (3 + len(BUDGETS)) * len(step_modes)
+            number = 3 + (3 + len(BUDGETS)) * len(step_modes)
             task = progress.add_task(network.name, total=number * (options.repeats + 2))
             found += rows(
                 network, time_steps, step_modes, options.repeats, lambda task=task: progress.advance(task)

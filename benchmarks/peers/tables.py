@@ -312,6 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "contender": "contender",
             "seconds": "seconds",
             "relative to compiled BPTT": "of_compiled_bptt",
+            "with its layout kept": "of_layout_kept",
             "seconds to compile": "compile_s",
         },
     ),
