@@ -384,11 +384,15 @@ def test_time_of_compiled_networks_is_the_measured_one():
     page = " ".join((ROOT / "docs" / "scaling.md").read_text().split())
     rows = {row["contender"]: row for row in results("compiled")}
     whole, one = (
-        f"{float(rows[name]['of_compiled_bptt']):.2f}" for name in ("SLTT, chunk=T, compiled", "SLTT, compiled")
+        f"{float(rows[name]['of_compiled_bptt']):.2f}"
+        for name in ("SLTT, chunk=T, compiled", "SLTT, compiled")
     )
     kept = f"{float(rows['SLTT, chunk=T, compiled']['of_layout_kept']):.2f}"
     assert f"takes {whole} of compiled BPTT's time with `chunk=T`, and {one} with one step a call" in page
-    assert f"`torch.compile(net, options={{\"layout_optimization\": False}})` has BPTT do the same, and then it is {kept}" in page
+    assert (
+        f'`torch.compile(net, options={{"layout_optimization": False}})` has BPTT do the same, and then it is {kept}'
+        in page
+    )
 
 
 def test_memory_block_by_block_is_as_counted():
@@ -398,6 +402,28 @@ def test_memory_block_by_block_is_as_counted():
         bits, least = (rows[network, f"SLTT, {name}"] for name in ("spikes as bits", 'memory_budget="least"'))
         pattern = rf"{least:.2f}(?: of BPTT's memory)? in the place of {bits:.2f}"
         assert re.search(pattern, page), network
+
+
+def test_times_of_plans_are_the_measured_ones():
+    pages = {
+        name: " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
+        for name in ("benchmarks", "training")
+    }
+    rows = {(row["network"], row["contender"]): row for row in results("planner")}
+
+    def both(contender):
+        row = rows["NF-ResNet-34", contender]
+        return [f"{float(row[column]):.2f}" for column in ("to_bptt_steps", "to_bptt_sequence")]
+
+    fastest, least = both("SLTT, multi-step, fastest"), both("SLTT, multi-step, least")
+    told = f"takes {fastest[0]} of the time of BPTT step by step and {fastest[1]} of BPTT in one call"
+    floor = both("convolutions alone, T in a call")
+    assert f"{told}. There, the convolutions alone take {floor[0]} and {floor[1]}." in pages["benchmarks"]
+    skipped = both("SLTT-1, tail skipped, multi-step")
+    assert f"with `full_output=False` takes {skipped[0]} and {skipped[1]}." in pages["benchmarks"]
+    assert all(f"takes {least[0]} of the time of BPTT step by step" in page for page in pages.values())
+    other = float(rows["spiking ResNet-18", "SLTT, multi-step, least"]["to_bptt_steps"])
+    assert f"and {other:.2f} for ResNet-18" in pages["training"]
 
 
 def test_time_and_memory_of_windows_are_the_measured_ones():

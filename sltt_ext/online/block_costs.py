@@ -282,9 +282,7 @@ def parts_of_batch(
     needs = [_Need(found, calls, gradients, number) for number in numbers]
     for entry, exit in pairwise([-1, *borders, len(found) - 1]):
         parts.append(
-            next(
-                number for number, need in zip(numbers, needs) if need.of_block(entry, exit, kept) <= peak
-            )
+            next(number for number, need in zip(numbers, needs) if need.of_block(entry, exit, kept) <= peak)
         )
         kept += needs[0].border(entry, exit)
     return parts

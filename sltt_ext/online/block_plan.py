@@ -11,7 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from sltt_ext.errors import ConfigurationError
 from sltt_ext.forwards import has_hooks
-from sltt_ext.online.block_costs import batch_size, costs, least_borders, most_parts, parts_of_batch, peak_bytes
+from sltt_ext.online.block_costs import (
+    batch_size,
+    costs,
+    least_borders,
+    most_parts,
+    parts_of_batch,
+    peak_bytes,
+)
 from sltt_ext.online.blockwise import BlockKnowledge, Blockwise
 from sltt_ext.online.borders import Samples
 from sltt_ext.online.chain import Chain
