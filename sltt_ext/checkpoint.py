@@ -126,7 +126,7 @@ class Checkpoints:
         saved, here = set(content["parts"]), set(self.parts)
         if saved != here:
             raise CheckpointError(
-                f"{path} has the parts {', '.join(sorted(map(str, saved)))}, this run has {', '.join(sorted(here))}: "
+                f"{path} has the parts {', '.join(sorted(map(str, saved)))}, and this run has {', '.join(sorted(here))}: "
                 "give Checkpoints the same ones"
             )
         name = ""
@@ -201,7 +201,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     if devices == 0:
         return  # nothing here draws from the others
     if len(cuda) > devices:
-        raise ValueError(f"they are of {len(cuda)} CUDA devices, here are {devices}")
+        raise ValueError(f"they are of {len(cuda)} CUDA devices, and this machine has {devices}")
     torch.cuda.set_rng_state_all(cuda)
 
 
@@ -226,7 +226,9 @@ def _read_checked(path: Path) -> tuple[Any, bool]:
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: change its permissions") from error
     except Exception as error:  # a damaged file makes torch.load raise anything
-        raise CheckpointError(f"{path} is truncated, or no checkpoint ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{path} is truncated, or is not a checkpoint ({type(error).__name__})"
+        ) from error
 
 
 def _has_checksum(path: Path) -> bool:
@@ -246,7 +248,7 @@ def _has_checksum(path: Path) -> bool:
             checksum.update(block)
             left -= len(block)
     if MARK + checksum.digest() != end:
-        raise CheckpointError(f"{path} is damaged, its checksum is that of another content")
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     return True
 
 
@@ -255,7 +257,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, WITHOUT_CHECKSUM):
         raise CheckpointError(f"{path} was not written by sltt_ext.checkpoint")
     if content["format"] == FORMAT and not checked:
-        raise CheckpointError(f"{path} is damaged, its checksum is missing")
+        raise CheckpointError(f"{path} is damaged: its checksum is missing")
     step, parts, random = (content.get(key) for key in ("step", "parts", "random"))
     if not (isinstance(step, int) and step >= 0 and isinstance(parts, dict) and isinstance(random, dict)):
         raise CheckpointError(

@@ -39,8 +39,8 @@ _RULES: dict[type[nn.Module] | str, Rule] = {}
 _OWN = ("sltt_backend", "sltt_temporal", "_sltt_")
 """How the attributes begin that a conversion gives to a module."""
 
-_LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
-_CONVERTED_BUT = "converted, but know what SLTT means for them:"
+_LEFT = "SLTT cannot train these modules, so they are left as they are and keep their own gradient:"
+_CONVERTED_BUT = "these modules are converted, but SLTT's gradient does not pass them:"
 
 _FRAMEWORKS = {
     "spikingjelly.activation_based": "sltt_ext.spikingjelly",
@@ -130,12 +130,13 @@ def convert(
                     caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
     if refused and (strict or not adapters):
         raise ConversionError(
-            f"cannot be trained with SLTT, nothing was converted ({BRING_YOUR_CODE}):", refused
+            f"these modules cannot be trained with SLTT, so nothing was converted ({BRING_YOUR_CODE}):",
+            refused,
         )
     if not adapters:
         raise ConversionError(
             f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of SpikingJelly "
-            "(activation_based, clock_driven and copies of it) and of snnTorch; a neuron of your own is told in a few lines, "
+            "(activation_based, clock_driven and copies of it) and of snnTorch. A few lines declare a neuron of your own, "
             f"with sltt_ext.declare_neuron: {BRING_YOUR_CODE}"
         )
     _check_backend(net, adapters, backend)
@@ -229,7 +230,7 @@ def _check_backend(net: nn.Module, adapters: list[tuple[nn.Module, type[SLTTNeur
         except BackendError as refusal:
             refused[paths[module]] = f"{type(module).__name__}: {refusal}"
     if refused:
-        raise BackendError(listed("a neuron does not run on the backend, nothing was converted:", refused))
+        raise BackendError(listed("a neuron does not run on the backend, so nothing was converted:", refused))
 
 
 def _load_adapters(net: nn.Module) -> None:

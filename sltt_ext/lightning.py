@@ -150,8 +150,8 @@ class OnlineModule(LightningModule):
         states = checkpoint.get("sltt_ext random")
         if states is None or len(states["cpu"]) != self.trainer.world_size:
             warnings.warn(
-                "the checkpoint has no random numbers for this run (it is of an earlier version, or of another number "
-                "of processes): the order of the data and all else that is random are not those of an uninterrupted run",
+                "the checkpoint has no random numbers for this run (it is from an earlier version, or from another number "
+                "of processes): the order of the data and everything else that is random differ from an uninterrupted run",
                 SLTTWarning,
                 stacklevel=2,
             )
@@ -168,8 +168,8 @@ class OnlineModule(LightningModule):
         loaders = _loaders(self.trainer.train_dataloader)
         if self._resumed is not None and any(map(_draws_on_its_own, loaders)):
             warnings.warn(
-                "a DataLoader has persistent_workers=True, or shuffles with a generator= of its own: its random numbers "
-                "are in no checkpoint, so this run is not that of an uninterrupted one. Leave both out",
+                "a DataLoader has persistent_workers=True, or shuffles with its own generator=: no checkpoint has "
+                "its random numbers, so this run differs from an uninterrupted one. Leave both out",
                 SLTTWarning,
                 stacklevel=2,
             )

@@ -104,7 +104,7 @@ def test_any_error_of_a_damaged_file_is_typed(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "load", raises)
     with pytest.raises(
-        CheckpointError, match=r"last\.pt is truncated, or no checkpoint \(AssertionError\); .*previous"
+        CheckpointError, match=r"last\.pt is truncated, or is not a checkpoint \(AssertionError\); .*previous"
     ):
         saved.resume()
 

@@ -150,8 +150,8 @@ def analyze(
         )  # fmt: skip
         if similarity.output_difference > 1e-3:
             notes.append(
-                f"The two runs of the network differ by up to {similarity.output_difference:.2g} in their output: it "
-                "does not compute the same twice, and the gradients are not of the same spikes."
+                f"Two runs of the network differ by up to {similarity.output_difference:.2g} in their output, although their "
+                "input is the same. The two gradients therefore belong to different spikes."
             )
         on_progress("temporal credit")
         credit = temporal_credit(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
@@ -242,9 +242,9 @@ def _samples_that_fit(
         samples //= 2
     if first <= limit:
         return samples, needed, []
-    asks = f"BPTT at T = {time_steps} with {asked} samples would take {first / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed"
+    asks = f"BPTT at T = {time_steps} with {asked} samples would take {first / 1e9:.2f} GB, and {limit / 1e9:.2f} GB are allowed"
     if needed > limit:
-        left_out = f"{asks}, and one sample would take {needed / 1e9:.2f} GB: the gradient similarity and the temporal credit are left out, and "
+        left_out = f"{asks}. One sample alone would take {needed / 1e9:.2f} GB: the gradient similarity and the temporal credit are left out, and "
         return 1, needed, [left_out + "memory is counted with fake tensors."]
     return samples, needed, [f"{asks}: every batch was cut to {samples} samples."]
 

@@ -284,5 +284,5 @@ def _check_paths(net: nn.Module, paths: Sequence[str]) -> None:
     for path in paths:
         if path not in known:
             raise ConfigurationError(
-                f"through={path!r} is no part of the network: give a path of net.named_modules()"
+                f"through={path!r} is not a part of the network: give a path of net.named_modules()"
             )

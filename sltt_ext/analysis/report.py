@@ -89,7 +89,7 @@ def headline(analysis: Analysis) -> list[tuple[str, str]]:
             )
         )
     numbers.append(
-        (f"{memory(analysis):.0%}", f"of BPTT's memory at T = {bptt.time_steps}, parameters apart")
+        (f"{memory(analysis):.0%}", f"of BPTT's memory at T = {bptt.time_steps}, without the parameters")
     )
     time = seconds(analysis, "SLTT")
     if time is not None and analysis.timing is not None:
@@ -108,11 +108,9 @@ def _gradient(analysis: Analysis) -> Section:
     title = "Will it hurt? The gradient against BPTT's"
     more = [] if draws is None else [("What K drawn steps keep of SLTT's gradient, on average", draws.plot())]
     if result is None or credit is None:
-        return Section(
-            title, "BPTT does not fit into memory, so that nothing could be compared.", [], [], more
-        )
+        return Section(title, "BPTT does not fit into memory, so nothing could be compared.", [], [], more)
     text = (
-        "SLTT drops the part of the gradient that goes back through time. Cosine similarity and norm ratio of 1: nothing was lost. "
+        "SLTT drops the part of the gradient that goes back through time. If cosine similarity and norm ratio are 1, nothing was lost. "
         f"Mean{' and standard deviation' if result.batches > 1 else ''} over {result.batches} batch{'es' * (result.batches > 1)}. "
         + credit.advice()
     )
@@ -182,7 +180,7 @@ def _memory(analysis: Analysis) -> Section:
         if row.time_steps == max(r.time_steps for r in result.rows)
     ]
     text = (
-        "One training iteration without the update: activations, states, and gradients, those of the parameters too. "
+        "One training iteration without the update: activations, states and gradients (also those of the parameters). "
         + ("Counted with fake tensors." if result.fake else "Counted as it ran.")
     )
     figures = [("Peak over time steps", result.plot())]
@@ -243,7 +241,7 @@ def _work(analysis: Analysis) -> Section:
     ]  # fmt: skip
     samples = analysis.activity.samples
     text = (
-        "Scalar multiplications of one training iteration of the whole batch; temporal: from step to step. Pooling, the loss and the "
+        "Scalar multiplications of one training iteration of the whole batch. Temporal ones lead from step to step. Pooling, the loss and the "
         f"update are not counted. Firing rates are those of {samples} sample{'s' * (samples != 1)} and {bptt.time_steps} time steps."
     )
     activity = analysis.activity

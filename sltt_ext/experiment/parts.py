@@ -78,4 +78,4 @@ def load_weights(path: Path, net: nn.Module) -> None:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} is of another network than {type(net).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is from another network than {type(net).__name__}: {error}") from error

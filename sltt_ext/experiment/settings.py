@@ -13,8 +13,8 @@ from sltt_ext.optional import require
 __all__ = ["Experiment", "from_command_line"]
 
 FLAGS = {
-    "resume": "go on from the run's last checkpoint in the output folder",
-    "smoke": "one epoch, of a few batches, of a narrow network on a tiny made-up set in the original file format",
+    "resume": "continue from the run's last checkpoint in the output folder",
+    "smoke": "a quick trial: one epoch of a few batches, with a narrow network and a tiny made-up set in the original file format",
 }
 
 

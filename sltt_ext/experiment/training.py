@@ -72,10 +72,10 @@ def run(experiment: Experiment, build: Build | None = None) -> dict[str, float]:
     """
     last = experiment.folder / "last.ckpt"
     if experiment.resume and not last.is_file():
-        raise CheckpointError(f"there is nothing to resume, {last} does not exist: leave --resume out")
+        raise CheckpointError(f"there is nothing to resume: {last} does not exist; leave --resume out")
     if last.is_file() and not (experiment.resume or experiment.evaluate or experiment.smoke):
         raise CheckpointError(
-            f"{last} is of a run with these settings: --resume goes on with it, another --output starts anew"
+            f"{last} is from an earlier run with these settings: --resume continues it, another --output starts a new one"
         )
     if experiment.data not in DATA_SETS:
         raise ConfigurationError(f"data must be one of {', '.join(DATA_SETS)}, got {experiment.data!r}")

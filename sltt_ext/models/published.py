@@ -56,15 +56,15 @@ def load_published_checkpoint(
     if net is None:
         if recognised is None:
             raise CheckpointError(
-                f"{path} is of none of the networks {', '.join(MODELS)}: give the network as net="
+                f"{path} fits none of the networks {', '.join(MODELS)}: give the network as net="
             )
         name, options = recognised
         net = MODELS[name](neuron=neuron, **options)
     differences = _differences(_published_shapes(net), state)
     if differences:
-        is_of = f"; it is of a {recognised[0]}" if recognised else ""
+        is_of = f"; it is from a {recognised[0]}" if recognised else ""
         raise CheckpointError(
-            f"{path} does not fit {type(net).__name__}{is_of}: {'; '.join(differences)}. Make the network it is of, "
+            f"{path} does not fit {type(net).__name__}{is_of}: {'; '.join(differences)}. Make the network that it is from, "
             "with the same number of classes, or leave net out"
         )
     net.load_state_dict({name: state[published_name(name)] for name in net.state_dict()})
