@@ -1,4 +1,4 @@
-"""An analysis as one HTML file that needs nothing else, and as JSON beside it."""
+"""An analysis as one self-contained HTML file, and as JSON beside it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: text, two figures by caption, and what is folded: tables by name and more figures."""
+    """A part of the report: text, two figures by caption, and a folded part with tables by name and more figures."""
 
     title: str
     text: str
@@ -42,7 +42,7 @@ def save_report(analysis: Analysis, folder: Path) -> tuple[Path, Path]:
 
     Raises:
         MissingDependencyError: If jinja2 or matplotlib is not installed.
-        WriteError: If a file cannot be written; the one before it stays.
+        WriteError: If a file cannot be written. An older file of that name stays.
     """
     html = html_report(analysis)
     page, numbers = (folder / name for name in FILES)
@@ -78,7 +78,7 @@ def html_report(analysis: Analysis) -> str:
 
 
 def headline(analysis: Analysis) -> list[tuple[str, str]]:
-    """The numbers that matter most, each with what it is."""
+    """The numbers that matter most, each with its meaning."""
     bptt, sltt, _ = analysis.operations
     numbers = []
     if analysis.similarity is not None:
@@ -272,7 +272,7 @@ Item = TypeVar("Item")
 
 
 def _in_order(items: Sequence[Item], key: Callable[[Item], float]) -> list[Item]:
-    """Those of the smallest keys that a figure has room for, in the order they are in."""
+    """The items with the smallest keys, as many as a figure has room for, in their order."""
     chosen = sorted(range(len(items)), key=lambda place: key(items[place]))[:MOST_LAYERS]
     return [items[place] for place in sorted(chosen)]
 
@@ -290,7 +290,7 @@ def _of_one_height(figures: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 class _InlineSVG:
-    """Figures as SVG for one page: no identifier twice."""
+    """Figures as SVG for one page, on which each identifier has to be unique."""
 
     def __init__(self) -> None:
         self._count = 0

@@ -1,4 +1,4 @@
-"""An analysis in a few sentences: is SLTT right for the network, what does it save, which K, and what to look at."""
+"""An analysis in a few sentences: whether SLTT suits the network, what it saves, which K to take, and what to check."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 __all__ = ["cautions", "verdict"]
 
 KEPT = 0.9
-"""Less than this part of the direction, and SLTT's gradient is not BPTT's any more."""
+"""With a smaller cosine similarity, SLTT's gradient is no longer close to BPTT's."""
 KEPT_BY_WINDOW = 0.95
 KEPT_BY_DRAWS = 0.9
 LEAST = 0.7
-"""A layer that keeps less of its own gradient, in direction or in norm, is named."""
+"""A layer is named if it keeps less of its own gradient, in direction or in norm."""
 
 
 def verdict(analysis: Analysis) -> list[str]:
@@ -36,7 +36,7 @@ def verdict(analysis: Analysis) -> list[str]:
 
 
 def cautions(analysis: Analysis) -> list[str]:
-    """What the answer hides."""
+    """What the answer does not show."""
     found = []
     if analysis.similarity is not None:
         layers = [row for row in analysis.similarity.select("layer") if not math.isnan(row.cosine)]
@@ -71,7 +71,7 @@ def take(analysis: Analysis) -> str:
 
 
 def recommended_k(analysis: Analysis) -> int | None:
-    """The smallest K that keeps enough of SLTT's direction; None where that takes all steps, or is not known."""
+    """The smallest K that keeps enough of SLTT's direction; None if it needs all steps or is not known."""
     draws = analysis.draws
     if draws is None or draws.smallest(KEPT_BY_DRAWS) == draws.time_steps:
         return None
@@ -79,7 +79,7 @@ def recommended_k(analysis: Analysis) -> int | None:
 
 
 def number(value: float) -> str:
-    """Three digits, and never 1 for what is less."""
+    """Three digits, rounded down so that a smaller number never reads as 1."""
     return f"{math.floor(1000 * value + 1e-9) / 1000:g}"
 
 
@@ -90,7 +90,7 @@ def memory(analysis: Analysis) -> float:
 
 
 def seconds(analysis: Analysis, method: str) -> float | None:
-    """How long an iteration of a method takes, relative to BPTT's; None where that was not measured."""
+    """The time of an iteration of a method, relative to BPTT's; None if it was not measured."""
     rows = () if analysis.timing is None else analysis.timing.rows
     return next((row.relative_seconds for row in rows if row.method == method), None)
 
