@@ -114,7 +114,9 @@ class Checkpoints:
                 continue
             if problems:
                 warnings.warn(
-                    f"{problems[0]}; continuing from {path}, step {content['step']}", SLTTWarning, stacklevel=2
+                    f"{problems[0]}; continuing from {path}, step {content['step']}",
+                    SLTTWarning,
+                    stacklevel=2,
                 )
             self._load(path, content)
             return int(content["step"])
