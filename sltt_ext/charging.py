@@ -97,7 +97,7 @@ class ChargeHeld(EntryHeld):
                 del own[f"_sltt_{name}"]
         if not (charges or self.through_time) and any(tensor.requires_grad for tensor in tensors_in(output)):
             raise ConfigurationError(
-                f"the forward of {self.original.__name__} ran without neuronal_charge, where its state would have been held "
+                f"the forward of {self.original.__name__} ran without neuronal_charge, but that is where its state is held "
                 "constant: declare its step with sltt_ext.declare_neuron"
             )
         return output
@@ -136,8 +136,8 @@ class ChargeHeld(EntryHeld):
         earlier = (states | own["_sltt_charged"]) - own["_sltt_drives"]
         if any(follows(tensor, earlier, own["_sltt_inputs"]) for tensor in tensors_in(drive)):
             raise ConfigurationError(
-                f"{self.original.__name__} reads what the step before has left ahead of neuronal_charge, where it is held "
-                "constant: read it in there, or declare its step with sltt_ext.declare_neuron"
+                f"{self.original.__name__} reads a value of the previous step before it calls neuronal_charge, which is where it is "
+                "held constant: read it in neuronal_charge, or declare its step with sltt_ext.declare_neuron"
             )
         memories.update({name: constant(memories[name]) for name in carried})
         own.update({name: constant(own[name]) for name in left})
@@ -188,7 +188,7 @@ def check_charges(cls: type[nn.Module], known: Collection[str], through: Collect
     methods = [value for base in own for value in vars(base).values() if isinstance(value, FunctionType)]
     if not {name for method in methods for name in method.__code__.co_names} & {"neuronal_charge", *through}:
         raise UnsupportedModuleError(
-            "overrides forward, past which its state cannot be held constant; begin each step with neuronal_charge, or "
+            "overrides forward, so that its state cannot be held constant; begin each step with neuronal_charge, or "
             f"declare its step: sltt_ext.declare_neuron({cls.__name__}, ...)"
         )
 

@@ -1,9 +1,9 @@
-"""Checkpoints a run resumes from exactly: it ends with the weights it would have had, bit for bit.
+"""Checkpoints from which a run resumes exactly: it ends with the same weights, bit for bit, as without the interruption.
 
-A process may be killed at any moment, also while it writes, and a disk may give back other bits than it was given.
-A checkpoint is therefore written to another file first, and takes its name when it is whole; the one before it is
-kept; and each ends with the SHA-256 of what is before it, which is compared before anything is loaded. ``torch.load``
-reads the file as well: it does not look at what follows the archive.
+A process may be killed at any moment, also while it writes, and a disk may give back wrong bits. So a checkpoint is first
+written to another file, and gets its name when it is complete. The checkpoint before it is kept. Each ends with the SHA-256
+of its content, which is compared before anything is loaded. ``torch.load`` can read the file, too, because it ignores what
+follows the archive.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ BLOCK_BYTES = 1 << 20
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, with everything its next step depends on.
+    """The last two checkpoints of a run, with everything that its next step depends on.
 
-    Torch's random number generators are part of every checkpoint. With the same data order (see the
-    example), a resumed run on the CPU, or with deterministic operators, goes on as if never interrupted:
+    Torch's random number generators are part of every checkpoint. With the same data order (see the example), a resumed run
+    on the CPU, or with deterministic operators, continues as if it had never been interrupted:
 
         online = sltt_ext.OnlineTrainer(net, loss_fn, time_steps=6, k=2)
         checkpoints = Checkpoints("run", net=net, optimizer=optimizer, scheduler=scheduler, online=online)
@@ -48,10 +48,10 @@ class Checkpoints:
                 checkpoints.save(step + 1)
 
     Args:
-        folder: Where ``last.pt`` and ``previous.pt`` are; made if missing. Each process of a distributed
-            run needs a folder of its own.
-        parts: By name, what to save: anything with ``state_dict()`` and ``load_state_dict()`` (network,
-            optimizer, scheduler, gradient scaler, `OnlineTrainer`), or a ``torch.Generator``.
+        folder: Where ``last.pt`` and ``previous.pt`` are; made if missing. Each process of a distributed run needs its own
+            folder.
+        parts: What to save, by name: anything with ``state_dict()`` and ``load_state_dict()`` (network, optimizer, scheduler,
+            gradient scaler, `OnlineTrainer`), or a ``torch.Generator``.
 
     Raises:
         WriteError: If the folder cannot be made.
@@ -74,10 +74,10 @@ class Checkpoints:
             self.last.parent.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int) -> None:
-        """Save every part, and the number of the step to go on with.
+        """Save every part, and the number of the step from which to continue.
 
         Raises:
-            WriteError: If the file cannot be written. The checkpoints that are there stay as they are.
+            WriteError: If the file cannot be written. The existing checkpoints stay as they are.
         """
         content = {
             "format": FORMAT,
@@ -91,14 +91,14 @@ class Checkpoints:
             file.write(MARK + summed.checksum.digest())
 
     def resume(self) -> int:
-        """Load the last checkpoint that is whole.
+        """Load the last checkpoint that is complete.
 
         Returns:
-            The step to go on with; 0 where there is no checkpoint yet.
+            The step from which to continue; 0 if there is no checkpoint yet.
 
         Raises:
-            CheckpointError: If there are checkpoints and none can be read, or one does not fit the parts. These, and
-                torch's random numbers, are then as they were.
+            CheckpointError: If there are checkpoints but none can be read, or if one does not fit the parts. The parts and
+                torch's random numbers are then as before.
 
         Warns:
             SLTTWarning: If the last one cannot be read, and the one before it is used.
@@ -114,7 +114,9 @@ class Checkpoints:
                 continue
             if problems:
                 warnings.warn(
-                    f"{problems[0]}; going on from {path}, step {content['step']}", SLTTWarning, stacklevel=2
+                    f"{problems[0]}; continuing from {path}, step {content['step']}",
+                    SLTTWarning,
+                    stacklevel=2,
                 )
             self._load(path, content)
             return int(content["step"])
@@ -126,7 +128,7 @@ class Checkpoints:
         saved, here = set(content["parts"]), set(self.parts)
         if saved != here:
             raise CheckpointError(
-                f"{path} has the parts {', '.join(sorted(map(str, saved)))}, this run has {', '.join(sorted(here))}: "
+                f"{path} has the parts {', '.join(sorted(map(str, saved)))}, and this run has {', '.join(sorted(here))}: "
                 "give Checkpoints the same ones"
             )
         name = ""
@@ -144,7 +146,7 @@ class Checkpoints:
 
 
 class _Summed:
-    """Passes on what is written to a file, and sums it up."""
+    """Passes on what is written to a file, and updates a checksum of it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -160,9 +162,9 @@ class _Summed:
 
 @contextmanager
 def _all_or_nothing(parts: Mapping[str, Any]) -> Iterator[None]:
-    """Put all parts, and torch's random numbers, back to what they were if an error ends the block."""
+    """If an error ends the block, put all parts and torch's random numbers back."""
     random = _random_state()
-    # a part may change what it has in place, or replace it: undo both
+    # a part may change its attributes in place or replace them: undo both
     before = [
         (part, dict(getattr(part, "__dict__", {})), copy.deepcopy(_state(part))) for part in parts.values()
     ]
@@ -201,21 +203,21 @@ def _set_random_state(state: dict[str, Any]) -> None:
     if devices == 0:
         return  # nothing here draws from the others
     if len(cuda) > devices:
-        raise ValueError(f"they are of {len(cuda)} CUDA devices, here are {devices}")
+        raise ValueError(f"they are of {len(cuda)} CUDA devices, and this machine has {devices}")
     torch.cuda.set_rng_state_all(cuda)
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What a file written by ``torch.save`` holds, on the CPU; only tensors and plain Python values are read.
+    """The content of a file written by ``torch.save``, on the CPU. Only tensors and plain Python values are read.
 
     Raises:
-        CheckpointError: If there is no such file, it cannot be read, or it has a checksum and another content.
+        CheckpointError: If there is no such file, if it cannot be read, or if its checksum does not match.
     """
     return _read_checked(path)[0]
 
 
 def _read_checked(path: Path) -> tuple[Any, bool]:
-    """What the file holds, and whether its checksum says so."""
+    """The content of the file, and whether a checksum confirmed it."""
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     try:
@@ -226,11 +228,13 @@ def _read_checked(path: Path) -> tuple[Any, bool]:
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: change its permissions") from error
     except Exception as error:  # a damaged file makes torch.load raise anything
-        raise CheckpointError(f"{path} is truncated, or no checkpoint ({type(error).__name__})") from error
+        raise CheckpointError(
+            f"{path} is truncated, or is not a checkpoint ({type(error).__name__})"
+        ) from error
 
 
 def _has_checksum(path: Path) -> bool:
-    """Whether the file ends with a checksum, which then is that of its content."""
+    """Whether the file ends with a checksum; raises an error if it does not match the content."""
     with path.open("rb") as file:
         left = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
         if left < 0:
@@ -246,7 +250,7 @@ def _has_checksum(path: Path) -> bool:
             checksum.update(block)
             left -= len(block)
     if MARK + checksum.digest() != end:
-        raise CheckpointError(f"{path} is damaged, its checksum is that of another content")
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its content")
     return True
 
 
@@ -255,7 +259,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") not in (FORMAT, WITHOUT_CHECKSUM):
         raise CheckpointError(f"{path} was not written by sltt_ext.checkpoint")
     if content["format"] == FORMAT and not checked:
-        raise CheckpointError(f"{path} is damaged, its checksum is missing")
+        raise CheckpointError(f"{path} is damaged: its checksum is missing")
     step, parts, random = (content.get(key) for key in ("step", "parts", "random"))
     if not (isinstance(step, int) and step >= 0 and isinstance(parts, dict) and isinstance(random, dict)):
         raise CheckpointError(

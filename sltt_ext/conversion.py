@@ -1,7 +1,7 @@
 """Turn a network's neurons into SLTT neurons, in place, and back.
 
-Knowledge about a framework's modules lives in that framework's room, which registers rules here. A
-room is imported only once the user has imported its framework, so importing sltt_ext needs torch alone.
+What sltt_ext knows about a framework's modules is in a package for that framework, which registers rules here. It is
+imported only after the user has imported the framework, so importing sltt_ext needs only torch.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ RuleT = TypeVar("RuleT", bound=Rule)
 _RULES: dict[type[nn.Module] | str, Rule] = {}
 
 _OWN = ("sltt_backend", "sltt_temporal", "_sltt_")
-"""How the attributes begin that a conversion gives to a module."""
+"""A conversion gives a module attributes whose names begin like this."""
 
-_LEFT = "left as they are, with a gradient of their own, because SLTT cannot train them:"
-_CONVERTED_BUT = "converted, but know what SLTT means for them:"
+_LEFT = "SLTT cannot train these modules, so they are left as they are and keep their own gradient:"
+_CONVERTED_BUT = "these modules are converted, but SLTT's gradient does not pass them:"
 
 _FRAMEWORKS = {
     "spikingjelly.activation_based": "sltt_ext.spikingjelly",
     "snntorch": "sltt_ext.snntorch",
 }
-"""A framework -> the room that knows it."""
+"""A framework -> the package that knows it."""
 
 _COPIED = {"BaseNode", "MemoryModule"}
-"""Classes of `spikingjelly.clock_driven`, which code bases carry copies of: they are known by their names alone."""
+"""Classes of `spikingjelly.clock_driven`. Code bases copy them, so they are recognised by their names."""
 
 BRING_YOUR_CODE = "the page 'Bring your code' of the documentation has the lines for each case"
 
@@ -57,12 +57,12 @@ BRING_YOUR_CODE = "the page 'Bring your code' of the documentation has the lines
 def register_adapter(*classes: type[nn.Module] | str) -> Callable[[RuleT], RuleT]:
     """Register a rule for modules of the given classes and their subclasses.
 
-    A class that may not be imported yet is given by its name, ``"package.module.Class"``; a class that is copied from code
-    base to code base by ``"Class"``.
+    If a class may not be imported yet, give its name, ``"package.module.Class"``. If code bases have copies of a class, give
+    ``"Class"``.
 
-    The decorated function gets a module and returns its adapter class (a subclass of the module's
-    own class and of `SLTTNeuron`), or None to leave the module as it is, or raises
-    `UnsupportedModuleError`. The rule of the closest base class wins.
+    The decorated function gets a module. It returns its adapter class (a subclass of the module's own class and of
+    `SLTTNeuron`), or None to leave the module as it is, or it raises `UnsupportedModuleError`. The rule of the closest
+    base class wins.
     """
 
     def register(rule: RuleT) -> RuleT:
@@ -77,35 +77,35 @@ def convert(
 ) -> Module:
     """Give every neuron of ``net`` SLTT's gradient, in place.
 
-    The forward pass stays what it is. Parameters, buffers, hooks, ``state_dict`` and the identity of
-    every module stay too; only the neurons' classes change, to subclasses of what they were.
-    Converting a converted network again is harmless.
+    The forward pass does not change. Parameters, buffers, hooks, ``state_dict`` and the identity of every module stay, too.
+    Only the neurons' classes change, to subclasses of what they were. Converting a network twice is harmless.
 
     Args:
-        net: A network with SpikingJelly or snnTorch neurons, or declared ones (`declare_neuron`), or one neuron.
-        backend: What the fused neurons run on: ``"auto"`` (CUDA kernels where they can be used), ``"torch"``,
-            ``"cupy"`` or ``"nvrtc"`` (the kernels, launched by CuPy or by what PyTorch brings, or an error) or
-            ``"inductor"`` (compiled by `torch.compile`, and so are the steps of declared neurons).
-        strict: False leaves modules that SLTT cannot train as they are, converts the rest, and says so in
-            one warning. The gradient through the modules left is then their own.
-        temporal: Where the carried state becomes a constant: on entry of each time step, ``"step"``, which is SLTT; or of
-            each call of the network, ``"call"``, so that the framework's own gradient goes back through the C steps of
-            a call (truncated BPTT). The C is the ``chunk`` of `OnlineTrainer` and `over_time`; with `convert` alone, a
-            call of a neuron is one. None keeps what converted neurons have, and is ``"step"`` for others: a part of a
-            network is converted before the whole, ``convert(net.stage4, temporal="call")``, ``convert(net)``.
+        net: A network with neurons of SpikingJelly or snnTorch or with declared ones (`declare_neuron`), or a single neuron.
+        backend: What the fused neurons run on. ``"auto"`` uses CUDA kernels where it can; ``"torch"`` uses PyTorch's operators.
+            ``"cupy"`` and ``"nvrtc"`` use the kernels, launched by CuPy or by PyTorch's own NVRTC, or raise an error.
+            ``"inductor"`` compiles neurons with `torch.compile`, also the steps of declared neurons.
+        strict: False leaves modules that SLTT cannot train as they are, converts the rest, and gives one warning. The
+            gradient through the modules left is then their own.
+        temporal: When the carried state becomes a constant. ``"step"``: at the start of each time step; this is SLTT.
+            ``"call"``: at the start of each call of the network, so that the framework's own gradient goes back through
+            the C steps of a call (truncated BPTT). C is the ``chunk`` of `OnlineTrainer` and `over_time`; with `convert`
+            alone, each call of a neuron counts. None keeps what converted neurons have, and is ``"step"`` for others. So
+            you can convert a part of a network before the whole: ``convert(net.stage4, temporal="call")``,
+            ``convert(net)``.
 
     Returns:
         ``net`` itself.
 
     Raises:
-        ConfigurationError: If ``temporal`` is something else.
+        ConfigurationError: If ``temporal`` has another value.
         ConversionError: If ``net`` has no spiking neuron, or (``strict``) has modules that SLTT cannot
             train; the error lists each with the reason. ``net`` is then as it was.
         BackendError: If ``backend`` cannot be used here, or does not run a neuron of ``net``; the error lists each.
             ``net`` is then as it was.
 
     Warns:
-        SLTTWarning: Once, with every module that was left as it is, or that SLTT's gradient does not pass.
+        SLTTWarning: Once, with every module that was left as it is or that SLTT's gradient does not pass.
     """
     _check_is_module(net)
     if temporal not in (None, "step", "call"):
@@ -130,12 +130,13 @@ def convert(
                     caveats[path] = f"{type(module).__name__}: {adapter.caveat}"
     if refused and (strict or not adapters):
         raise ConversionError(
-            f"cannot be trained with SLTT, nothing was converted ({BRING_YOUR_CODE}):", refused
+            f"these modules cannot be trained with SLTT, so nothing was converted ({BRING_YOUR_CODE}):",
+            refused,
         )
     if not adapters:
         raise ConversionError(
             f"{type(net).__name__} has no spiking neuron that sltt_ext knows. It knows the neurons of SpikingJelly "
-            "(activation_based, clock_driven and copies of it) and of snnTorch; a neuron of your own is told in a few lines, "
+            "(activation_based, clock_driven and copies of it) and of snnTorch. A few lines declare a neuron of your own, "
             f"with sltt_ext.declare_neuron: {BRING_YOUR_CODE}"
         )
     _check_backend(net, adapters, backend)
@@ -186,7 +187,7 @@ def revert(net: Module) -> Module:
 
 
 def _give_class(module: Any, cls: type[Any]) -> None:
-    """Give ``module`` another class, with what torch.nn.utils.parametrize has put over its own: torch looks for it there."""
+    """Give ``module`` another class, and put on it what torch.nn.utils.parametrize added to the old one."""
     given = type(module)
     if given is cls:
         return
@@ -229,7 +230,7 @@ def _check_backend(net: nn.Module, adapters: list[tuple[nn.Module, type[SLTTNeur
         except BackendError as refusal:
             refused[paths[module]] = f"{type(module).__name__}: {refusal}"
     if refused:
-        raise BackendError(listed("a neuron does not run on the backend, nothing was converted:", refused))
+        raise BackendError(listed("a neuron does not run on the backend, so nothing was converted:", refused))
 
 
 def _load_adapters(net: nn.Module) -> None:

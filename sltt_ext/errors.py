@@ -1,4 +1,4 @@
-"""The errors sltt_ext raises, and its warnings. All errors inherit `SLTTError`; each message says what to do."""
+"""The errors and warnings of sltt_ext. All errors inherit `SLTTError`; each message says what to do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class SLTTError(Exception):
 
 
 class SLTTWarning(UserWarning):
-    """Something that was asked for works, in a way its user has to know about."""
+    """Something works, but in a way that its user has to know about."""
 
 
 class SilentLayersWarning(SLTTWarning):
-    """Layers whose neurons have not fired in any of the first iterations: what is behind them learns from nothing."""
+    """Some layers have not fired in any of the first iterations, so the weights behind them do not learn."""
 
 
 class ConversionError(SLTTError):
@@ -32,26 +32,26 @@ class ConversionError(SLTTError):
 
 
 class UnsupportedModuleError(SLTTError):
-    """Raised by a conversion rule: SLTT cannot train this module. Says why and what to use instead.
+    """A conversion rule raises it where SLTT cannot train a module. It says why, and what to use instead.
 
     `sltt_ext.convert` collects these into one `ConversionError`.
     """
 
 
 class DeclarationError(SLTTError):
-    """A neuron of one's own is not what it was declared to be."""
+    """A neuron that was declared with `declare_neuron` does not do what the declaration says."""
 
 
 class ConfigurationError(SLTTError, ValueError):
-    """An option has a value that cannot work, alone or with the network it is used with."""
+    """An option has a value that cannot work, either at all or with this network."""
 
 
 class InputError(SLTTError, ValueError):
-    """Input data of the wrong shape, length or kind."""
+    """The input data has the wrong shape, length or kind."""
 
 
 class LossError(SLTTError, ValueError):
-    """A loss or network output that cannot be back-propagated."""
+    """A loss or a network output cannot be back-propagated."""
 
 
 class BackendError(SLTTError, RuntimeError):
@@ -63,11 +63,11 @@ class CompilationError(SLTTError, RuntimeError):
 
 
 class CheckpointError(SLTTError, RuntimeError):
-    """A checkpoint that cannot be used: damaged, written by something else, or of something else."""
+    """A checkpoint cannot be used: it is damaged, another program wrote it, or it is from another run."""
 
 
 class WriteError(SLTTError, OSError):
-    """A file or folder that cannot be written, as the disk is full or read-only; what it would replace is intact."""
+    """A file or folder cannot be written, for example because the disk is full. What it would replace is intact."""
 
 
 class FactoryError(SLTTError):
@@ -75,20 +75,20 @@ class FactoryError(SLTTError):
 
 
 class DataError(SLTTError, RuntimeError):
-    """A data set that is absent, incomplete or damaged; the message names the folder or file."""
+    """A data set is absent, incomplete or damaged. The message names the folder or file."""
 
 
 class MissingDependencyError(SLTTError, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed, but it is not installed."""
 
 
 def one_line(error: BaseException, longest: int = 400) -> str:
-    """Kind and message of an error of someone else's, on one line."""
+    """The class and the message of an error from another library, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:longest]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """On a CUDA device, or on the CPU, where PyTorch has no class for it."""
+    """Whether memory ran out, on a CUDA device or on the CPU, for which PyTorch has no error class."""
     said = str(error)
     return (
         isinstance(error, (MemoryError, torch.OutOfMemoryError))

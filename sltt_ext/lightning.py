@@ -1,7 +1,7 @@
 """SLTT in Lightning: a LightningModule around an `OnlineTrainer`, and a callback that watches the network.
 
-Lightning's ``Trainer`` keeps its job (devices, precision, progress, loggers, checkpoints); optimisation is
-manual, because the T backward passes of an iteration are in the time loop.
+Lightning's ``Trainer`` keeps its job (devices, precision, progress, loggers, checkpoints). Optimisation is
+manual, because the time loop runs the T backward passes of an iteration.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class OnlineModule(LightningModule):
     """A LightningModule whose training step is `OnlineTrainer.forward_backward`.
 
     Subclass it and override ``configure_optimizers``, with any optimizer and any scheduler, as in any
-    LightningModule. Batches are ``(x, target)``; for others, override ``unpack``. Logged: ``train_loss``,
-    ``val_loss`` and, for class indices as targets, ``val_accuracy`` of the output averaged over time.
+    LightningModule. Batches are ``(x, target)``; for others, override ``unpack``. It logs ``train_loss``, ``val_loss``
+    and, if targets are class indices, ``val_accuracy`` of the output averaged over time.
 
-    Its checkpoints have the states of torch's default random generators, those of each process: a run that is resumed
-    at the end of an epoch goes on with the same order of the data, the same steps of SLTT-K and the same dropout.
+    Its checkpoints have the states of torch's default random generators of each process. A run that is resumed at the
+    end of an epoch continues with the same order of the data, the same steps of SLTT-K and the same dropout.
 
     Args:
-        online: An `OnlineTrainer` or a `BPTTTrainer`; its ``backward`` and ``wrapper`` are Lightning's to set.
-        gradient_clip_val: Where to clip gradients; None does not. (The ``Trainer``'s own option is for
-            automatic optimisation, and so is ``accumulate_grad_batches``.)
+        online: An `OnlineTrainer` or a `BPTTTrainer`. This module sets its ``backward`` and ``wrapper``.
+        gradient_clip_val: Clip gradients to this norm or value; None does not clip. (The ``Trainer``'s own options
+            ``gradient_clip_val`` and ``accumulate_grad_batches`` are for automatic optimisation.)
         gradient_clip_algorithm: ``"norm"`` or ``"value"``.
-        accumulate_grad_batches: How many batches' gradients make one update: their mean.
+        accumulate_grad_batches: The number of batches for one update, which uses the mean of their gradients.
         lr_monitor: The logged metric that a ``ReduceLROnPlateau`` scheduler reads, such as ``"val_loss"``.
 
     Raises:
         MissingDependencyError: On import, if Lightning is not installed.
-        ConfigurationError: If ``online`` has a ``backward`` of its own, or updates at every step.
+        ConfigurationError: If ``online`` has its own ``backward``, or updates at every step.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class OnlineModule(LightningModule):
         return self.online.predict(x)
 
     def unpack(self, batch: Any) -> tuple[Any, Any]:
-        """Input and target of a batch of the data loader's.
+        """Input and target of a batch of the data loader.
 
         Raises:
-            InputError: If the batch is no pair, and a subclass does not say what is in it.
+            InputError: If the batch is not a pair. A subclass can override this method for other batches.
         """
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             got = f"a {type(batch).__name__}"
@@ -100,7 +100,7 @@ class OnlineModule(LightningModule):
         return x, target
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Accumulate one batch's gradient, and update where it is time to; returns the loss, for the learning rate finder."""
+        """Accumulate the gradient of one batch, and update if it is time; returns the loss for the learning rate finder."""
         x, target = self.unpack(batch)
         update = (batch_idx + 1) % self.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         model = self.trainer.strategy.model
@@ -112,7 +112,7 @@ class OnlineModule(LightningModule):
         return result.loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Clip; the gradients are unscaled by now."""
+        """Clip the gradients, which are unscaled by now."""
         self.clip_gradients(optimizer, self.gradient_clip_val or 0.0, self.gradient_clip_algorithm)
 
     def on_train_epoch_end(self) -> None:
@@ -120,7 +120,7 @@ class OnlineModule(LightningModule):
         self._step_schedulers("epoch", self.current_epoch + 1)
         resumed, self._resumed = self._resumed, None
         if resumed is not None and resumed[0] == self.global_step:
-            # saved between an epoch's batches and its end: Lightning has made an iterator that no batch came from
+            # saved between the last batch of an epoch and its end: Lightning has made an iterator but read no batch
             self._set_random_states(resumed[1])
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -132,16 +132,16 @@ class OnlineModule(LightningModule):
         self._evaluate("test", batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the generator of the steps, where steps are drawn, and torch's default generators."""
+        """Add the generator of the drawn steps, if there is one, and torch's default generators."""
         if isinstance(self.online, OnlineTrainer):
             checkpoint["sltt_ext"] = self.online.state_dict()
         checkpoint["sltt_ext random"] = self._random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on drawing steps where the checkpoint left off; when training is resumed, all random numbers.
+        """Continue the drawing of steps, and if training is resumed, all random numbers.
 
         Warns:
-            SLTTWarning: If training is resumed, and the checkpoint has no random numbers for as many processes.
+            SLTTWarning: If training is resumed, but the checkpoint has no random numbers for so many processes.
         """
         if isinstance(self.online, OnlineTrainer):
             self.online.load_state_dict(checkpoint["sltt_ext"])
@@ -150,8 +150,8 @@ class OnlineModule(LightningModule):
         states = checkpoint.get("sltt_ext random")
         if states is None or len(states["cpu"]) != self.trainer.world_size:
             warnings.warn(
-                "the checkpoint has no random numbers for this run (it is of an earlier version, or of another number "
-                "of processes): the order of the data and all else that is random are not those of an uninterrupted run",
+                "the checkpoint has no random numbers for this run (it is from an earlier version, or from another number "
+                "of processes): the order of the data and everything else that is random differ from an uninterrupted run",
                 SLTTWarning,
                 stacklevel=2,
             )
@@ -160,16 +160,16 @@ class OnlineModule(LightningModule):
         self._set_random_states(states)
 
     def on_train_start(self) -> None:
-        """Warn of loaders whose random numbers are in no checkpoint, when training is resumed.
+        """When training is resumed, warn of loaders whose random numbers no checkpoint has.
 
         Warns:
-            SLTTWarning: If a loader has persistent workers or a generator of its own.
+            SLTTWarning: If a loader has persistent workers or its own generator.
         """
         loaders = _loaders(self.trainer.train_dataloader)
         if self._resumed is not None and any(map(_draws_on_its_own, loaders)):
             warnings.warn(
-                "a DataLoader has persistent_workers=True, or shuffles with a generator= of its own: its random numbers "
-                "are in no checkpoint, so this run is not that of an uninterrupted one. Leave both out",
+                "a DataLoader has persistent_workers=True, or shuffles with its own generator=: no checkpoint has "
+                "its random numbers, so this run differs from an uninterrupted one. Leave both out",
                 SLTTWarning,
                 stacklevel=2,
             )
@@ -245,7 +245,7 @@ def _loaders(loaders: Any) -> Iterator[Any]:
 
 
 def _draws_on_its_own(loader: Any) -> bool:
-    """Whether the order of its samples, or what its workers draw, does not follow from torch's default generator."""
+    """Whether the order of its samples or the draws of its workers do not come from torch's default generator."""
     order = getattr(getattr(loader, "sampler", None), "generator", None)
     workers_stay = getattr(loader, "persistent_workers", False)
     return order is not None or (workers_stay and loader.generator is None)
@@ -256,14 +256,14 @@ def _batch_size(output: Any) -> int:
 
 
 class NetworkMonitor(Callback):
-    """Logs each neuron layer's firing rate, peak memory and time, every so many batches.
+    """Logs the firing rate of each neuron layer, the peak memory and the time, every ``every_n_batches`` batches.
 
-    ``firing_rate/LAYER`` is spikes per neuron and time step of that batch; ``peak_memory_mb`` the CUDA
-    memory allocated at most since the last time (not logged on other devices, which do not count it);
-    ``batch_seconds`` the mean time of a batch since then.
+    ``firing_rate/LAYER`` is the number of spikes per neuron and time step in that batch. ``peak_memory_mb`` is the most CUDA
+    memory allocated since the last log; it is not logged on other devices, which do not count it. ``batch_seconds`` is the
+    mean time of a batch since the last log.
 
     Args:
-        every_n_batches: How often. The hooks that count spikes are in place for these batches only.
+        every_n_batches: How often to log. The hooks that count spikes are in place only for these batches.
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
@@ -275,7 +275,7 @@ class NetworkMonitor(Callback):
         self._since = (0, 0.0)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Count spikes in this batch, if it is time to."""
+        """Count spikes in this batch, if it is time."""
         if batch_idx == 0:
             self._since = (0, time.perf_counter())
         if batch_idx % self.every_n_batches == 0:
@@ -286,7 +286,7 @@ class NetworkMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was counted."""
+        """Log the counts of this batch, if there are any."""
         if not self._hooks:
             return
         self._remove_hooks()

@@ -49,59 +49,60 @@ def over_time(
     backend: str = "auto",
     temporal: Temporal | None = None,
 ) -> Module:
-    """Have a network run over time when it is called, in place, with SLTT's gradient and the memory of one step.
+    """Make a network run over time when it is called, in place, with SLTT's gradient and the memory of one step.
 
-    The network stays the user's own: its class, attributes, hooks, ``state_dict`` and copies. It is converted if it is not.
-    A call runs T steps from rest, and keeps the graph of the last one alone. ``loss.backward()`` runs the others again, one
-    after the other, and gives the gradients to autograd: any loss, anything in front of the network or behind it, and any training script do.
+    The network keeps its class, attributes, hooks, ``state_dict`` and copies. It is converted if it was not before. A call runs
+    T steps from rest, and keeps only the graph of the last one. ``loss.backward()`` runs the others again, one after the other,
+    and gives the gradients to autograd. So any loss and any training script will do, and other modules may stand in front of
+    the network or behind it.
 
         net = sltt_ext.over_time(net, time_steps=4)
         loss = criterion(net(images), target)
         loss.backward()
 
-    The gradient is SLTT's (Meng et al. 2023, Sec. 4): what a step leaves in the neurons is a constant for the next.
-    Random numbers, batch statistics and autocast are the same in both runs, and running statistics move once. Hooks on
-    what is in the network are called in both. Without gradients it is a plain run over time. `sltt_ext.revert` undoes it.
+    The gradient is SLTT's (Meng et al. 2023, Sec. 4): the state that a step leaves in the neurons is a constant for the next.
+    Random numbers, batch statistics and autocast are the same in both runs, and running statistics move once. Hooks on modules
+    in the network are called in both runs. Without gradients, a call is a plain run over time. `sltt_ext.revert` undoes it.
 
     Args:
         net: A network, or a part of one.
-        time_steps: T, how many steps an input is shown; None takes it from the input (``time_dim``).
-        k: None back-propagates every step (SLTT); a number K runs K of them again (SLTT-K), with T / K times their gradient.
-            With ``temporal="call"``, K windows of ``chunk`` steps.
-        chunk: How many steps a multi-step network is shown in one call; with ``temporal="call"``, any network.
-        norms: Which steps the batch norms of a multi-step network in training take their statistics over: ``"step"`` those of
-            a call, ``"sequence"`` all T, as in one call with the whole sequence. Such a call without a graph is then made
-            first, and the gradient through the statistics is that of each call's own samples (see "Norms over time" in
-            the documentation). ``chunk=T`` is exact, with the memory of T steps.
-        time_dim: None shows the first argument ``[N, ...]`` at every step; 0 or 1 is its axis of time, ``[T, N, ...]`` or
-            ``[N, T, ...]``. A dict says so for arguments by name. All others are passed as they are. An argument may be a
-            tensor, or any structure of tensors.
-        time_inside: For a network that runs T steps in its own forward: the attributes that hold T, ``"T"``, ``"*.T"``. It
-            is then run ``chunk`` steps at a time, and gives what it gave before; that is tried in the first calls.
+        time_steps: T, how many steps an input is shown. None takes it from the input (``time_dim``).
+        k: None back-propagates every step (SLTT). A number K runs K of them again (SLTT-K), with T / K times their gradient.
+            With ``temporal="call"``, K counts windows of ``chunk`` steps.
+        chunk: How many steps a multi-step network takes in one call. With ``temporal="call"``, this holds for any network.
+        norms: For a multi-step network in training: the steps over which batch norms take their statistics. ``"step"`` are
+            those of a call. ``"sequence"`` are all T, as in one call with the whole sequence. For this, one such call
+            without a graph is made first, and the gradient through the statistics is that of each call's own samples (see
+            "Norms over time" in the documentation). ``chunk=T`` is exact, with the memory of T steps.
+        time_dim: None shows the first argument ``[N, ...]`` at every step. 0 or 1 is its time axis, ``[T, N, ...]`` or
+            ``[N, T, ...]``. A dict gives the time axis of arguments by name; all others are passed as they are. An argument
+            may be a tensor or any structure of tensors.
+        time_inside: For a network that runs T steps in its own forward: the attributes that hold T, ``"T"``, ``"*.T"``. The
+            network then runs ``chunk`` steps at a time and returns what it returned before. The first calls check this.
         returns: ``"mean"`` gives the mean over time of each tensor that the network returns, ``"sequence"`` all steps
-            ``[T, N, ...]``. None is the mean, or with ``time_inside`` what the network itself gives.
-        carry: Start from the state that the last call has left, a constant for the gradient, and not from rest.
-        schedule: How the K steps are drawn, or instead of ``k`` which steps are back-propagated; see `OnlineTrainer`.
+            ``[T, N, ...]``. None is the mean, or with ``time_inside`` what the network itself returns.
+        carry: Start from the state of the last call and not from rest. That state is a constant for the gradient.
+        schedule: How the K steps are drawn, or (instead of ``k``) which steps are back-propagated; see `OnlineTrainer`.
         generator: Source of the random steps; None is torch's default generator.
-        memory_budget: Keep the graphs of as many steps as fit, which then do not run again: bytes, text as ``"6GiB"``,
-            or a part of the device's memory, ``"0.8"``. None keeps that of the last selected step, unless an earlier
-            call still has one.
+        memory_budget: Keep the graphs of as many steps as fit. These steps then do not run again. Give bytes, text such as
+            ``"6GiB"``, or a part of the device's memory, ``"0.8"``. None keeps only the graph of the last selected step,
+            unless an earlier call still has one.
         pack_spikes: Store spikes that are saved for backward as bits.
-        cache_invariant: Evaluate what does not depend on time once; see `OnlineTrainer`.
+        cache_invariant: Evaluate only once what does not depend on time; see `OnlineTrainer`.
         backend: See `convert`.
-        temporal: See `convert`; ``"call"`` has the gradient go back through the steps of a call, which are ``chunk``
-            (truncated BPTT; with T it is BPTT).
+        temporal: See `convert`. With ``"call"``, the gradient goes back through the ``chunk`` steps of a call (truncated BPTT;
+            with T it is BPTT).
 
-    A call also takes ``lengths=``, one number of steps for each sample of a padded batch ``[N]``: the mean is then that over
-    the sample's own steps. (The padding is at the end, where the steps before it do not see it; a mask with holes could not
-    keep the state from moving on.)
+    A call also takes ``lengths=`` ``[N]``, the number of steps of each sample in a padded batch. The mean is then over the
+    sample's own steps. (The padding has to be at the end, so that the steps before do not see it. With a mask with holes, the
+    state would still move on.)
 
     Returns:
         ``net`` itself.
 
     Raises:
-        ConfigurationError: If an option cannot work; in the first call, if the network does not give step by step what it
-            gives as it is.
+        ConfigurationError: If an option cannot work. In the first calls also if the network, run step by step, does not return
+            what it returns as it is.
         ConversionError: If the network cannot be converted.
 
     >>> import snntorch, torch
@@ -151,7 +152,7 @@ def over_time(
 
 
 def _check(net: Any) -> None:
-    """What can run over time.
+    """Check that ``net`` can run over time.
 
     Raises:
         ConfigurationError: If ``net`` cannot.
@@ -178,7 +179,7 @@ class OverTime(Reclassed, nn.Module):
     _sltt_original: ClassVar[type[nn.Module]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """What the network makes by its own class, such as a slice of a Sequential, does not run over time."""
+        """A module that the network makes by its own class, such as a slice of a Sequential, does not run over time."""
         return cls._sltt_original(*args, **kwargs)
 
     def give_back_class(self) -> None:
@@ -194,7 +195,7 @@ class OverTime(Reclassed, nn.Module):
             own["forward"] = own.pop("_sltt_own_forward")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and deep-copy by the class that was exchanged: this one has no importable name."""
+        """Pickle and deep-copy by the original class, as this one has no importable name."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]
@@ -206,7 +207,7 @@ _MADE: dict[type[nn.Module], type[OverTime]] = {}
 
 
 def _class_over_time(original: type[nn.Module]) -> type[OverTime]:
-    """The class of an ``original`` that runs over time, made once."""
+    """The class for an ``original`` that runs over time. It is made once."""
     if original in _MADE:
         return _MADE[original]
 

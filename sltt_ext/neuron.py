@@ -241,8 +241,8 @@ class SLTTNeuron(StatefulModule):
             return  # forward, or the time loop's own second run
         if any(id(tensor) in self._sltt_left for tensor in state):
             raise ConfigurationError(
-                f"{self.original.__name__} runs again in the backward pass, where it would go on from the state it has "
-                "ended with: keep neurons out of torch.utils.checkpoint (the trainer's pack_spikes=True saves memory, "
+                f"{self.original.__name__} runs again in the backward pass, where it would continue from its final "
+                "state: keep neurons out of torch.utils.checkpoint (the trainer's pack_spikes=True saves memory, "
                 "too, and SpikingJelly's memopt restores states)"
             )
 

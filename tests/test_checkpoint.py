@@ -73,7 +73,7 @@ SPOILED = {
 def test_a_file_that_cannot_be_used_is_refused_and_the_previous_one_used(saved, how):
     SPOILED[how](saved.last)
     with pytest.warns(
-        SLTTWarning, match=r"last\.pt (is truncated|is damaged|was not written).*going on from .*step 10"
+        SLTTWarning, match=r"last\.pt (is truncated|is damaged|was not written).*continuing from .*step 10"
     ):
         assert saved.resume() == 10
     assert saved.parts["net"].weight.item() == 1
@@ -89,7 +89,7 @@ def test_every_flipped_bit_is_noticed(saved):
         damaged = bytearray(content)
         damaged[place] ^= 1 << chance.randrange(8)
         saved.last.write_bytes(damaged)
-        with pytest.warns(SLTTWarning, match=r"going on from .*previous\.pt"):
+        with pytest.warns(SLTTWarning, match=r"continuing from .*previous\.pt"):
             assert saved.resume() == 10, place
 
 
@@ -104,7 +104,7 @@ def test_any_error_of_a_damaged_file_is_typed(saved, monkeypatch):
 
     monkeypatch.setattr(torch, "load", raises)
     with pytest.raises(
-        CheckpointError, match=r"last\.pt is truncated, or no checkpoint \(AssertionError\); .*previous"
+        CheckpointError, match=r"last\.pt is truncated, or is not a checkpoint \(AssertionError\); .*previous"
     ):
         saved.resume()
 

@@ -106,13 +106,13 @@ def test_checkpoint_of_another_network(tmp_path):
     def deeper(experiment, data):
         return tiny_net(experiment, data).append(nn.Linear(10, 10))
 
-    with pytest.raises(CheckpointError, match=r"is of another network than Sequential: [\s\S]*Missing key"):
+    with pytest.raises(CheckpointError, match=r"is from another network than Sequential: [\s\S]*Missing key"):
         run(experiment, deeper)
 
 
 def test_run_that_is_there_is_not_overwritten(tmp_path):
     run(digits(tmp_path), tiny_net)
-    with pytest.raises(CheckpointError, match="--resume goes on with it"):
+    with pytest.raises(CheckpointError, match="--resume continues it"):
         run(digits(tmp_path), tiny_net)
 
 

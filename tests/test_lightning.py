@@ -274,7 +274,7 @@ def test_a_loader_whose_random_numbers_are_in_no_checkpoint(tmp_path, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", SLTTWarning)
         random_run(tmp_path, 1, **options)
-    with pytest.warns(SLTTWarning, match="are in no checkpoint"):
+    with pytest.warns(SLTTWarning, match="no checkpoint has its random numbers"):
         random_run(tmp_path, 2, tmp_path / "last.ckpt", **options)
 
 

@@ -1,4 +1,4 @@
-"""What SLTT does to a network, measured."""
+"""Measure what SLTT does to a network."""
 
 from sltt_ext.analysis.activity import dead_neurons, firing_rates
 from sltt_ext.analysis.credit import temporal_credit

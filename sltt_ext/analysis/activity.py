@@ -1,4 +1,4 @@
-"""How often neurons fire, and which never do."""
+"""How often neurons fire, and which ones never do."""
 
 from __future__ import annotations
 
@@ -105,15 +105,15 @@ def firing_rates(
 ) -> FiringRates:
     """Mean firing rate of every layer of neurons over a batch, and how many neurons never or always fire.
 
-    The network runs from rest, without gradients, in the mode (training or evaluation) it is in, and is
-    left as it was. Any output of a neuron other than 0 is a spike.
+    The network runs from rest, without gradients, and stays in its mode (training or evaluation). Afterwards it is as
+    before. Any output of a neuron other than 0 is a spike.
 
     Args:
         net: A network that `convert` knows, converted or not.
         x: One batch, as `OnlineTrainer` takes it.
         time_steps: T.
         time_dim: As in `OnlineTrainer`.
-        output: What is the network's output in its return value, as in `OnlineTrainer`.
+        output: Which part of the network's return value is its output, as in `OnlineTrainer`.
 
     >>> import torch
     >>> from spikingjelly.activation_based import neuron
@@ -134,7 +134,7 @@ def firing_rates(
 def dead_neurons(
     net: nn.Module, x: Any, time_steps: int, *, time_dim: TimeDim | None = None, output: Output = None
 ) -> DeadNeurons:
-    """Which neurons never fire, for no sample of a batch and at no step; arguments as `firing_rates`.
+    """Which neurons never fire, for any sample of a batch at any step. The arguments are those of `firing_rates`.
 
     >>> import torch
     >>> from spikingjelly.activation_based import neuron

@@ -44,10 +44,10 @@ class Analysis:
     Attributes:
         about: What was analysed, how and on what, by name.
         notes: What a reader of the numbers has to know.
-        similarity: Gradient similarity; None where BPTT does not fit into memory.
-        credit: What windows keep of BPTT's gradient, for the first batch; None where it does not fit.
-        draws: What K drawn steps keep of SLTT's gradient; None where no steps can be drawn.
-        timing: Seconds of an iteration of BPTT, SLTT and SLTT-K; None where BPTT does not fit.
+        similarity: Gradient similarity; None if BPTT does not fit into memory.
+        credit: How much of BPTT's gradient windows keep, for the first batch; None if BPTT does not fit.
+        draws: How much of SLTT's gradient K drawn steps keep; None if no steps can be drawn.
+        timing: Seconds of an iteration of BPTT, SLTT and SLTT-K; None if BPTT does not fit.
         operations: Operation counts of every method.
         memory: Peak memory over T, and by layer.
         activity: Firing rates and dead neurons.
@@ -64,7 +64,7 @@ class Analysis:
     activity: FiringRates
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON's types; NaN is None."""
+        """Everything in JSON's types, with None for NaN."""
         return {
             "about": self.about,
             "notes": list(self.notes),
@@ -97,11 +97,11 @@ def analyze(
     notes: Iterable[str] = (),
     on_progress: Callable[[str], Any] = lambda name: None,
 ) -> Analysis:
-    """Gradient similarity, temporal credit, drawn steps, time, memory, operations and activity of one network, which is left as it was.
+    """Measure gradient similarity, temporal credit, drawn steps, time, memory, operations and activity of one network.
 
-    BPTT needs the memory of T steps. It is counted beforehand, with fake tensors. Where it is more than
-    ``max_memory``, the batches are cut to fewer samples until it fits; where one sample does not, what compares gradients
-    is left out. ``notes`` says so.
+    Afterwards the network is as before. BPTT needs the memory of T steps, which is counted beforehand with fake tensors. If
+    this is more than ``max_memory``, the batches are cut to fewer samples until they fit. If even one sample does not fit, the
+    comparisons of gradients are left out. ``notes`` says so.
 
     Args:
         net: A network that `convert` knows, converted or not.
@@ -109,17 +109,17 @@ def analyze(
         target: Its target, a tensor ``[N, ...]``.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T.
-        more_batches: Further ``(x, target)`` for mean and spread of the gradient similarity.
+        more_batches: Further ``(x, target)``, for the mean and spread of the gradient similarity.
         per_step: Also compare the gradients of each step's loss.
         max_memory: Bytes that BPTT may take; default: 80 % of what is free on the device.
         time_dim: As in `OnlineTrainer`.
         output: What the loss reads of the network's return value, as in `OnlineTrainer`.
-        notes: What else a reader has to know, put in front of the notes of the analysis.
+        notes: What else a reader has to know. It is put in front of the notes of the analysis.
         on_progress: Called with the name of each part before it starts.
 
     Raises:
         InputError: If the network rejects ``x``.
-        ConversionError: If it has no neuron, or some that SLTT cannot train.
+        ConversionError: If it has no neuron, or has neurons that SLTT cannot train.
     """
     check_time_steps(time_steps)
     net = without_multi_step(net)
@@ -150,8 +150,8 @@ def analyze(
         )  # fmt: skip
         if similarity.output_difference > 1e-3:
             notes.append(
-                f"The two runs of the network differ by up to {similarity.output_difference:.2g} in their output: it "
-                "does not compute the same twice, and the gradients are not of the same spikes."
+                f"Two runs of the network differ by up to {similarity.output_difference:.2g} in their output, although their "
+                "input is the same. The two gradients therefore belong to different spikes."
             )
         on_progress("temporal credit")
         credit = temporal_credit(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
@@ -242,9 +242,9 @@ def _samples_that_fit(
         samples //= 2
     if first <= limit:
         return samples, needed, []
-    asks = f"BPTT at T = {time_steps} with {asked} samples would take {first / 1e9:.2f} GB, {limit / 1e9:.2f} GB are allowed"
+    asks = f"BPTT at T = {time_steps} with {asked} samples would take {first / 1e9:.2f} GB, and {limit / 1e9:.2f} GB are allowed"
     if needed > limit:
-        left_out = f"{asks}, and one sample would take {needed / 1e9:.2f} GB: the gradient similarity and the temporal credit are left out, and "
+        left_out = f"{asks}. One sample alone would take {needed / 1e9:.2f} GB: the gradient similarity and the temporal credit are left out, and "
         return 1, needed, [left_out + "memory is counted with fake tensors."]
     return samples, needed, [f"{asks}: every batch was cut to {samples} samples."]
 
@@ -252,7 +252,7 @@ def _samples_that_fit(
 def _bptt_bytes(
     net: nn.Module, x: Tensor, time_steps: int, time_dim: TimeDim | None, output: Output
 ) -> float:
-    """BPTT's peak, from those of few steps, since it grows by the same amount with every step."""
+    """BPTT's peak, found from the peaks of a few steps, as it grows by the same amount with every step."""
     lengths = sorted({min(steps, time_steps) for steps in (1, 2, 3)})
     profile = memory_profile(net, x, "bptt", lengths, fake=True, time_dim=time_dim, output=output)
     peaks = [row.peak_bytes for row in profile.rows]

@@ -1,8 +1,8 @@
-"""How much of the gradient through time a window of C steps keeps, and at which memory: from SLTT (C = 1) to BPTT (C = T).
+"""How much of the gradient through time a window of C steps keeps, and with how much memory.
 
-What is compared are gradients of the same spikes. A network that takes single steps is called in windows, as it is trained.
-One that takes sequences gets all T steps in one call, so that batch norm sees the same statistics whatever the window is,
-and its neurons cut the gradient at the end of each window.
+C = 1 is SLTT, C = T is BPTT. The compared gradients belong to the same spikes. A network that takes single steps is called in
+windows, as in training. A network that takes sequences gets all T steps in one call, so that batch norm sees the same
+statistics whatever the window is. Its neurons cut the gradient at the end of each window.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ __all__ = ["Credit", "TemporalCredit", "doublings", "temporal_credit"]
 
 @dataclass(frozen=True)
 class Credit:
-    """How the gradient of one window lies to BPTT's.
+    """How the gradient of one window compares with BPTT's.
 
     Attributes:
         window: C, the steps that the gradient goes back through.
-        through: Path of the only part of the network that goes through time; empty where all of it does.
+        through: Path of the only part of the network that goes through time; empty if all of it does.
         level: ``"network"`` or ``"layer"``.
         name: Path of the module whose parameters are compared; empty for the whole network.
-        cosine: Cosine similarity of the gradient and BPTT's. NaN where both are zero, 0 where one is.
+        cosine: Cosine similarity of the gradient and BPTT's. NaN if both are zero, 0 if one is.
         norm_ratio: Norm of the gradient over the norm of BPTT's.
-        peak_bytes: The most bytes that live at the same time in an iteration of the whole network with ``chunk=C``, as
-            `memory_profile` counts them.
+        peak_bytes: The most bytes in use at the same time during an iteration of the whole network with ``chunk=C``, counted
+            as in `memory_profile`.
     """
 
     window: int
@@ -67,7 +67,7 @@ class TemporalCredit:
     """What `temporal_credit` measured.
 
     Attributes:
-        rows: For each part that goes through time and each window, one for the network and one for each layer.
+        rows: One for the network and one for each layer, for each part that goes through time and each window.
         time_steps: T.
         bptt_peak_bytes: The peak of an iteration of BPTT with the framework's own neurons.
     """
@@ -81,11 +81,11 @@ class TemporalCredit:
         return [row for row in self.rows if (row.level, row.through) == (level, through)]
 
     def smallest(self, cosine: float = 0.99, through: str = "") -> Credit | None:
-        """The whole network under the smallest window that keeps so much of the gradient's direction; None if none does."""
+        """The row of the network with the smallest window whose cosine similarity is at least ``cosine``; None if there is none."""
         return next((row for row in self.select("network", through) if row.cosine >= cosine), None)
 
     def advice(self, cosine: float = 0.99) -> str:
-        """In one sentence, which window keeps so much of the gradient's direction, and at which memory."""
+        """One sentence: which window has at least this cosine similarity, and how much memory it needs."""
         row = self.smallest(cosine)
         if row is None or row.window == self.time_steps > 1:
             return (
@@ -107,7 +107,7 @@ class TemporalCredit:
         return require("pandas", extra="analysis").DataFrame([asdict(row) for row in self.rows])
 
     def plot(self) -> Any:
-        """A ``matplotlib.figure.Figure``: cosine similarity, norm ratio and memory of the whole network over the window."""
+        """A ``matplotlib.figure.Figure``: cosine similarity, norm ratio and memory of the network against the window."""
         rows = self.select("network")
         values = {
             "cosine similarity": [row.cosine for row in rows],
@@ -133,13 +133,13 @@ def temporal_credit(
     target_time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> TemporalCredit:
-    """How much of BPTT's gradient is kept where it goes back through C steps: ``convert(temporal="call")``, ``chunk=C``.
+    """How much of BPTT's gradient is kept if it goes back through C steps: ``convert(temporal="call")``, ``chunk=C``.
 
-    With ``a`` the gradient of a window and ``b`` BPTT's: ``cos = <a, b> / (|a| |b|)``, ``ratio = |a| / |b|``, for every
-    layer (the parameters of one module) and all parameters together. C = 1 is SLTT, C = T is BPTT. A window that does not
-    divide T leaves a shorter one at the end.
+    With the gradient ``a`` of a window and BPTT's gradient ``b``: ``cos = <a, b> / (|a| |b|)``, ``ratio = |a| / |b|``. Both are
+    given for every layer (the parameters of one module) and for all parameters together. C = 1 is SLTT, C = T is BPTT. If a
+    window does not divide T, the last one is shorter.
 
-    The network, its gradients, state, buffers and torch's random streams are left as they were.
+    Afterwards the network, its gradients, state, buffers and torch's random streams are as before.
 
     Args:
         net: A network that `convert` knows, converted or not, on any device with memory for BPTT.
@@ -147,17 +147,17 @@ def temporal_credit(
         target: Its target.
         loss_fn: ``(output of one step, target) -> scalar``; the loss is its mean over the T steps.
         time_steps: T.
-        windows: The C to measure; default: 1, 2, 4, ... and T, or T alone where a module takes its whole sequence.
-        through: Paths of parts of the network, such as ``"layer4"``: for each, also the gradient where this part alone goes
-            through time, and all others go step by step.
-        time_dim: As in `OnlineTrainer`, and so are the following.
-        target_time_dim: The axis of time in the target.
+        windows: The C to measure. Default: 1, 2, 4, ... and T, or only T if a module takes its whole sequence.
+        through: Paths of parts of the network, such as ``"layer4"``. For each, also measure the gradient if only this part
+            goes through time and all others go step by step.
+        time_dim: As in `OnlineTrainer`, like the two that follow.
+        target_time_dim: The time axis of the target.
         output: What the loss reads of the network's return value.
 
     Raises:
-        ConfigurationError: If a window is not from 1 to T, or too short for a module that takes its whole sequence; or the
-            network has no part of a path in ``through``.
-        ConversionError: If the network, or a part in ``through``, has no neuron, or some that SLTT cannot train.
+        ConfigurationError: If a window is not from 1 to T, or is too short for a module that takes its whole sequence, or if
+            the network has no part with a path in ``through``.
+        ConversionError: If the network, or a part in ``through``, has no neuron, or has neurons that SLTT cannot train.
         InputError, LossError: As `OnlineTrainer`.
 
     >>> from spikingjelly.activation_based import layer, neuron
@@ -222,7 +222,7 @@ def doublings(time_steps: int) -> list[int]:
 
 @contextmanager
 def _through_time(net: nn.Module, path: str, window: int) -> Iterator[None]:
-    """Have one part of the network go through time, and the others step by step; all of it is undone at the end."""
+    """Make one part of the network go through time, and the others step by step; the end of the block undoes this."""
     with restoring(net), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "chunk=", SLTTWarning)  # that the last window may be shorter
         if path:
@@ -234,7 +234,7 @@ def _through_time(net: nn.Module, path: str, window: int) -> Iterator[None]:
 
 @contextmanager
 def _cut_every(window: int, net: nn.Module, time_steps: int) -> Iterator[int]:
-    """Cut the gradient between windows; yields of how many steps a call of the network has to be for that."""
+    """Cut the gradient between windows; yields how many steps a call of the network needs for that."""
     stateful = _stateful(net)
     if not any(module.multi_step for module in stateful):
         yield window
@@ -248,7 +248,7 @@ def _cut_every(window: int, net: nn.Module, time_steps: int) -> Iterator[int]:
 
 
 def _in_windows(window: int, module: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call of ``module`` with sequences, as one call for each window, between which what it carries is a constant."""
+    """Call ``module`` once for each window of a sequence; its carried state is a constant between windows."""
     carriers = _stateful(module)
     recorded = [name for name in ("v_seq", "i_seq") if getattr(module, f"store_{name}", False)]
     outputs, records = [], []
@@ -284,5 +284,5 @@ def _check_paths(net: nn.Module, paths: Sequence[str]) -> None:
     for path in paths:
         if path not in known:
             raise ConfigurationError(
-                f"through={path!r} is no part of the network: give a path of net.named_modules()"
+                f"through={path!r} is not a part of the network: give a path of net.named_modules()"
             )

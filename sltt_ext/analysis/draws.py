@@ -1,4 +1,4 @@
-"""What is left of SLTT's gradient where K of the T steps are back-propagated: which K a network needs."""
+"""How much of SLTT's gradient is left if K of the T steps are back-propagated: which K a network needs."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class DrawnSteps:
 
     Attributes:
         time_steps: T.
-        spread: How far the gradients of single steps lie from their mean: root mean square, relative to its norm.
+        spread: How far the gradients of single steps are from their mean: root mean square, relative to the norm of the mean.
     """
 
     time_steps: int
     spread: float
 
     def cosine(self, k: int) -> float:
-        """The cosine similarity that K drawn steps have with all steps, on average.
+        """The average cosine similarity of the gradient of K drawn steps with that of all steps.
 
-        The mean of K of T numbers, drawn without replacement, has the variance ``S^2 / K (T - K) / (T - 1)``, and the
-        deviation is perpendicular to the mean in nearly all of the many directions.
+        The mean of K of T numbers, drawn without replacement, has the variance ``S^2 / K (T - K) / (T - 1)``. In a space of
+        many dimensions, nearly all of the deviation is perpendicular to the mean.
         """
         if k >= self.time_steps:
             return 1.0
@@ -46,11 +46,11 @@ class DrawnSteps:
         return 1 / math.sqrt(1 + variance)
 
     def smallest(self, cosine: float = 0.9) -> int:
-        """The smallest K that keeps so much of the direction."""
+        """The smallest K whose cosine similarity is at least ``cosine``."""
         return next(k for k in range(1, self.time_steps + 1) if self.cosine(k) >= cosine)
 
     def plot(self) -> Any:
-        """A ``matplotlib.figure.Figure``: the cosine similarity over K."""
+        """A ``matplotlib.figure.Figure``: the cosine similarity against K."""
         ks = range(1, self.time_steps + 1)
         values = {"cosine similarity with all steps": [self.cosine(k) for k in ks]}
         return plots.lines(
@@ -68,9 +68,9 @@ def drawn_steps(
     time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> DrawnSteps:
-    """How far SLTT-K's gradient is from SLTT's, for every K, from the gradient of each step alone.
+    """How far SLTT-K's gradient is from SLTT's, for every K. It is computed from the gradients of the single steps.
 
-    The network is left as it was.
+    Afterwards the network is as before.
 
     Args:
         net: A network that `convert` knows, converted or not.
@@ -82,8 +82,8 @@ def drawn_steps(
         output: What the loss reads of the network's return value, as in `OnlineTrainer`.
 
     Raises:
-        ConversionError: If the network has no neuron, or some that SLTT cannot train.
-        ConfigurationError: If a module takes its whole sequence: no steps are drawn from it.
+        ConversionError: If the network has no neuron, or has neurons that SLTT cannot train.
+        ConfigurationError: If a module takes its whole sequence, as no steps can be drawn from it.
 
     >>> from spikingjelly.activation_based import layer, neuron
     >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
@@ -116,7 +116,7 @@ def _gradient_of_step(
     time_dim: TimeDim | None,
     output: Output,
 ) -> Tensor:
-    """SLTT's gradient of the loss of one step, all parameters in one vector."""
+    """SLTT's gradient of the loss of one step, with all parameters in one vector."""
 
     def trainer_of(loss_fn: LossFn, backward: Backward) -> GradientTrainer:
         convert(net, temporal="step")

@@ -14,12 +14,12 @@ __all__ = ["ActivationMeter", "peak_activation_bytes"]
 
 
 def peak_activation_bytes(run: Callable[[], Any], net: nn.Module | None = None) -> int:
-    """The most activation bytes that live at the same time during ``run()``.
+    """The most activation bytes in use at the same time during ``run()``.
 
     Args:
         run: What to measure, e.g. one training iteration without the optimizer.
-        net: The network being trained. A parameter's gradient counts while it is being computed, not once
-            it is accumulated into ``.grad``.
+        net: The network being trained. A parameter's gradient counts while it is computed, but not after it is accumulated
+            into ``.grad``.
 
     >>> import torch
     >>> net = torch.nn.Linear(8, 8)

@@ -31,8 +31,8 @@ class PeakMemory:
     Attributes:
         method: ``"BPTT"``, ``"SLTT"`` or ``"SLTT-K"``.
         time_steps: T.
-        peak_bytes: The most bytes that live at the same time: activations, states, and gradients, those of the
-            parameters too; the parameters and the network's input do not count.
+        peak_bytes: The most bytes in use at the same time: activations, states and gradients (also those of the
+            parameters). The parameters and the network's input do not count.
     """
 
     method: str
@@ -42,14 +42,14 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """What one module keeps for backward when most is kept.
+    """What one module keeps for backward at the moment when the network keeps most.
 
     Attributes:
         method: ``"BPTT"``, ``"SLTT"`` or ``"SLTT-K"``.
         time_steps: T.
-        layer: Path of the module whose forward saved it; empty for what the network's own forward saves, and the loss.
-        saved_bytes: Bytes of the tensors saved for backward, each storage counted once, where it was saved
-            first; parameters, buffers and the network's input do not count.
+        layer: Path of the module whose forward saved it; empty for what the network's own forward and the loss save.
+        saved_bytes: Bytes of the tensors saved for backward. Each storage counts once, for the module that saved it first.
+            Parameters, buffers and the network's input do not count.
     """
 
     method: str
@@ -65,7 +65,7 @@ class MemoryProfile:
     Attributes:
         rows: The peak for each method and T.
         layers: What each layer keeps, for each method and T.
-        fake: Whether it was counted with fake tensors.
+        fake: Whether the memory was counted with fake tensors.
     """
 
     rows: tuple[PeakMemory, ...]
@@ -86,7 +86,7 @@ class MemoryProfile:
         return require("pandas", extra="analysis").DataFrame([asdict(row) for row in self.layers])
 
     def plot(self) -> Any:
-        """A ``matplotlib.figure.Figure``: peak over T, one line for each method."""
+        """A ``matplotlib.figure.Figure``: the peak against T, one line for each method."""
         methods = dict.fromkeys(row.method for row in self.rows)
         own = {method: [row for row in self.rows if row.method == method] for method in methods}
         return plots.lines(
@@ -124,24 +124,25 @@ def memory_profile(
     time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> MemoryProfile:
-    """Peak memory of one training iteration, over T, and what every layer keeps for backward.
+    """Peak memory of one training iteration for each T, and what every layer keeps for backward.
 
-    Gradients of parameters count: BPTT, single-step, sums them over time while activations are freed, SLTT keeps
-    them in ``.grad`` from the first step on, and so neither is favoured. The network is left as it was. The loss is the mean of the output, whose own memory is next to nothing.
+    Gradients of parameters count. With single steps, BPTT sums them over time while activations are freed, and SLTT keeps them
+    in ``.grad`` from the first step on. So neither method is favoured. The loss is the mean of the output, which needs nearly
+    no memory. Afterwards the network is as before.
 
     Args:
         net: A network that `convert` knows, converted or not, on the CPU or a CUDA device.
-        x: One batch ``[N, ...]``, shown at every step, or with ``time_dim`` a sequence of at least the largest
-            T, cut to each; with ``fake`` also its shape, a tuple.
+        x: One batch ``[N, ...]``, shown at every step. With ``time_dim``, a sequence of at least the largest T steps, which is
+            cut to each T. With ``fake``, it may also be a shape, as a tuple.
         method: ``"bptt"``, ``"sltt"``, ``"sltt-2"``, ..., or several.
         time_steps: The numbers of steps T to measure.
-        fake: Count with fake tensors, which have shapes and no memory, for sizes that do not fit.
+        fake: Count with fake tensors, which have shapes but no memory. Use it for sizes that do not fit.
         time_dim: As in `OnlineTrainer`.
         output: What the loss reads of the network's return value, as in `OnlineTrainer`.
 
     Raises:
         ConfigurationError: If a method does not exist, or there is no T.
-        InputError: If ``x`` is neither a tensor nor, with ``fake``, a shape, or has too few steps.
+        InputError: If ``x`` has too few steps, or is neither a tensor nor (with ``fake``) a shape.
 
     >>> from spikingjelly.activation_based import layer, neuron
     >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
@@ -170,7 +171,7 @@ def memory_profile(
 
 
 def _measure(trainer: GradientTrainer, x: Tensor) -> tuple[int, dict[str, int]]:
-    """Peak of an iteration, and what is kept by layer when most is."""
+    """Peak of an iteration, and the bytes that each layer keeps when the network keeps most."""
     with _saved_by_layer(trainer.net, x) as saved:
         peak = peak_activation_bytes(lambda: trainer.forward_backward(x, None))
     return peak, saved.most
@@ -178,7 +179,7 @@ def _measure(trainer: GradientTrainer, x: Tensor) -> tuple[int, dict[str, int]]:
 
 @contextmanager
 def _fake_tensors(net: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Put fake parameters and buffers into ``net``, which the caller takes out again; yields a fake ``x``."""
+    """Put fake parameters and buffers into ``net``; yields a fake ``x``. The caller has to take them out again."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode()
@@ -192,7 +193,7 @@ def _fake_tensors(net: nn.Module, x: Tensor) -> Iterator[Tensor]:
 
 
 class _SavedBytes:
-    """Bytes saved for backward by layer: those that live, and what they were when they were most."""
+    """Bytes saved for backward by layer: those in use now, and those in use when the sum was largest."""
 
     def __init__(self, owned: set[int]) -> None:
         self.most: dict[str, int] = {}

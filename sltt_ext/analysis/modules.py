@@ -25,7 +25,7 @@ def without_multi_step(net: nn.Module) -> nn.Module:
 
 @contextmanager
 def running_module(net: nn.Module) -> Iterator[Callable[[], str | None]]:
-    """Yields a function that tells the path of the innermost module whose forward is running; None outside."""
+    """Yields a function that returns the path of the innermost module whose forward is running; None outside."""
     stack: list[str] = []
 
     def entered(path: str) -> Any:
@@ -46,7 +46,7 @@ def running_module(net: nn.Module) -> Iterator[Callable[[], str | None]]:
 
 
 def neurons_of(net: nn.Module) -> dict[str, nn.Module]:
-    """The neurons of a converted network by path; what has neurons in it is none."""
+    """The neurons of a converted network by path. A module that contains neurons does not count as a neuron."""
     return {
         path: module
         for path, module in net.named_modules()

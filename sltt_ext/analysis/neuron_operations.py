@@ -1,6 +1,6 @@
 """How many scalar operations one neuron takes in one time step, from the equations of its dynamics.
 
-A leaky integrate-and-fire neuron computes, and back-propagates as (``s'`` the surrogate derivative)::
+A leaky integrate-and-fire neuron computes, and back-propagates with the surrogate derivative ``s'``::
 
     h[t] = leak v[t-1] + x[t]                    charge
     s[t] = H(h[t] - v_threshold)                 fire
@@ -11,8 +11,8 @@ A leaky integrate-and-fire neuron computes, and back-propagates as (``s'`` the s
     dL/ds[t] += -v_threshold dL/dv[t]            through the reset (not where it is detached),
     dL/dh[t] = g[t] + dL/dv[t]                   and the sum of both routes
 
-The evaluation of the surrogate derivative is left out: what it costs depends on the surrogate, and both methods
-need it once.
+The evaluation of the surrogate derivative is left out. Its cost depends on the surrogate, and both methods need it
+once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Count(NamedTuple):
         return Count(self.multiplications + other[0], self.additions + other[1])
 
     def times(self, factor: int) -> Count:
-        """As many times as ``factor`` says."""
+        """The count, ``factor`` times."""
         return Count(self.multiplications * factor, self.additions * factor)
 
 
@@ -42,11 +42,11 @@ class NeuronOperations:
     """Operations of one neuron in one time step.
 
     Attributes:
-        forward_spatial: Of its input and its spike.
-        forward_temporal: Of the state it carries: leak and reset.
-        backward_spatial: From its spike to its input, and to learnable parameters of its own.
-        backward_temporal: From the state it passes on to the state it started with; BPTT only.
-        assumed: The neuron is not one the formulas are for, and was counted as a LIF neuron with soft reset.
+        forward_spatial: For its input and its spike.
+        forward_temporal: For the state that it carries: leak and reset.
+        backward_spatial: From its spike to its input, and to its own learnable parameters.
+        backward_temporal: From the state that it passes on to the state with which it started; BPTT only.
+        assumed: There is no formula for this neuron, and it was counted as a LIF neuron with soft reset.
     """
 
     forward_spatial: Count
@@ -59,8 +59,8 @@ class NeuronOperations:
 def neuron_operations(neuron: Any) -> NeuronOperations:
     """The operations of a converted neuron.
 
-    Known are SpikingJelly's IF, LIF and parametric LIF and snnTorch's Leaky, and subclasses that change only
-    defaults: those that run through the fused operator.
+    There are formulas for SpikingJelly's IF, LIF and parametric LIF, for snnTorch's Leaky, and for subclasses that change
+    only defaults. All of these run through the fused operator.
     """
     rules = {base.__name__ for base in type(neuron).__mro__}
     if "FusedNode" in rules:

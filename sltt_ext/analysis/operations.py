@@ -2,12 +2,12 @@
 
 Matrix products (linear layers, convolutions, attention) are counted as they run, forward and backward, by the
 formulas of ``torch.utils.flop_counter``: a multiplication and an addition for every term of every sum. Element-wise
-products and sums and batch norm are counted as they run, too; neurons by the formulas in
-`sltt_ext.analysis.neuron_operations`, whatever operator runs them. Not counted: pooling, copies, the loss, the sum
-of gradients where branches meet, and the update.
+products and sums and batch norm are counted as they run, too. Neurons are counted by the formulas in
+`sltt_ext.analysis.neuron_operations`, whatever operator runs them. These are not counted: pooling, copies, the loss, the
+sum of gradients where branches meet, and the update.
 
-Every step costs the same. So two steps are run and not T: SLTT's give the cost of a step forward and of its spatial
-backward; what BPTT's backward needs more is temporal, and needed once for each of the T - 1 transitions.
+Every step costs the same. So two steps are run, not T. Those of SLTT give the cost of a step forward and of its spatial
+backward. The additional cost of BPTT's backward is temporal, and arises once for each of the T - 1 transitions.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class LayerOperations:
     """Scalar operations of one module in one training iteration.
 
     Attributes:
-        layer: Path of the module; what its children do counts for them.
+        layer: Path of the module. Operations of its children count for the children.
         kind: Its class.
         phase: ``"forward"`` or ``"backward"``.
-        domain: ``"spatial"``, from layer to layer within a step, or ``"temporal"``, from step to step.
+        domain: ``"spatial"`` (from layer to layer within a step) or ``"temporal"`` (from step to step).
         multiplications: Scalar multiplications.
         additions: Scalar additions.
     """
@@ -68,7 +68,7 @@ class OperationCounts:
         method: ``"BPTT"``, ``"SLTT"`` or ``"SLTT-K"``.
         time_steps: T.
         rows: One for each module, phase and domain with any operations.
-        assumed: Paths of neurons that no formula is for; they are counted as LIF neurons with soft reset.
+        assumed: Paths of neurons for which there is no formula. They are counted as LIF neurons with soft reset.
     """
 
     method: str
@@ -121,7 +121,7 @@ def operation_counts(
 ) -> OperationCounts:
     """Scalar operations of one training iteration, by layer, phase and domain; see `sltt_ext.analysis.operations`.
 
-    The network is left as it was.
+    Afterwards the network is as before.
 
     Args:
         net: A network that `convert` knows, converted or not.
@@ -199,20 +199,20 @@ def _add_neuron(
 
 
 def _steps_to_run(net: nn.Module, time_steps: int) -> int:
-    """Two steps, or all where a module takes its whole sequence in one call."""
+    """Two steps, or all steps if a module takes its whole sequence in one call."""
     whole = any(isinstance(m, StatefulModule) and m.whole_sequence for m in convert(net).modules())
     return time_steps if whole else min(2, time_steps)
 
 
 def _first_steps(x: Any, steps: int, time_dim: TimeDim | None) -> Any:
-    """As many steps of ``x`` as ``steps`` says, from the first on."""
+    """The first ``steps`` steps of ``x``."""
     if isinstance(x, Tensor):
         return x if time_dim not in (0, 1) else x.narrow(time_dim, 0, min(steps, x.shape[time_dim]))
     return list(islice(iter(x), steps))
 
 
 def _scaled(count: Count, repeat: int, steps: int) -> Count:
-    """What ``steps`` steps took, for ``repeat`` steps."""
+    """The operations of ``repeat`` steps, from those of ``steps`` steps."""
     return Count(count.multiplications * repeat // steps, count.additions * repeat // steps)
 
 
@@ -247,7 +247,7 @@ def _output_counter(elements: dict[str, int], path: str) -> Any:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts the operators that run, for the module whose forward, or whose part of the graph, runs them."""
+    """Counts the operators that run, for the module whose forward or whose part of the graph runs them."""
 
     def __init__(self, running: Any, neurons: set[str]) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class _Counter(TorchDispatchMode):
                 counts[name] += count
 
     def tagging(self, path: str) -> Any:
-        """A forward hook: the nodes of custom functions are seen when their module is done."""
+        """A forward hook. It sees the nodes of custom functions when their module is done."""
         return lambda module, args, returned: self.tag(returned, path)
 
     def tag(self, returned: Any, path: str | None) -> None:
@@ -296,7 +296,7 @@ class _Counter(TorchDispatchMode):
             todo += [before for before, _ in node.next_functions]
 
     def tag_newest(self, returned: Any) -> None:
-        """Remember that the module that runs made them."""
+        """Remember that the module that is running made the newest nodes."""
         self.tag(returned, self._running())
 
     def _entered(self, path: str | None) -> Any:
@@ -310,7 +310,7 @@ class _Counter(TorchDispatchMode):
 
     @contextmanager
     def backward(self) -> Iterator[None]:
-        """Surrounds a back-propagation."""
+        """A block in which operators count as backward."""
         self._backward, self._in_backward = True, None
         try:
             yield

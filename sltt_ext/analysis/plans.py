@@ -1,4 +1,4 @@
-"""Time and memory of the plans that there are for a network, and which of them the trainer takes."""
+"""Time and memory of the possible plans for a network, and which of them the trainer takes."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _AT_MOST = 60
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What one training iteration (forward and backward, no update) of one method takes, by one plan.
+    """Time and memory of one training iteration (forward and backward, no update) of one method under one plan.
 
     Attributes:
         method: ``"BPTT"``, ``"SLTT"`` or ``"SLTT-K"``.
         plan: How it is run, in words.
-        is_taken: Whether it is the one that `OnlineTrainer` takes.
+        is_taken: Whether `OnlineTrainer` takes this plan.
         seconds: The median over the repetitions.
         relative_seconds: Relative to the first row.
-        peak_bytes: The most bytes that live at the same time: activations, states, gradients.
+        peak_bytes: The most bytes in use at the same time: activations, states, gradients.
         relative_bytes: Relative to the first row.
     """
 
@@ -71,9 +71,9 @@ def plans(
     output: Output = None,
     on_progress: Callable[[str], Any] = lambda what: None,
 ) -> Plans:
-    """Time and memory of an iteration by the plans that a trainer tries, and which one it takes, on copies of ``net``.
+    """Time and memory of an iteration under each plan that a trainer tries, and which one it takes, on copies of ``net``.
 
-    All plans of all methods take turns, so that whatever else the machine does slows all alike.
+    All plans of all methods take turns, so that other work on the machine slows all of them alike.
 
     Args:
         net: A network that `convert` knows, at rest (between sequences).
@@ -81,12 +81,12 @@ def plans(
         target: Its target.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T.
-        methods: ``"bptt"``, ``"sltt"``, ``"sltt-2"``, ...; the first is what the others are compared with.
+        methods: ``"bptt"``, ``"sltt"``, ``"sltt-2"``, .... The others are compared with the first.
         memory_budget: As in `OnlineTrainer`.
-        repeats: How often each is timed; one more run before is not.
+        repeats: How often each is timed, after one run that is not timed.
         time_dim: As in `OnlineTrainer`.
         output: What the loss reads of the network's return value, as in `OnlineTrainer`.
-        on_progress: Called before every iteration with what it is for.
+        on_progress: Called before every iteration with a text that says what it is for.
 
     Raises:
         ConfigurationError: If an option cannot work.
@@ -134,7 +134,7 @@ def plans(
 
 @dataclass
 class _Run:
-    """One iteration at each call; of a trainer of this package in a given way."""
+    """A call runs one iteration, for an `OnlineTrainer` in the given way."""
 
     trainer: GradientTrainer
     x: Any

@@ -32,8 +32,8 @@ def lines(
     """A ``matplotlib.figure.Figure`` with one line for each label.
 
     Args:
-        x: Label -> where its points are, integers; the axis is marked there if they are few.
-        y: Label -> their values.
+        x: Label -> the places of its points, integers. The axis has marks there if they are few.
+        y: Label -> the values of its points.
         xlabel: What ``x`` is.
         ylabel: What ``y`` is.
         from_zero: The axis of ``y`` starts at zero.
@@ -65,10 +65,10 @@ def bars(
     reference: float | None = None,
     limits: tuple[float, float] | None = None,
 ) -> Any:
-    """A ``matplotlib.figure.Figure`` with horizontal bars, the first name on top, one bar for each label.
+    """A ``matplotlib.figure.Figure`` with rows of horizontal bars, the first row on top, with one bar for each label.
 
     Args:
-        names: Of the rows.
+        names: The names of the rows.
         values: Label -> the length of its bar in each row.
         xlabel: What the values are.
         spreads: Label -> the spread of its values, drawn at the ends of the bars.

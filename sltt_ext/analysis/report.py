@@ -1,4 +1,4 @@
-"""An analysis as one HTML file that needs nothing else, and as JSON beside it."""
+"""An analysis as one self-contained HTML file, and as JSON beside it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: text, two figures by caption, and what is folded: tables by name and more figures."""
+    """A part of the report: text, two figures by caption, and a folded part with tables by name and more figures."""
 
     title: str
     text: str
@@ -42,7 +42,7 @@ def save_report(analysis: Analysis, folder: Path) -> tuple[Path, Path]:
 
     Raises:
         MissingDependencyError: If jinja2 or matplotlib is not installed.
-        WriteError: If a file cannot be written; the one before it stays.
+        WriteError: If a file cannot be written. An older file of that name stays.
     """
     html = html_report(analysis)
     page, numbers = (folder / name for name in FILES)
@@ -78,7 +78,7 @@ def html_report(analysis: Analysis) -> str:
 
 
 def headline(analysis: Analysis) -> list[tuple[str, str]]:
-    """The numbers that matter most, each with what it is."""
+    """The numbers that matter most, each with its meaning."""
     bptt, sltt, _ = analysis.operations
     numbers = []
     if analysis.similarity is not None:
@@ -89,7 +89,7 @@ def headline(analysis: Analysis) -> list[tuple[str, str]]:
             )
         )
     numbers.append(
-        (f"{memory(analysis):.0%}", f"of BPTT's memory at T = {bptt.time_steps}, parameters apart")
+        (f"{memory(analysis):.0%}", f"of BPTT's memory at T = {bptt.time_steps}, without the parameters")
     )
     time = seconds(analysis, "SLTT")
     if time is not None and analysis.timing is not None:
@@ -108,11 +108,9 @@ def _gradient(analysis: Analysis) -> Section:
     title = "Will it hurt? The gradient against BPTT's"
     more = [] if draws is None else [("What K drawn steps keep of SLTT's gradient, on average", draws.plot())]
     if result is None or credit is None:
-        return Section(
-            title, "BPTT does not fit into memory, so that nothing could be compared.", [], [], more
-        )
+        return Section(title, "BPTT does not fit into memory, so nothing could be compared.", [], [], more)
     text = (
-        "SLTT drops the part of the gradient that goes back through time. Cosine similarity and norm ratio of 1: nothing was lost. "
+        "SLTT drops the part of the gradient that goes back through time. If cosine similarity and norm ratio are 1, nothing was lost. "
         f"Mean{' and standard deviation' if result.batches > 1 else ''} over {result.batches} batch{'es' * (result.batches > 1)}. "
         + credit.advice()
     )
@@ -182,7 +180,7 @@ def _memory(analysis: Analysis) -> Section:
         if row.time_steps == max(r.time_steps for r in result.rows)
     ]
     text = (
-        "One training iteration without the update: activations, states, and gradients, those of the parameters too. "
+        "One training iteration without the update: activations, states and gradients (also those of the parameters). "
         + ("Counted with fake tensors." if result.fake else "Counted as it ran.")
     )
     figures = [("Peak over time steps", result.plot())]
@@ -243,7 +241,7 @@ def _work(analysis: Analysis) -> Section:
     ]  # fmt: skip
     samples = analysis.activity.samples
     text = (
-        "Scalar multiplications of one training iteration of the whole batch; temporal: from step to step. Pooling, the loss and the "
+        "Scalar multiplications of one training iteration of the whole batch. Temporal ones lead from step to step. Pooling, the loss and the "
         f"update are not counted. Firing rates are those of {samples} sample{'s' * (samples != 1)} and {bptt.time_steps} time steps."
     )
     activity = analysis.activity
@@ -274,7 +272,7 @@ Item = TypeVar("Item")
 
 
 def _in_order(items: Sequence[Item], key: Callable[[Item], float]) -> list[Item]:
-    """Those of the smallest keys that a figure has room for, in the order they are in."""
+    """The items with the smallest keys, as many as a figure has room for, in their order."""
     chosen = sorted(range(len(items)), key=lambda place: key(items[place]))[:MOST_LAYERS]
     return [items[place] for place in sorted(chosen)]
 
@@ -292,7 +290,7 @@ def _of_one_height(figures: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 class _InlineSVG:
-    """Figures as SVG for one page: no identifier twice."""
+    """Figures as SVG for one page, on which each identifier has to be unique."""
 
     def __init__(self) -> None:
         self._count = 0

@@ -1,4 +1,4 @@
-"""Measurements that leave no trace in the network they are made on."""
+"""Measurements that leave no trace in the network."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ _DEPTH = 3  # a module's attributes, a dict among them (hooks, SpikingJelly's st
 
 @contextmanager
 def restoring(net: nn.Module) -> Iterator[None]:
-    """Whatever happens to ``net`` inside the block is undone at its end, also after an exception.
+    """At its end, the block undoes everything that happened to ``net`` inside, also after an exception.
 
-    Its classes (converted or not), attributes, hooks, carried state, gradients and buffers are what they
-    were, and so are torch's random number generators. Inside, gradients are enabled and start as None, and hooks on
-    accumulated gradients do not fire: an optimizer may step in one.
-    Values of parameters are not kept: nothing in this package changes them.
+    Its classes (converted or not), attributes, hooks, carried state, gradients and buffers are as before, and so are torch's
+    random number generators. Inside, gradients are enabled and start as None, and hooks on accumulated gradients do not fire,
+    because an optimizer may step in one. Values of parameters are not kept, because nothing in this package changes them.
     """
     snapshot = Snapshot(net)
     modules = [(module, type(module), _kept(vars(module), _DEPTH)) for module in net.modules()]

@@ -39,14 +39,13 @@ _SLTT_TO_BPTT = "SLTT to BPTT (1 = the same)"
 
 @dataclass(frozen=True)
 class Alignment:
-    """How one gradient lies to another: mean and spread over batches.
+    """How one gradient compares with another: mean and spread over batches.
 
     Attributes:
         level: ``"network"``, ``"layer"`` or ``"parameter"``.
         name: Path of the module or parameter; empty for the whole network.
-        time_step: The step whose loss the gradient is of; None: the whole loss.
-        cosine: Cosine similarity of SLTT's gradient and BPTT's, from -1 to 1. NaN where both are zero,
-            0 where one is.
+        time_step: The step whose loss has this gradient; None for the whole loss.
+        cosine: Cosine similarity of SLTT's gradient and BPTT's, from -1 to 1. NaN if both are zero, 0 if one is.
         cosine_std: Its standard deviation over the batches.
         norm_ratio: Norm of SLTT's gradient over the norm of BPTT's.
         norm_ratio_std: Its standard deviation over the batches.
@@ -66,11 +65,11 @@ class GradientSimilarity:
     """What `gradient_similarity` measured.
 
     Attributes:
-        rows: One for the network, each layer and each parameter, and each again for every time step if asked.
+        rows: One for the network, each layer and each parameter; with ``per_step``, each again for every time step.
         time_steps: T.
-        batches: Over how many batches.
-        output_difference: The largest difference of the time-mean outputs of the two runs. It is 0 or
-            near; more says that the network does not compute the same twice.
+        batches: The number of batches.
+        output_difference: The largest difference between the time-mean outputs of the two runs. It should be 0 or nearly 0. A
+            larger value means that the network does not compute the same result twice.
     """
 
     rows: tuple[Alignment, ...]
@@ -113,7 +112,7 @@ class GradientSimilarity:
         """A ``matplotlib.figure.Figure``: cosine similarity and norm ratio for the loss of each step.
 
         Raises:
-            ConfigurationError: If that was not measured.
+            ConfigurationError: If the steps were not measured.
         """
         rows = self.select("network", per_step=True)
         if not rows:
@@ -139,13 +138,13 @@ def gradient_similarity(
     target_time_dim: TimeDim | None = None,
     output: Output = None,
 ) -> GradientSimilarity:
-    """Cosine similarity and norm ratio of SLTT's gradient to BPTT's, of the same loss and spikes.
+    """Cosine similarity and norm ratio of SLTT's gradient and BPTT's, for the same loss and spikes.
 
-    With ``a`` SLTT's gradient and ``b`` BPTT's: ``cos = <a, b> / (|a| |b|)``, ``ratio = |a| / |b|``, for
+    With SLTT's gradient ``a`` and BPTT's gradient ``b``: ``cos = <a, b> / (|a| |b|)``, ``ratio = |a| / |b|``. Both are given for
     every parameter, every layer (the parameters of one module) and all parameters together.
 
-    The network, its gradients, state, buffers and torch's random streams are left as they were. A multi-step
-    network gets all T steps in one call under both methods, so that batch norm sees the same statistics.
+    Afterwards the network, its gradients, state, buffers and torch's random streams are as before. A multi-step network gets
+    all T steps in one call with both methods, so that batch norm sees the same statistics.
 
     Args:
         net: A network that `convert` knows, converted or not, on any device.
@@ -153,15 +152,15 @@ def gradient_similarity(
         target: Its target.
         loss_fn: ``(output of one step, target) -> scalar``; the loss is its mean over the T steps.
         time_steps: T.
-        more_batches: Further ``(x, target)`` to take mean and spread over.
-        per_step: Also compare, for every step t, the gradients of the loss of step t alone: SLTT's knows the
-            step, BPTT's goes back through all steps before. It costs T backward passes through time.
-        time_dim: As in `OnlineTrainer`, and so are the following.
-        target_time_dim: The axis of time in the target.
+        more_batches: Further ``(x, target)``, for mean and spread.
+        per_step: Also compare, for every step t, the gradients of the loss of step t alone. SLTT's gradient stays in the step,
+            BPTT's goes back through all steps before it. This costs T backward passes through time.
+        time_dim: As in `OnlineTrainer`, like the two that follow.
+        target_time_dim: The time axis of the target.
         output: What the loss reads of the network's return value.
 
     Raises:
-        ConversionError: If the network has no neuron, or some that SLTT cannot train.
+        ConversionError: If the network has no neuron, or has neurons that SLTT cannot train.
         InputError, LossError, ConfigurationError: As `OnlineTrainer`.
 
     >>> import torch
@@ -218,7 +217,7 @@ def _trainer(
 
 
 def check_repeatable(x: Any) -> None:
-    """Raise an InputError if ``x`` can be gone through only once."""
+    """Raise an InputError if ``x`` can be read only once."""
     if isinstance(x, Iterator):
         raise InputError(
             "every batch goes through the network several times: give a tensor or a list, not an iterator"
@@ -232,7 +231,7 @@ def gradients_by(
     batch: tuple[Any, Any],
     divisor: int | None = None,
 ) -> tuple[list[list[Tensor]], Any]:
-    """The gradients that a trainer computes of one batch, and the time-mean output; the network is left as it was.
+    """The gradients that a trainer computes for one batch, and the time-mean output. The network does not change.
 
     Every call begins with the same buffers and random numbers.
 
@@ -241,10 +240,10 @@ def gradients_by(
         trainer_of: Makes the trainer.
         loss_fn: ``(output of one step, target) -> scalar``.
         batch: ``(x, target)``.
-        divisor: T, for the gradients of each step's loss over T; None for those of the mean of all.
+        divisor: T gives the gradients of each step's loss, divided by T; None gives those of the mean of all.
 
     Returns:
-        The gradients, for each step's loss or for the mean: a tensor for each parameter that is trained; and the output.
+        The gradients for each step's loss or for the mean, with a tensor for each trained parameter; and the output.
     """
     with restoring(net):
         parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -254,7 +253,7 @@ def gradients_by(
 
 
 class _Gradients:
-    """Takes gradients where a trainer back-propagates, past ``.grad`` and the hooks on it.
+    """Takes the gradients when a trainer back-propagates, without ``.grad`` and the hooks on it.
 
     Attributes:
         parts: The gradient of every step's loss, or the one of their mean: a tensor for each parameter.

@@ -1,4 +1,4 @@
-"""Time and memory of a training iteration by method, and on which machine."""
+"""Time and memory of a training iteration by method, and the name of the machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class IterationCost:
-    """What one training iteration (forward and backward, no update) of one method takes.
+    """Time and memory of one training iteration (forward and backward, no update) of one method.
 
     Attributes:
         method: ``"BPTT"``, ``"SLTT"`` or ``"SLTT-K"``.
@@ -64,10 +64,10 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Costs(Generic[Row]):
-    """What was measured of iterations that took turns.
+    """Costs of iterations that were measured in turns.
 
     Attributes:
-        rows: One for each that was measured.
+        rows: One for each method or plan.
         time_steps: T.
         repeats: How often each was timed.
         device: Name of the device.
@@ -102,7 +102,7 @@ def benchmark(
 ) -> Benchmark:
     """Time and memory of one training iteration of each method, on copies of ``net``.
 
-    The methods take turns, so that whatever else the machine does slows all alike. SLTT steps through time with
+    The methods take turns, so that other work on the machine slows all of them alike. SLTT steps through time with
     ``chunk=1``; BPTT gives a multi-step network all steps in one call.
 
     Args:
@@ -111,8 +111,8 @@ def benchmark(
         target: Its target.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T.
-        methods: ``"bptt"``, ``"sltt"``, ``"sltt-2"``, ...; the first is what the others are compared with.
-        repeats: How often each is timed; one more run before is not.
+        methods: ``"bptt"``, ``"sltt"``, ``"sltt-2"``, .... The others are compared with the first.
+        repeats: How often each is timed, after one run that is not timed.
         time_dim: As in `OnlineTrainer`.
         output: What the loss reads of the network's return value, as in `OnlineTrainer`.
         on_run: Called after every run.
@@ -150,7 +150,7 @@ def interleaved_seconds(
     clock: Callable[[], float] = time.perf_counter,
     on_run: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each run after one to warm up; they take turns, so that a busy machine slows all alike."""
+    """Seconds of each run, after one to warm up. The runs take turns, so that a busy machine slows all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
@@ -176,7 +176,7 @@ def interleaved_medians(
 
 
 def device_name(device: str = "cpu") -> str:
-    """Name of a device, and the number of threads where it is the CPU."""
+    """Name of a device, and for the CPU also the number of threads."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     model = platform.processor()
@@ -195,6 +195,6 @@ def _iteration(trainer: GradientTrainer, x: Any, target: Any) -> None:
 
 
 def synchronised_clock() -> float:
-    """Seconds, once a CUDA device has done what it was given."""
+    """The time in seconds, after a CUDA device has finished its work."""
     torch.cuda.synchronize()
     return time.perf_counter()

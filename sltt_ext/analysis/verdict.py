@@ -1,4 +1,4 @@
-"""An analysis in a few sentences: is SLTT right for the network, what does it save, which K, and what to look at."""
+"""An analysis in a few sentences: whether SLTT suits the network, what it saves, which K to take, and what to check."""
 
 from __future__ import annotations
 
@@ -12,48 +12,46 @@ if TYPE_CHECKING:
 __all__ = ["cautions", "verdict"]
 
 KEPT = 0.9
-"""Less than this part of the direction, and SLTT's gradient is not BPTT's any more."""
+"""With a smaller cosine similarity, SLTT's gradient is no longer close to BPTT's."""
 KEPT_BY_WINDOW = 0.95
 KEPT_BY_DRAWS = 0.9
 LEAST = 0.7
-"""A layer that keeps less of its own gradient, in direction or in norm, is named."""
+"""A layer is named if it keeps less of its own gradient, in direction or in norm."""
 
 
 def verdict(analysis: Analysis) -> list[str]:
     """The answer, in one sentence or two."""
     saved = _saved(analysis)
     if analysis.similarity is None:
-        return [f"SLTT takes {saved}. BPTT does not fit, so nobody can say here what its gradient keeps."]
+        return [f"SLTT takes {saved}. BPTT does not fit into memory, so the gradients could not be compared."]
     cosine = analysis.similarity.overall.cosine
     if math.isnan(cosine):
-        return [
-            "Neither gradient is anything but zero: nothing can be said of SLTT before the network learns."
-        ]
+        return ["Both gradients are zero: SLTT cannot be judged before the network learns."]
     if cosine < KEPT:
         return [
-            f"SLTT keeps {number(cosine)} of the gradient's direction only, at {saved}.",
+            f"SLTT keeps only {number(cosine)} of the gradient's direction, at {saved}.",
             _window(analysis),
         ]
     return [f"SLTT keeps {number(cosine)} of the gradient's direction, at {saved}.", *_k(analysis)]
 
 
 def cautions(analysis: Analysis) -> list[str]:
-    """What the answer hides."""
+    """What the answer does not show."""
     found = []
     if analysis.similarity is not None:
         layers = [row for row in analysis.similarity.select("layer") if not math.isnan(row.cosine)]
         least = min(layers, key=lambda row: min(row.cosine, row.norm_ratio), default=None)
         if least is not None and min(least.cosine, least.norm_ratio) < LEAST:
             found.append(
-                f"Least is kept in the layer {least.name or '(network)'}: {number(least.cosine)} of the direction of its own gradient, "
-                f"at {number(least.norm_ratio)} of the norm."
+                f"The layer {least.name or '(network)'} keeps least: {number(least.cosine)} of the direction of its own gradient, at "
+                f"{number(least.norm_ratio)} of the norm."
             )
     silent = [row.layer or "(network)" for row in analysis.activity.rows if row.dead == row.neurons]
     if silent:
         samples = analysis.activity.samples
         found.append(
-            f"No neuron has fired in the layer{'s' * (len(silent) != 1)} {', '.join(silent)}, with {samples} sample{'s' * (samples != 1)}: what is "
-            "behind learns from nothing. Try a smaller threshold, a batch norm in front of it, or a larger input."
+            f"No neuron has fired in the layer{'s' * (len(silent) != 1)} {', '.join(silent)}, with {samples} sample{'s' * (samples != 1)}: the layers "
+            "behind get only zeros as input. Try a smaller threshold, a batch norm in front, or a larger input."
         )
     return found
 
@@ -73,7 +71,7 @@ def take(analysis: Analysis) -> str:
 
 
 def recommended_k(analysis: Analysis) -> int | None:
-    """The smallest K that keeps enough of SLTT's direction; None where that takes all steps, or is not known."""
+    """The smallest K that keeps enough of SLTT's direction; None if it needs all steps or is not known."""
     draws = analysis.draws
     if draws is None or draws.smallest(KEPT_BY_DRAWS) == draws.time_steps:
         return None
@@ -81,7 +79,7 @@ def recommended_k(analysis: Analysis) -> int | None:
 
 
 def number(value: float) -> str:
-    """Three digits, and never 1 for what is less."""
+    """Three digits, rounded down so that a smaller number never reads as 1."""
     return f"{math.floor(1000 * value + 1e-9) / 1000:g}"
 
 
@@ -92,7 +90,7 @@ def memory(analysis: Analysis) -> float:
 
 
 def seconds(analysis: Analysis, method: str) -> float | None:
-    """How long an iteration of a method takes, relative to BPTT's; None where that was not measured."""
+    """The time of an iteration of a method, relative to BPTT's; None if it was not measured."""
     rows = () if analysis.timing is None else analysis.timing.rows
     return next((row.relative_seconds for row in rows if row.method == method), None)
 
@@ -113,7 +111,11 @@ def _saved(analysis: Analysis) -> str:
 def _k(analysis: Analysis) -> list[str]:
     k, draws = recommended_k(analysis), analysis.draws
     if k is None or draws is None:
-        return [] if draws is None else ["Back-propagate all steps: fewer would be too far from it."]
+        return (
+            []
+            if draws is None
+            else ["Back-propagate all steps: with fewer, the gradient would be too different."]
+        )
     time = seconds(analysis, f"SLTT-{k}")
     return [
         f"Take K = {k} to save time: {k} of {draws.time_steps} steps keep {number(draws.cosine(k))} of SLTT's direction"
@@ -126,8 +128,8 @@ def _window(analysis: Analysis) -> str:
     row = _smallest_window(credit)
     if credit is None or row is None or row.window == credit.time_steps:
         return (
-            f"No shorter window keeps {KEPT_BY_WINDOW:g}. What that costs in accuracy, only training shows: compare both before you "
-            "choose SLTT."
+            f"No shorter window keeps {KEPT_BY_WINDOW:g}. Only training shows what this costs in accuracy: compare both before "
+            "you choose SLTT."
         )
     return (
         f"Take windows of {row.window} steps, convert(net, temporal='call') and chunk={row.window}: they keep {number(row.cosine)}, at "

@@ -21,8 +21,8 @@ __all__ = ["register"]
 
 _PARTS = 9
 _RANDOM = (
-    "The inputs are random numbers from 0 to 1 and the targets random classes: give --data for real ones. Firing "
-    "rates and gradients of real data differ."
+    "The inputs are random numbers from 0 to 1 and the targets are random classes. Firing rates and "
+    "gradients differ with real data: give it with --data."
 )
 _EXAMPLES = """examples:
   sltt analyze my_models:build --input-shape 3,64,64 --time-steps 6
@@ -36,9 +36,9 @@ def register(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "analyze",
-        help="what SLTT does to your network: gradients, memory, operations, firing rates, in one report",
+        help="one report of what SLTT does to your network: gradients, memory, operations, firing rates",
         description="Compare SLTT with BPTT on your network: how close the gradients are, also with a gradient "
-        "through a few time steps, memory over time steps and by layer, scalar operations, firing rates. Writes report.html and report.json.",
+        "through a few time steps; memory over time steps and by layer; scalar operations; firing rates. Writes report.html and report.json.",
         epilog=_EXAMPLES,
         formatter_class=Formatter,
     )

@@ -61,7 +61,7 @@ def add_network_arguments(
 
 def add_methods_argument(parser: Any) -> None:
     """``--methods``, which are compared."""
-    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the first is what the others are compared with")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the others are compared with the first")  # fmt: skip
 
 
 def check_methods(names: Sequence[str]) -> None:

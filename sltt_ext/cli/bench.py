@@ -39,7 +39,7 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="time and memory of one training iteration with BPTT, SLTT and SLTT-K on this machine",
-        description="Time one training iteration (forward and backward, no update) of every method, in turns, and "
+        description="Time one training iteration (forward and backward, no update) of every method, in turns. Also "
         "count its peak memory: activations, states, gradients.",
         epilog=_EXAMPLES,
         formatter_class=Formatter,

@@ -17,7 +17,7 @@ def register(commands: Any) -> None:
         "env",
         help="versions, devices, and the backend that runs the neurons on each",
         description="Print what a bug report needs: versions, devices, which backend runs the fused neurons on "
-        "each, and why not another.",
+        "each, and why the others do not.",
         epilog="example: sltt env --json",
         formatter_class=Formatter,
     )

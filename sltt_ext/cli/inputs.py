@@ -92,7 +92,7 @@ def _classes(net: nn.Module, x: Tensor, options: argparse.Namespace) -> int:
     if output.dim() != 2:
         raise InputError(
             f"the network's output at one step has shape {list(output.shape)}, cross-entropy needs [N, classes]: name a "
-            "factory whose network ends so, or call sltt_ext.analysis with a loss of your own"
+            "factory whose network returns that, or call sltt_ext.analysis with your own loss"
         )
     return output.shape[1]
 

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sltt",
         description="Spatial Learning Through Time for spiking neural networks.",
-        epilog="Exit codes: 0 done, 1 an error, said on standard error, 2 wrong usage, 130 stopped.",
+        epilog="Exit codes: 0 done, 1 an error (printed on standard error), 2 wrong usage, 130 stopped.",
     )
     parser.add_argument("--version", action="version", version=f"sltt-ext {sltt_ext.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)

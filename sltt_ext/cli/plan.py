@@ -37,14 +37,14 @@ def register(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="how much you will save: memory and time of the plans for your network, and which one the trainer takes",
-        description="Run a few training iterations (forward and backward, no update) of your network by every plan that the "
-        "trainer tries, and print the memory and the time of each, beside BPTT.",
+        description="Run a few training iterations (forward and backward, no update) of your network with every plan that the "
+        "trainer tries. Print the memory and the time of each plan and of BPTT.",
         epilog=_EXAMPLES,
         formatter_class=Formatter,
     )
     add_network_arguments(parser, batch=8, shape=None, factory=None)
     add_methods_argument(parser)
-    parser.add_argument("--memory-budget", metavar="SIZE", help="what a plan may need: 6GiB, a part of the device's memory such as 0.8, or least; default: the leanest that is about as fast as the fastest")  # fmt: skip
+    parser.add_argument("--memory-budget", metavar="SIZE", help="memory that a plan may need: 6GiB, a part of the device's memory such as 0.8, or least; default: the leanest plan that is about as fast as the fastest")  # fmt: skip
     parser.add_argument("--repeats", type=positive, default=5, help="how often each plan is timed")
     parser.set_defaults(run=_run)
 

@@ -13,7 +13,7 @@ _SURROGATES = {"ATan": neuron.surrogate.ATan, "Sigmoid": neuron.surrogate.Sigmoi
 def _surrogate(name: str, alpha: float) -> neuron.SurrogateFunction:
     if name not in _SURROGATES:
         raise ConfigurationError(
-            f"surrogate_function={name!r} of spikingjelly.cext is not here: {', '.join(_SURROGATES)}"
+            f"surrogate_function={name!r} of spikingjelly.cext is not available here: use one of {', '.join(_SURROGATES)}"
         )
     made: neuron.SurrogateFunction = _SURROGATES[name](alpha)
     return made

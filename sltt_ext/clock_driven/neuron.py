@@ -56,8 +56,8 @@ class BaseNode(MemoryModule):
         for name, value in (("v_threshold", v_threshold), ("v_reset", 0.0 if v_reset is None else v_reset)):
             if not isinstance(value, (int, float, Tensor)):
                 raise ConfigurationError(
-                    f"{name} must be a number, got {value!r}: the arguments of {type(self).__name__} come in another order in "
-                    "code for a SpikingJelly before 0.0.0.0.9; give them by name"
+                    f"{name} must be a number, got {value!r}: the arguments of {type(self).__name__} were in another order "
+                    "before SpikingJelly 0.0.0.0.9; give them by name"
                 )
         self.register_memory("v", 0.0 if v_reset is None else v_reset)
         self.register_memory("v_threshold", v_threshold)
@@ -244,7 +244,9 @@ class MultiStepBaseNode(BaseNode):
 
     def _take_sequences(self, backend: str) -> None:
         if backend not in ("torch", "cupy"):
-            raise ConfigurationError(f"backend={backend!r} of the old neurons is not here: 'torch' or 'cupy'")
+            raise ConfigurationError(
+                f"backend={backend!r} of the old neurons is not available here: use 'torch' or 'cupy'"
+            )
         self.register_memory("v_seq", None)
         self.backend = backend
 

@@ -105,8 +105,8 @@ def _fetch(source: ArchivedSet, root: Path, download: bool) -> None:
     if missing and not download:
         hint = ", or pass download=True" if source.downloadable else ""
         raise DataError(
-            f"{source.title} is not in {root}: {what}{hint}. Where you have it extracted: "
-            f"{root / 'extract' / source.archives[0].inside} is a folder to be"
+            f"{source.title} is not in {root}: {what}{hint}. If you have it extracted already, "
+            f"its folder has to be {root / 'extract' / source.archives[0].inside}"
         )
     for file in missing:
         with downloading(file.url, folder):

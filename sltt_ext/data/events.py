@@ -163,7 +163,7 @@ class CIFAR10DVSData(_EventData):
         if not chosen:
             raise DataError(
                 f"{self.title} at {self.root} has no {'training' if train else 'test'} samples: numbers below "
-                f"{FIRST_TEST_NUMBER} are to train on, the others to test"
+                f"{FIRST_TEST_NUMBER} are for training, the others for testing"
             )
         return Subset(dataset, chosen), len(dataset.classes)
 

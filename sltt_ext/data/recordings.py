@@ -117,7 +117,7 @@ def integrate_by_number(events: Events, time_steps: int) -> Any:
     """
     number = len(events["t"])
     if number < time_steps:
-        raise ValueError(f"{number} events make no {time_steps} frames: lower time_steps")
+        raise ValueError(f"{number} events are too few for {time_steps} frames: lower time_steps")
     x, y = (events[key].astype(np.int64) for key in "xy")
     if min(x.min(), y.min()) < 0 or max(x.max(), y.max()) >= SIZE:
         raise ValueError(f"events outside of {SIZE} x {SIZE} pixels")

@@ -1,4 +1,4 @@
-"""Neurons of no framework: the user says what one step of them is, or what they carry from step to step."""
+"""Neurons that belong to no framework: the user declares one step, or the state that they carry."""
 
 from sltt_ext.declared.declaration import declare_neuron
 

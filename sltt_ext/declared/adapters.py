@@ -182,8 +182,8 @@ class DeclaredStep(DeclaredState):
             own["_sltt_calls"] = own.get("_sltt_calls", 0) + 1
             if own["_sltt_calls"] > 1:
                 raise ConfigurationError(
-                    f"a {self.original.__name__} runs more than once in a step, each time from rest, which the time loop cannot "
-                    "tell from going on: a module for each place, or convert alone and a loop of your own"
+                    f"a {self.original.__name__} runs more than once in a step, and starts from rest each time: use "
+                    "one module for each place, or convert alone and your own loop over time"
                 )
         state = own.get("_sltt_carried") if goes_on else None  # a constant, since the last call has ended
         hold = (lambda state: state) if self.through_time else constant

@@ -278,7 +278,7 @@ def _check_spikes(name: str, declaration: Declaration, output: Any) -> None:
     spikes = declaration.spikes_in(output)
     if spikes is not None and not bool(((spikes == 0) | (spikes == 1)).all()):
         raise DeclarationError(
-            f"spikes={declaration.spikes} of {name} names an output with other numbers than 0 and 1, which cannot be packed: leave "
+            f"spikes={declaration.spikes} of {name} names an output with numbers other than 0 and 1, which cannot be packed: leave "
             "spikes out"
         )
 

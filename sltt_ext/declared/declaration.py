@@ -1,4 +1,4 @@
-"""What a user declares of a neuron of their own: one step of it, or the names of its state."""
+"""How users declare their own neurons: by one step, or by the names of the state."""
 
 from __future__ import annotations
 
@@ -27,35 +27,36 @@ def declare_neuron(
     spikes: int | None = None,
     as_lif: Callable[[Any], Mapping[str, Any]] | None = None,
 ) -> Callable[[StepT], StepT]:
-    """Tell `convert` a neuron class of no framework. The class itself stays as it is.
+    """Make `convert` know a neuron class of your own. The class itself does not change.
 
-    Three forms, each of them enough:
+    There are three forms, and one of them is enough:
 
-    - A decorated function that computes one step, ``step(module, x, *states) -> (output, *states)``, as the equations
-      have it. Each state is None at the first step of a sequence. The class's ``forward`` takes whole sequences, with
-      their time on axis ``time_dim``, and starts each from rest: its loop is replaced by the declared step.
-    - ``state``: the names of the attributes in which the class keeps its state, where its ``forward`` runs one step.
-    - ``as_lif``: the settings with which it is a leaky integrate-and-fire neuron, run by the fused kernels.
+    - A decorated function computes one step, ``step(module, x, *states) -> (output, *states)``, as in the equations. Each
+      state is None at the first step of a sequence. The class's ``forward`` takes whole sequences, with time on axis
+      ``time_dim``, and starts each from rest. The declared step replaces its loop.
+    - ``state`` names the attributes in which the class keeps its state. Its ``forward`` runs one step.
+    - ``as_lif`` gives the settings that make it a leaky integrate-and-fire neuron. The fused kernels run it.
 
-    What enters a step is a constant for the gradient in each of them. At its first call a converted neuron is compared
-    with its own ``forward``, on the input it got and on random numbers.
+    In each form, the state that enters a step is a constant for the gradient. The first call of a converted neuron is
+    compared with the class's own ``forward``, on its input and on random numbers.
 
     Args:
         cls: The neuron's class; its subclasses are declared with it.
-        time_dim: The axis of time of what ``forward`` takes and returns, 0 for ``[T, N, ...]``, 1 for ``[N, T, ...]``; None
-            where a call is one step ``[N, ...]``.
-        state: With ``time_dim=None``, the attributes that a step leaves for the next one. A step function's states have the
-            names of its arguments, unless they are given here.
-        spikes: Which output holds nothing but spikes (0 for the first, or the only one), so that they can be packed.
-        as_lif: From a neuron, the arguments of `sltt_ext.functional.multi_step_lif` that describe it: ``tau`` (left out for
-            IF), ``decay_input``, ``factored_leak``, ``v_threshold``, ``v_reset``, ``detach_reset``, ``surrogate``; and ``w``,
-            a tensor of one element, for a learnable leak as in `sltt_ext.functional.multi_step_plif`.
+        time_dim: The time axis of the input and output of ``forward``: 0 for ``[T, N, ...]``, 1 for ``[N, T, ...]``. None if a
+            call is one step ``[N, ...]``.
+        state: With ``time_dim=None``, the attributes that a step leaves for the next one. With a step function, the states
+            have the names of its arguments, unless you give other names here.
+        spikes: The index of an output that holds only spikes (0 for the first or only one), so that they can be packed.
+        as_lif: A function of a neuron. It returns the arguments of `sltt_ext.functional.multi_step_lif` that describe the
+            neuron: ``tau`` (left out for IF), ``decay_input``, ``factored_leak``, ``v_threshold``, ``v_reset``,
+            ``detach_reset``, ``surrogate``. For a learnable leak as in `sltt_ext.functional.multi_step_plif` it also
+            returns ``w``, a tensor of one element.
 
     Returns:
-        A decorator for the step function, which it leaves as it is.
+        A decorator for the step function. It returns the function unchanged.
 
     Raises:
-        ConfigurationError: If the declaration cannot be that of a neuron.
+        ConfigurationError: If the declaration cannot describe a neuron.
 
     >>> import torch
     >>> class MyLIF(torch.nn.Module):

@@ -96,8 +96,8 @@ class Declaration:
         surrogate, w = given.pop("surrogate", None), given.pop("w", None)
         if surrogate is None or given.keys() - _LIF.keys():
             raise ConfigurationError(
-                f"as_lif of {self.cls.__name__} must return surrogate=, an sltt_ext.surrogate.Surrogate, and of "
-                f"{', '.join([*_LIF, 'w'])} what is not the default, got {', '.join(given) or 'nothing'}"
+                f"as_lif of {self.cls.__name__} must return surrogate=, an sltt_ext.surrogate.Surrogate, and those of "
+                f"{', '.join([*_LIF, 'w'])} that are not the default, got {', '.join(given) or 'nothing'}"
             )
         given = {**_LIF, **given}
         settings = lif_settings(**given, through_time=through_time, surrogate=surrogate)

@@ -1,4 +1,4 @@
-"""What a run is made of: its data set, its network, and the weights to start from."""
+"""The parts of a run: its data set, its network, and its first weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Build = Callable[[Experiment, "DataModule"], nn.Module]
 
 
 def data_module(experiment: Experiment, options: dict[str, Any]) -> DataModule:
-    """The data set an experiment names, with further ``options`` of its own."""
+    """The data set that an experiment names, with further ``options`` of the data set."""
     make = DATA_SETS[experiment.data]
     if make.time_dim is not None:
         options = {**options, "time_steps": experiment.time_steps}
@@ -38,10 +38,10 @@ def data_module(experiment: Experiment, options: dict[str, Any]) -> DataModule:
 
 
 def named_network(experiment: Experiment, data: DataModule) -> nn.Module:
-    """The network an experiment names, for the classes and channels of its data.
+    """The network that an experiment names, for the classes and channels of its data.
 
     Raises:
-        ConfigurationError: If there is none of that name, or it has no dropout and the experiment has.
+        ConfigurationError: If there is no network of that name, or if the experiment has dropout and the network has none.
     """
     if experiment.network not in MODELS:
         raise ConfigurationError(f"network must be one of {', '.join(MODELS)}, got {experiment.network!r}")
@@ -68,7 +68,7 @@ def load_weights(path: Path, net: nn.Module) -> None:
     """Load the weights of a checkpoint of `run`, or of the published code.
 
     Raises:
-        CheckpointError: If the file cannot be read, or is of another network.
+        CheckpointError: If the file cannot be read, or is from another network.
     """
     content = read_checkpoint(path)
     if not isinstance(content, dict) or "state_dict" not in content:
@@ -78,4 +78,4 @@ def load_weights(path: Path, net: nn.Module) -> None:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} is of another network than {type(net).__name__}: {error}") from error
+        raise CheckpointError(f"{path} is from another network than {type(net).__name__}: {error}") from error

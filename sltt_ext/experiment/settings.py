@@ -1,4 +1,4 @@
-"""The settings of a run: a configuration file, one for each row of the paper's tables, and the command line."""
+"""The settings of a run, from a configuration file and the command line. Each row of the paper's tables has a file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sltt_ext.optional import require
 __all__ = ["Experiment", "from_command_line"]
 
 FLAGS = {
-    "resume": "go on from the run's last checkpoint in the output folder",
-    "smoke": "one epoch, of a few batches, of a narrow network on a tiny made-up set in the original file format",
+    "resume": "continue from the run's last checkpoint in the output folder",
+    "smoke": "a quick trial: one epoch of a few batches, with a narrow network and a tiny made-up set in the original file format",
 }
 
 
@@ -26,36 +26,37 @@ class Experiment:
         data: Name of the data set.
         network: Name of the network.
         time_steps: T.
-        epochs: How often the training set is gone through.
-        batch_size: Samples of a batch; of each process, where there are several.
-        learning_rate: Of SGD with momentum 0.9; falls to zero over the epochs along a cosine.
-        weight_decay: Of SGD.
+        epochs: Number of passes through the training set.
+        batch_size: Samples of a batch, for each process.
+        learning_rate: Learning rate of SGD with momentum 0.9. It falls to zero over the epochs along a cosine.
+        weight_decay: Weight decay of SGD.
         method: bptt, sltt, or sltt-k.
         k: How many of the T steps sltt-k back-propagates.
-        schedule: How sltt-k draws them: random, stratified (one of each k-th of the T), or early (late ones less often).
-        scale: What divides the sum of the losses of sltt-k: their number (mean), or T (paper).
-        chunk: How many steps that sltt and sltt-k back-propagate share a call of the network: a number, or auto for the plan
+        schedule: How sltt-k draws them: random, stratified (one of each k-th of the T steps), or early (late steps less often).
+        scale: Whether the sum of the losses of sltt-k is divided by their number (mean) or by T (paper).
+        chunk: How many back-propagated steps of sltt and sltt-k share a call of the network: a number, or auto for the plan
             that `OnlineTrainer` takes.
-        pack_spikes: Whether spikes are kept as bits, true, false or auto.
-        cache_invariant: Whether what does not depend on time is evaluated once, true, false or auto.
-        memory_budget: For what is auto, such as 6GiB, 0.8 of the device, or least; none is the leanest plan that is about as
-            fast as the fastest.
-        mse_weight: Weight lambda of the squared error; the cross-entropy's is 1 - lambda.
-        mse_target: What the squared error pulls the output to: a number, or one_hot.
+        pack_spikes: Whether spikes are kept as bits: true, false or auto.
+        cache_invariant: Whether to evaluate only once what does not depend on time: true, false or auto.
+        memory_budget: The memory for plans that are auto: 6GiB, a part of the device such as 0.8, or least. None takes the
+            leanest plan that is about as fast as the fastest.
+        mse_weight: Weight lambda of the squared error. The weight of the cross-entropy is 1 - lambda.
+        mse_target: The value to which the squared error pulls the output: a number, or one_hot.
         dropout: Probability of dropping a spike; not for NF-ResNets.
         width: Channels of the network's first stage.
-        precision: Lightning's name of it: 16-mixed, bf16-mixed or 32-true.
-        seed: Of weights, batches, transforms and drawn steps.
-        data_dir: Folder of the data set; none is the set's own default, below ./data.
+        precision: The precision by Lightning's name: 16-mixed, bf16-mixed or 32-true.
+        seed: Seed of weights, batches, transforms and drawn steps.
+        data_dir: Folder of the data set; the default is the set's own, below ./data.
         output: Folder for logs and checkpoints.
-        pretrained: Checkpoint to start from: of another run, or of the published code.
-        resume: Go on from the run's last checkpoint in the output folder.
-        evaluate: Checkpoint to test, in place of training: of another run, or of the published code.
+        pretrained: Checkpoint to start from, of another run or of the published code.
+        resume: Continue from the run's last checkpoint in the output folder.
+        evaluate: Checkpoint to test instead of training, of another run or of the published code.
         devices: How many devices, or CPU processes, to train on.
-        accelerator: Lightning's name of it: auto, cpu or gpu.
+        accelerator: The accelerator by Lightning's name: auto, cpu or gpu.
         workers: Processes that load data ahead.
-        on_corrupt: What to do about a file that cannot be read: raise an error that names it, or skip it.
-        smoke: One epoch, of a few batches, of a narrow network on a tiny made-up set in the original file format.
+        on_corrupt: What to do with a file that cannot be read: raise an error that names it, or skip it.
+        smoke: A quick trial: one epoch of a few batches, with a narrow network and a tiny made-up set in the original file
+            format.
     """
 
     data: str
@@ -113,10 +114,10 @@ class Experiment:
 
 
 def from_command_line(description: str, arguments: list[str] | None = None) -> Experiment:
-    """The settings on a command line; a wrong one ends the program with a word about its usage.
+    """The settings on a command line. A wrong setting ends the program with a note on its usage.
 
     Args:
-        description: Of the script, for ``--help``.
+        description: Description of the script, for ``--help``.
         arguments: The command line; None is the program's own.
     """
     jsonargparse = require("jsonargparse", extra="train")

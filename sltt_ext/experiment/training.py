@@ -1,4 +1,4 @@
-"""The run itself: settings, a network and a data set become a trained, checkpointed network.
+"""The run itself: train a network on a data set with the settings, and save checkpoints.
 
 Lightning does the rest: devices and processes, mixed precision, progress, TensorBoard, checkpoints.
 """
@@ -37,7 +37,7 @@ SMOKE: dict[str, Any] = {
     "accelerator": "cpu",
     "workers": 0,
 }
-"""What a smoke run changes, to end soon on any machine."""
+"""The settings that a smoke run changes, so that it ends soon on any machine."""
 SMOKE_BATCHES = 3
 
 
@@ -46,11 +46,11 @@ def main(
     build: Build | None = None,
     arguments: list[str] | None = None,
 ) -> dict[str, float]:
-    """Run the experiment that the command line asks for; errors that a user can mend end it with their message.
+    """Run the experiment that the command line asks for. An error that the user can fix ends it with its message.
 
     Args:
-        description: Of the script, for ``--help``.
-        build: Makes the network, given the settings and the data set; default `named_network`.
+        description: Description of the script, for ``--help``.
+        build: Makes the network from the settings and the data set; default `named_network`.
         arguments: The command line; None is the program's own.
 
     Returns:
@@ -67,15 +67,15 @@ def run(experiment: Experiment, build: Build | None = None) -> dict[str, float]:
 
     Raises:
         ConfigurationError: If settings do not fit each other.
-        CheckpointError: If a checkpoint is missing, unreadable, or of another network.
+        CheckpointError: If a checkpoint is missing, cannot be read, or is from another network.
         DataError: If the data set is absent or damaged.
     """
     last = experiment.folder / "last.ckpt"
     if experiment.resume and not last.is_file():
-        raise CheckpointError(f"there is nothing to resume, {last} does not exist: leave --resume out")
+        raise CheckpointError(f"there is nothing to resume: {last} does not exist; leave --resume out")
     if last.is_file() and not (experiment.resume or experiment.evaluate or experiment.smoke):
         raise CheckpointError(
-            f"{last} is of a run with these settings: --resume goes on with it, another --output starts anew"
+            f"{last} is from an earlier run with these settings: --resume continues it, another --output starts a new one"
         )
     if experiment.data not in DATA_SETS:
         raise ConfigurationError(f"data must be one of {', '.join(DATA_SETS)}, got {experiment.data!r}")
@@ -128,12 +128,12 @@ def _run(experiment: Experiment, build: Build, data_options: dict[str, Any]) -> 
 
 
 class ExperimentModule(OnlineModule):
-    """The network under the method and with the optimizer of an experiment.
+    """The network with the method and the optimizer of an experiment.
 
     Args:
         experiment: The settings.
         net: The network.
-        time_dim: The axis of time in the input, as in `OnlineTrainer`.
+        time_dim: The time axis of the input, as in `OnlineTrainer`.
     """
 
     def __init__(self, experiment: Experiment, net: nn.Module, time_dim: TimeDim | None) -> None:
@@ -143,12 +143,12 @@ class ExperimentModule(OnlineModule):
         self.experiment = experiment
 
     def on_train_epoch_start(self) -> None:
-        """Start each epoch's random streams anew, so that a resumed run goes on as if never interrupted."""
+        """Start each epoch's random streams anew, so that a resumed run continues as if it had never been interrupted."""
         epoch_and_process = self.current_epoch * self.trainer.world_size + self.trainer.global_rank
         torch.manual_seed(self.experiment.seed + 1 + epoch_and_process)
 
     def configure_optimizers(self) -> Any:
-        """The paper's: SGD with momentum, cosine annealing over the epochs."""
+        """The optimizer of the paper: SGD with momentum, and cosine annealing over the epochs."""
         optimizer = torch.optim.SGD(
             self.net.parameters(),
             self.experiment.learning_rate,

@@ -1,4 +1,4 @@
-"""The functional form of the fused multi-step neurons, over registered torch operators."""
+"""The fused multi-step neurons as functions, built on registered torch operators."""
 
 from sltt_ext.functional.leaky import multi_step_leaky
 from sltt_ext.functional.lif import after_reset, multi_step_if, multi_step_lif, multi_step_plif

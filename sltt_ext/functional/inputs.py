@@ -1,4 +1,4 @@
-"""The inputs every fused neuron takes: a sequence of currents and an initial state."""
+"""The inputs of every fused neuron: a sequence of currents and an initial state."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def step_shape(x_seq: Tensor, single_step: bool) -> torch.Size:
 def initial_state(
     name: str, state: Tensor | float, x_seq: Tensor, single_step: bool, constant: bool = True
 ) -> Tensor:
-    """``state`` ``[N, ...]``, or one number for all, in the dtype states are kept in, and ``constant`` or not.
+    """The state ``[N, ...]`` in the dtype of states, from a tensor or one number for all; detached if ``constant``.
 
     Raises:
         InputError: If ``x_seq`` has no step or is not floating point, or shapes or devices disagree.
@@ -58,7 +58,10 @@ def check_device(name: str, tensor: Tensor, x_seq: Tensor) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A tensor of a user's subclass as a plain one: its operators would make other views, and it wraps no other tensor."""
+    """A tensor of a user's subclass as a plain tensor, because the subclass's operators would make other views.
+
+    A subclass with its own ``__torch_dispatch__`` stays as it is: it may wrap another tensor.
+    """
     kind = type(value)
     if (
         kind is Tensor

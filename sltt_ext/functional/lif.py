@@ -19,8 +19,8 @@ Backward holds every ``v[t-1]`` constant (Meng et al. 2023, Sec. 4.1)::
 with a surrogate gradient ``H'``. The last state ``v[T]`` carries its own local gradient, so a loss may
 read the membrane potential.
 
-With ``through_time`` it is the framework's own gradient, through every ``v[t]``. From the last step to the first,
-``g[t] = dL/dv[t]`` is what arrives from the step behind, or of the last state, and ``f[t] = dL/dh[t]``::
+With ``through_time`` it is the framework's own gradient, through every ``v[t]``. It is computed from the last step to the
+first. ``g[t] = dL/dv[t]`` arrives from step ``t + 1``, or at the last step from the final state, and ``f[t] = dL/dh[t]``::
 
     f[t]       = (dL/ds[t] + g[t] dv[t]/ds[t]) H'(h[t] - v_threshold) + g[t] dv[t]/dh[t]
     dL/dx[t]   = f[t] dh[t]/dx[t]
@@ -56,20 +56,20 @@ def multi_step_if(
 
     Args:
         x_seq: Input currents ``[T, N, ...]``: float32, float64, float16 or bfloat16.
-        v: Initial membrane potential ``[N, ...]``, one number for all, or None for the resting
-            potential. A constant for the gradient, but for ``through_time``.
+        v: Initial membrane potential ``[N, ...]``, one number for all, or None for the resting potential. It is a constant
+            for the gradient, except with ``through_time``.
         v_threshold: Firing threshold, in the units of ``x_seq``.
         v_reset: Potential after a spike; None subtracts ``v_threshold`` instead (soft reset).
         detach_reset: Leave the reset out of the gradient of the states.
         surrogate: Surrogate gradient of the spike.
         backend: ``"auto"``, ``"torch"``, ``"cupy"``, ``"nvrtc"`` or ``"inductor"``.
         single_step: ``x_seq`` is one step ``[N, ...]``, and so are the spikes.
-        charged: The returned potential is the charged one, ``h[T]``, and so is a tensor given as ``v``: the
-            reset is applied on entry of the next call, or by `after_reset`. It is the very tensor that
-            backward reads, so that one tensor stays behind instead of two. None or a number for ``v`` is
-            not reset; a tensor that requires no gradient may be overwritten by the returned potential.
-        through_time: Take the framework's own gradient, through time, and through the initial potential where it
-            requires one. Backward keeps one charged potential per step. Not together with ``charged``.
+        charged: Return the charged potential ``h[T]``, and take a tensor given as ``v`` for a charged one. The reset is then
+            applied at the start of the next call, or by `after_reset`. Backward reads this same tensor, so one tensor is
+            kept instead of two. If ``v`` is None or a number, it is not reset. If ``v`` is a tensor that requires no
+            gradient, the returned potential may overwrite it.
+        through_time: Take the framework's own gradient, through time, and through the initial potential if that requires a
+            gradient. Backward keeps one charged potential per step. This does not go together with ``charged``.
 
     Returns:
         Spikes ``[T, N, ...]`` in the dtype of ``x_seq``, and the final membrane potential ``[N, ...]``,
@@ -108,15 +108,15 @@ def multi_step_lif(
     charged: bool = False,
     through_time: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Leaky integrate-and-fire neurons over a sequence; see `multi_step_if` for what they share.
+    """Leaky integrate-and-fire neurons over a sequence; see `multi_step_if` for the common arguments.
 
     Args:
         x_seq: Input currents ``[T, N, ...]``.
         v: Initial membrane potential.
         tau: Membrane time constant, in time steps; positive.
         decay_input: Whether the input current is divided by ``tau`` as well.
-        factored_leak: Without ``decay_input`` and with a resting potential of 0: compute the leak as
-            ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
+        factored_leak: Compute the leak as ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does. The result is the same except for
+            rounding. This needs ``decay_input=False`` and a resting potential of 0.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the gradient of the states.
@@ -168,16 +168,16 @@ def multi_step_plif(
 ) -> tuple[Tensor, Tensor]:
     """Parametric LIF neurons over a sequence: ``1 / tau = sigmoid(w)`` with a learnable ``w``.
 
-    The gradient of ``w`` is the sum of each step's local term, the carried state held constant unless ``through_time``.
-    Equations of Fang et al. 2021 (Parametric LIF); see `multi_step_if` for what the neurons share.
+    The gradient of ``w`` is the sum of each step's local term. The carried state is a constant, except with ``through_time``.
+    The equations are those of Fang et al. 2021 (Parametric LIF); see `multi_step_if` for the common arguments.
 
     Args:
         x_seq: Input currents ``[T, N, ...]``.
         w: The parameter, a tensor with one element and no dimension.
         v: Initial membrane potential.
         decay_input: Whether the input current is divided by ``tau`` as well.
-        factored_leak: Without ``decay_input`` and with a resting potential of 0: compute the leak as
-            ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does; the same but for rounding.
+        factored_leak: Compute the leak as ``v (1 - d)``, as SpikingJelly 0.0.0.0.14 does. The result is the same except for
+            rounding. This needs ``decay_input=False`` and a resting potential of 0.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike, or None for a soft reset.
         detach_reset: Leave the reset out of the gradient of the states.
@@ -216,7 +216,7 @@ def after_reset(
     detach_reset: bool = False,
     surrogate: Surrogate = _DEFAULT_SURROGATE,
 ) -> Tensor:
-    """The membrane potential after the reset, of neurons that carry their charged potential.
+    """The membrane potential after the reset, for neurons that carry their charged potential.
 
     Args:
         h: Charged potential ``[N, ...]``, as returned with ``charged=True``. May require a gradient.
@@ -226,7 +226,7 @@ def after_reset(
         surrogate: Surrogate gradient of the spike.
 
     Returns:
-        What the same neurons return without ``charged``, ``[N, ...]``.
+        The potential ``[N, ...]`` that the same neurons return without ``charged``.
 
     >>> import torch
     >>> _, h = multi_step_if(torch.tensor([[0.4, 1.3]]), charged=True)

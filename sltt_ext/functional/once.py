@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated again, and say so."""
+"""Gradients that raise an error if they are differentiated again."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Backward = Callable[..., Any]
 
 
 def differentiable_once(backward: Backward) -> Backward:
-    """Decorate the ``backward`` of a `torch.autograd.Function`: a gradient of its gradients is an error.
+    """Decorate the ``backward`` of a `torch.autograd.Function`, so that a gradient of its gradients is an error.
 
-    Other than with `torch.autograd.function.once_differentiable`, it is one as well where the gradients that come in
-    are constants: the second derivative goes through what backward has saved.
+    Unlike with `torch.autograd.function.once_differentiable`, it is an error even if the incoming gradients are constants,
+    because the second derivative goes through the tensors that backward has saved.
     """
 
     @functools.wraps(backward)

@@ -14,7 +14,7 @@ Settings = TypeVar("Settings", LIFSettings, LeakySettings)
 
 
 def flat(settings: LIFSettings | LeakySettings) -> tuple[Any, ...]:
-    """The fields, with the surrogate, which is the last, as its name and its parameters."""
+    """The fields. The last one, the surrogate, becomes its name and its parameters."""
     *before, surrogate = settings
     return (*before, surrogate.name, surrogate.parameters)
 

@@ -29,8 +29,8 @@ def traced_leaky(
         mem: Initial potential ``[N, ...]``, checked.
         beta: Decay, within 0..1.
         threshold: Firing threshold.
-        settings: The layer's.
-        return_mem_seq: Whether to return the potentials of all steps, or the last one.
+        settings: The settings of the layer.
+        return_mem_seq: Whether to return the potentials of all steps or only the last one.
         single_step: Whether ``x_seq`` is one step.
     """
     mechanism = settings.reset_mechanism

@@ -1,8 +1,8 @@
 """The LIF neurons as ordinary operators, for networks that are compiled.
 
-The equations of `sltt_ext.functional.lif`, in the frameworks' order of operations, under autograd: the compiler sees what a
-neuron does, fuses it with what is around it, and decides what backward computes again. Only what autograd cannot know is
-written down: a spike's surrogate derivative, and with it that of the reset.
+These are the equations of `sltt_ext.functional.lif`, in the frameworks' order of operations, under autograd. The compiler sees
+what a neuron does, fuses it with the operators around it, and decides what backward computes again. Only the derivatives that
+autograd cannot know are written out: the surrogate derivative of a spike, and with it that of the reset.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def traced_lif(
 
     Args:
         x_seq: Input currents ``[T, N, ...]``, or one step ``[N, ...]``.
-        v: Initial state ``[N, ...]``, checked, or one number for all, which is never reset on entry.
+        v: Initial state ``[N, ...]``, already checked, or one number for all, which is not reset at the start.
         decay: The learnable decay, or None.
-        settings: The layer's.
+        settings: The settings of the layer.
         single_step: Whether ``x_seq`` is one step.
     """
     steps = [x_seq] if single_step else x_seq.unbind(0)
@@ -63,7 +63,7 @@ def _charge(x: Tensor, v: Tensor, decay: Tensor | None, settings: LIFSettings) -
 
 
 def _number(value: float, like: Tensor) -> Tensor:
-    """A number as a tensor: by a plain number, compilers divide with another rounding."""
+    """A number as a tensor, because compilers divide by a plain number with another rounding."""
     return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
@@ -94,7 +94,7 @@ class _Fire(torch.autograd.Function):
 
 
 class _FireAndReset(torch.autograd.Function):
-    """Spikes of charged potentials, and what the potentials are after the reset."""
+    """Spikes of charged potentials, and the potentials after the reset."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, settings: LIFSettings) -> tuple[Tensor, Tensor]:

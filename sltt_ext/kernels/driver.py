@@ -48,7 +48,7 @@ class Driver:
             for name, arguments in _SIGNATURES.items():
                 getattr(library, name).argtypes = arguments
         except AttributeError as error:
-            raise BackendError(f"this is no CUDA driver: {error}") from error
+            raise BackendError(f"this is not a CUDA driver: {error}") from error
         version = c_int()
         self._call("cuDriverGetVersion", byref(version))
         self._call("cuInit", 0)

@@ -119,7 +119,7 @@ class Launcher(ABC):
 def _refuse_during_capture() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise BackendError(
-            "a kernel is not compiled yet, and cannot be while a CUDA graph is captured: run the same forward "
+            "a kernel is not compiled yet, and it cannot be compiled while a CUDA graph is captured: run the same forward "
             "and backward once before the capture"
         )
 

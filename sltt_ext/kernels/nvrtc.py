@@ -52,7 +52,7 @@ class NVRTC:
             for name, arguments in _SIGNATURES.items():
                 getattr(library, name).argtypes = arguments
         except AttributeError as error:
-            raise BackendError(f"{path} is no NVRTC of CUDA 11.2 or newer: {error}") from error
+            raise BackendError(f"{path} is not an NVRTC of CUDA 11.2 or newer: {error}") from error
         library.nvrtcGetErrorString.argtypes, library.nvrtcGetErrorString.restype = [c_int], c_char_p
         major, minor, count = c_int(), c_int(), c_int()
         self._call("nvrtcVersion", byref(major), byref(minor))
@@ -74,7 +74,7 @@ class NVRTC:
         if not older:
             raise BackendError(
                 f"NVRTC {'.'.join(map(str, self.version))} compiles for sm_{self.architectures[0]} and newer, the "
-                f"device is sm_{architecture}: backend='torch', or PyTorch built for an older CUDA"
+                f"device is sm_{architecture}: use backend='torch', or PyTorch built for an older CUDA"
             )
         return f"compute_{older[-1]}"
 

@@ -53,7 +53,7 @@ class NvrtcLauncher(Launcher):
         return None
 
     def _cure(self, device: str, cuda: str) -> str:
-        return f"If NVRTC or the driver is older than {device}: a newer driver, or PyTorch built for a CUDA newer than {cuda}"
+        return f"If NVRTC or the driver is older than {device}: install a newer driver, or PyTorch built for a CUDA newer than {cuda}"
 
     def _find_nvrtc(self) -> NVRTC:
         if self._nvrtc is None:

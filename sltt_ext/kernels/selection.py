@@ -127,6 +127,6 @@ def _select_by_default(neuron: FusedNeuron[Any], x: Tensor) -> Backend:
 def _warn_once(problem: str) -> None:
     warnings.warn(
         f"the neurons run as PyTorch operators, slower than sltt_ext's CUDA kernels: {problem}. "
-        "backend='torch' or SLTT_BACKEND=torch asks for this and ends this warning.",
+        "Set backend='torch' or SLTT_BACKEND=torch if you want this; the warning then ends.",
         stacklevel=2,
     )

@@ -50,7 +50,7 @@ def _stateful(module: nn.Module) -> type[SLTTNeuron] | None:
     known = next((base for base in cls.__mro__ if base.__name__ in LAYERS and "forward" in vars(base)), None)
     if known is None or cls.forward is not known.forward:
         raise UnsupportedModuleError(
-            "has a forward of its own, which may run one step or many; say that it runs one, and what it carries: "
+            "has its own forward, which may run one step or many; if it runs one, declare that and the state it carries: "
             f"sltt_ext.declare_neuron({cls.__name__}, state=('...',))"
         )
     if getattr(module, "invariant", False):

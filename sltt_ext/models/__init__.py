@@ -1,6 +1,6 @@
-"""The networks of the paper's experiments, from SpikingJelly's layers; single- and multi-step.
+"""The networks of the paper's experiments, built from SpikingJelly's layers, for single and multiple steps.
 
-Each takes the place of the published definition: the same function of its input, the same parameters, and
+Each can replace the published definition: it computes the same function with the same parameters.
 `load_published_checkpoint` reads the published weights.
 """
 

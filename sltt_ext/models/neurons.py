@@ -1,4 +1,4 @@
-"""The neuron of the paper's experiments, and what a network needs to know of any other."""
+"""The neuron of the paper's experiments, and how a network makes its neurons."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Neuron = Callable[[], nn.Module]
 def paper_lif() -> nn.Module:
     """The LIF neuron of the paper's experiments, with SLTT's gradient.
 
-    ``tau = 1.1``, ``V_th = 1``, soft reset, input not decayed, and the triangle surrogate, SpikingJelly's
+    It has ``tau = 1.1``, ``V_th = 1``, a soft reset, no decay of the input, and the triangle surrogate, which is SpikingJelly's
     ``PiecewiseQuadratic`` with ``alpha = 1`` (Meng et al. 2023, Sec. 5).
     """
     return SLTTLIFNode(
@@ -33,7 +33,7 @@ def paper_lif() -> nn.Module:
 
 
 def new_neuron(neuron: Neuron) -> nn.Module:
-    """A neuron of its own for one place in a network.
+    """A new neuron for one place in a network.
 
     Raises:
         ConfigurationError: If ``neuron`` does not make one.
@@ -48,6 +48,6 @@ def new_neuron(neuron: Neuron) -> nn.Module:
 
 
 def with_converted_dropout(net: nn.Module) -> None:
-    """In a network of SLTT neurons, let the time loop reset dropout's mask as well, which is state."""
+    """In a network of SLTT neurons, make the time loop also reset dropout's mask, which is a state."""
     if is_converted(net):
         convert(net)

@@ -1,6 +1,6 @@
 """Normaliser-free spiking ResNets for ImageNet (Meng et al. 2023, Sec. 5; after Brock et al. 2021).
 
-A block with input x, whose expected variance is beta squared::
+A block has the input x, whose expected variance is beta squared::
 
     s = neuron(x / beta)
     y = x + skip alpha conv(2.74 neuron(... conv(2.74 s)))      in the first block of a stage conv(2.74 s) + ...
@@ -23,11 +23,11 @@ from sltt_ext.models.standardisation import SkipGain, standardised_conv
 __all__ = ["NFResNet", "nf_resnet34", "nf_resnet50", "nf_resnet101"]
 
 GAMMA = 2.74
-"""What brings a spike train back to unit variance, as published."""
+"""The published factor that brings a spike train back to unit variance."""
 
 
 class _Block(nn.Module):
-    """A residual block; ``kernels`` names its convolutions' sizes, the channels are those between them."""
+    """A residual block. ``kernels`` holds the sizes of its convolutions, ``channels`` the channels before and after each."""
 
     expansion: ClassVar[int]
     sn1: nn.Module
@@ -81,7 +81,7 @@ class BasicBlock(_Block):
         super().__init__([inputs, planes, planes], [3, 3], [stride, 1], beta, alpha, neuron)
 
     def residual(self, s: Tensor) -> Tensor:
-        """What is added to the skip connection, from the spikes of the first neuron."""
+        """The part that is added to the skip connection, computed from the spikes of the first neuron."""
         return self.conv2(self.sn2(self.conv1(s)))
 
 
@@ -101,7 +101,7 @@ class Bottleneck(_Block):
         super().__init__([inputs, planes, planes, 4 * planes], [1, 3, 1], [1, stride, 1], beta, alpha, neuron)
 
     def residual(self, s: Tensor) -> Tensor:
-        """What is added to the skip connection, from the spikes of the first neuron."""
+        """The part that is added to the skip connection, computed from the spikes of the first neuron."""
         return self.conv3(self.sn3(self.conv2(self.sn2(self.conv1(s)))))
 
 
@@ -109,12 +109,12 @@ class NFResNet(nn.Module):
     """A normaliser-free spiking ResNet.
 
     Args:
-        block: Kind of block.
+        block: Class of the blocks.
         blocks: How many blocks each of the four stages has.
-        num_classes: Outputs.
+        num_classes: Number of outputs.
         in_channels: Channels of the input.
         neuron: A neuron class, or a function that makes a neuron; default `paper_lif`.
-        width: Channels of the first stage; the next have 2, 4 and 8 times as many.
+        width: Channels of the first stage. The next stages have 2, 4 and 8 times as many.
         alpha: Constant weight of every residual branch.
 
     Shape: ``[N, in_channels, H, W]`` to ``[N, num_classes]``, both with a leading ``[T]`` in step mode "m".
@@ -156,7 +156,7 @@ class NFResNet(nn.Module):
         nn.init.zeros_(self.fc.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores of one step, or of each."""
+        """Class scores of one step, or of each step."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.stem(x)))))
         return self.fc(self.flatten(self.avgpool(x)))
 

@@ -1,7 +1,7 @@
 """Pre-activation spiking ResNets with batch norm for CIFAR (Meng et al. 2023, Sec. 5).
 
-A block: ``s = neuron(bn(x))``, then ``conv(neuron(bn(conv(s))))``, plus ``x``'s place: ``conv(s)`` where the shape
-changes, and otherwise ``s`` itself, so that blocks pass spikes on.
+A block computes ``s = neuron(bn(x))`` and ``conv(neuron(bn(conv(s))))``, and adds the shortcut: ``conv(s)`` if the shape
+changes, otherwise ``s`` itself, so that blocks pass spikes on.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class PreActResNet(nn.Module):
 
     Args:
         blocks: How many blocks each of the four stages has.
-        num_classes: Outputs.
+        num_classes: Number of outputs.
         in_channels: Channels of the input.
         neuron: A neuron class, or a function that makes a neuron; default `paper_lif`.
-        width: Channels of the first stage; the next have 2, 4 and 8 times as many.
+        width: Channels of the first stage. The next stages have 2, 4 and 8 times as many.
         dropout: Probability of dropping a spike before each block's last convolution, and before the classifier.
 
     Shape: ``[N, in_channels, 32, 32]`` to ``[N, num_classes]``, both with a leading ``[T]`` in step mode "m".
@@ -85,7 +85,7 @@ class PreActResNet(nn.Module):
         with_converted_dropout(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores of one step, or of each."""
+        """Class scores of one step, or of each step."""
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
         x = self.pool(self.sn1(self.bn1(x)))
         return self.linear(self.dropout(self.flatten(x)))

@@ -1,9 +1,9 @@
-"""Checkpoints of the published SLTT code: ``{"net": state_dict, ...}``, under its parameter names.
+"""Checkpoints of the published SLTT code: ``{"net": state_dict, ...}``, with its parameter names.
 
-They differ from ours where a weight is parametrised: ``conv1.weight`` and ``conv1.gain`` there are
-``conv1.parametrizations.weight.original`` and ``conv1.parametrizations.weight.0.gain`` here, and a block's
-``skipinit_gain`` is a factor of its last convolution's weight and bias; and a normaliser-free ResNet's first
-convolution is ``stem.0`` here.
+The names differ from ours if a weight is parametrised: ``conv1.weight`` and ``conv1.gain`` there are
+``conv1.parametrizations.weight.original`` and ``conv1.parametrizations.weight.0.gain`` here. A block's ``skipinit_gain``
+there is a factor of the weight and bias of its last convolution here. The first convolution of a normaliser-free ResNet is
+``stem.0`` here.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ def load_published_checkpoint(
 
     Args:
         path: The file.
-        net: A network of this package to load the weights into; None makes the one they are of, with its number
-            of classes, input channels and width.
-        neuron: The neuron of a network made here.
+        net: A network of this package into which to load the weights. None makes the network that fits them, with its
+            number of classes, input channels and width.
+        neuron: The neuron of a network that is made here.
 
     Returns:
         The network.
 
     Raises:
-        CheckpointError: If the file cannot be read or is in another layout, or its weights are of another
-            network. ``net`` is then as it was.
+        CheckpointError: If the file cannot be read or is in another layout, or if its weights belong to another
+            network. ``net`` is then as before.
     """
     state = _read(Path(path))
     recognised = _recognise(state)
     if net is None:
         if recognised is None:
             raise CheckpointError(
-                f"{path} is of none of the networks {', '.join(MODELS)}: give the network as net="
+                f"{path} fits none of the networks {', '.join(MODELS)}: give the network as net="
             )
         name, options = recognised
         net = MODELS[name](neuron=neuron, **options)
     differences = _differences(_published_shapes(net), state)
     if differences:
-        is_of = f"; it is of a {recognised[0]}" if recognised else ""
+        is_of = f"; it is from a {recognised[0]}" if recognised else ""
         raise CheckpointError(
-            f"{path} does not fit {type(net).__name__}{is_of}: {'; '.join(differences)}. Make the network it is of, "
+            f"{path} does not fit {type(net).__name__}{is_of}: {'; '.join(differences)}. Make the network that it is from, "
             "with the same number of classes, or leave net out"
         )
     net.load_state_dict({name: state[published_name(name)] for name in net.state_dict()})
@@ -94,7 +94,7 @@ def _published_shapes(net: nn.Module) -> dict[str, torch.Size]:
 
 
 def _recognise(state: State) -> tuple[str, dict[str, int]] | None:
-    """The network whose weights these are, and what to make it with."""
+    """The name of the network with these weights, and the arguments with which to make it."""
     weights = [tensor for name, tensor in state.items() if name.endswith(".weight")]
     convolutions = [weight for weight in weights if weight.dim() == 4]
     linears = [weight for weight in weights if weight.dim() == 2]

@@ -1,4 +1,4 @@
-"""The networks by name, for configuration files and for recognising a checkpoint."""
+"""The networks by name, for configuration files and to recognise a checkpoint."""
 
 from __future__ import annotations
 

@@ -5,17 +5,17 @@ propagation to close the performance gap in unnormalized ResNets", Eq. 4)::
 
     W'[c] = gain[c] (W[c] - mean W[c]) / sqrt(var W[c] fan_in + 1e-4)
 
-In a normaliser-free spiking block a convolution reads spikes times the constant gamma = 2.74, and the last
-one is multiplied by a skip gain and alpha before it joins the skip connection::
+In a normaliser-free spiking block, a convolution reads spikes times the constant gamma = 2.74. The output of the last
+one is multiplied by a skip gain and alpha before it is added to the skip connection::
 
     skip alpha (W' * (gamma s) + b)  =  (skip alpha gamma W') * s + skip alpha b
 
-The right side needs no tensor of the activations' size between spikes and sum, and its weight does not
-depend on time. So both are parametrisations (``torch.nn.utils.parametrize``).
+The right side needs no tensor of the activations' size between spikes and sum, and its weight does not depend on time. So
+standardisation and skip gain are parametrisations (``torch.nn.utils.parametrize``).
 
-They are computed as a group norm with a group for each output channel, which is one operator forward and one backward. It
-divides by the biased variance, ``var W[c] (n - 1) / n`` with ``n = fan_in``, and adds its epsilon to that. With
-``r = n^2 / (n - 1)``::
+The standardisation is computed as a group norm with one group for each output channel, which is one operator forward and one
+backward. Group norm divides by the biased variance ``var W[c] (n - 1) / n`` with ``n = fan_in``, and adds its epsilon to that.
+With ``r = n^2 / (n - 1)``::
 
     sqrt(var W[c] n + 1e-4)  =  sqrt(r) sqrt(var W[c] (n - 1) / n + 1e-4 / r)
 """
@@ -34,7 +34,7 @@ EPSILON = 1e-4
 
 
 class SkipGain(nn.Module):
-    """``alpha`` times a learnable gain that starts at 0: a residual branch's weight in the sum.
+    """``alpha`` times a learnable gain that starts at 0: the weight of a residual branch in the sum.
 
     Args:
         alpha: The constant factor.
@@ -58,7 +58,7 @@ class ScaledWeightStandardisation(nn.Module):
     Args:
         channels: Output channels of the convolution.
         scale: A constant factor of the weight.
-        skip: A residual branch's gain, a factor of the weight as well.
+        skip: The gain of a residual branch, which is also a factor of the weight.
     """
 
     sltt_time_invariant = True

@@ -1,6 +1,6 @@
 """Spiking VGGs with batch norm for event data (Meng et al. 2023, Sec. 5).
 
-Five stages of ``dropout(neuron(bn(conv(x))))`` layers, each with average pooling at its end, and one linear layer.
+They have five stages of ``dropout(neuron(bn(conv(x))))`` layers, each with average pooling at its end, and one linear layer.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class VGG(nn.Module):
 
     Args:
         depths: How many layers each of the five stages has.
-        num_classes: Outputs.
+        num_classes: Number of outputs.
         in_channels: Channels of the input; 2 for the two polarities of events.
         neuron: A neuron class, or a function that makes a neuron; default `paper_lif`.
-        width: Channels of the first stage; the next have 2, 4, 8 and 8 times as many.
-        dropout: Probability of dropping a spike, the same ones at all time steps.
+        width: Channels of the first stage. The next stages have 2, 4, 8 and 8 times as many.
+        dropout: Probability of dropping a spike. The mask is the same at all time steps.
 
-    Shape: ``[N, in_channels, H, W]`` to ``[N, num_classes]``, H and W at least 32; both with a leading ``[T]`` in
-    step mode "m".
+    Shape: ``[N, in_channels, H, W]`` to ``[N, num_classes]``, with H and W at least 32; both with a leading ``[T]``
+    in step mode "m".
     """
 
     layer1: nn.Module
@@ -73,7 +73,7 @@ class VGG(nn.Module):
         with_converted_dropout(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Class scores of one step, or of each."""
+        """Class scores of one step, or of each step."""
         x = self.layer5(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
         return self.classifier(self.avgpool(x))
 

@@ -136,8 +136,8 @@ def _counted(chain: Chain, one: Pass, frame: Any, static: bool, packs: bool, fac
             map(_is_close, mine, gradients(one.run))
         ):
             raise ConfigurationError(
-                "blocks= runs the network as its forward was traced, and that gives another output or gradient than the network "
-                "itself: leave blocks= out, or have what forward decides depend on nothing but its modules and input"
+                "blocks= runs the network as its forward was traced, but that gives another output or gradient than the network "
+                "itself: leave blocks= out, or make what forward decides depend only on its modules and input"
             )
     return seen.costs()
 

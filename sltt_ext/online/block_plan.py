@@ -171,9 +171,9 @@ def check_options(loss_on: str, on_step: Any, chunk: Any, in_windows: bool) -> N
     if on_step is not None:
         reason = "on_step= changes weights between two steps, which run together here"
     elif loss_on != "step":
-        reason = f"loss_on={loss_on!r} has one loss for all steps, and blocks= takes the loss of each step"
+        reason = f"loss_on={loss_on!r} has one loss for all steps, but blocks= takes the loss of each step"
     elif chunk == "auto":
-        reason = "chunk='auto' takes as many steps as there is memory, and blocks= as little memory as there may be: give a number"
+        reason = "chunk='auto' takes as many steps as fit into memory, but blocks= is for the least memory: give chunk a number"
     elif in_windows:
         reason = "temporal='call' with chunk > 1 needs a multi-step network here"
     else:
@@ -188,7 +188,7 @@ def _check_network(net: nn.Module, wrapper: nn.Module | None) -> None:
         ConfigurationError: If they may not, with the reason.
     """
     if is_distributed(wrapper or net):
-        reason = f"a {type(wrapper or net).__name__} sees the calls of the network"
+        reason = f"a {type(wrapper or net).__name__} has to see the calls of the network"
     elif is_compiled(net):
         reason = "torch.compile runs it or a part of it"
     elif has_hooks(net):

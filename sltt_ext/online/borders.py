@@ -128,7 +128,7 @@ class Border:
         """
         if not isinstance(value, Tensor):
             raise ConfigurationError(
-                f"blocks= has a border at {self.name!r}, whose value is a {type(value).__name__} and no tensor: name other blocks"
+                f"blocks= has a border at {self.name!r}, whose value is a {type(value).__name__}, not a tensor: name other blocks"
             )
         value = value.detach()
         first = next(iter(self._values.values()), [None])[0]
@@ -153,7 +153,7 @@ class Border:
         parts = self._values[start]
         if any(isinstance(part, _AsItIs) and part.is_changed() for part in parts):
             raise ConfigurationError(
-                f"blocks= has a border at {self.name!r}, whose value the next layers change in place: have them compute out of "
+                f"blocks= has a border at {self.name!r}, whose value the next layers change in place: make them compute out of "
                 "place (inplace=False, x = x + y), or name other blocks"
             )
         values = [part.value() for part in parts]

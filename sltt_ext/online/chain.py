@@ -60,7 +60,7 @@ class Chain:
             reasons = "; ".join(f"{path or 'forward'}: {reason}" for path, reason in tracer.reasons.items())
             why = f" ({reasons})" if reasons else ""
             raise ConfigurationError(
-                f"blocks= finds nowhere in {type(net).__name__} that all data flows through one tensor{why}: leave blocks= out, "
+                f"blocks= finds no place in {type(net).__name__} where all data flows through one tensor{why}: leave blocks= out, "
                 "or write the network as a chain, such as a torch.nn.Sequential of its blocks"
             )
 
@@ -92,7 +92,7 @@ class Chain:
         for module in modules:
             if module not in paths:
                 raise ConfigurationError(
-                    f"blocks= names a {type(module).__name__} that is no module of the network"
+                    f"blocks= names a {type(module).__name__} that is not a module of the network"
                 )
             reached = self._reaches.get(module, [])
             if len(reached) != 1:
@@ -107,8 +107,8 @@ class Chain:
             for node in reached[0]:
                 if node not in (self.entry, self._output) and node not in self.points:
                     raise ConfigurationError(
-                        f"blocks= names {paths[module]!r}, and data, or the state of a module that runs twice, "
-                        f"flows past {node.name!r}, a value at its border: name modules that all flows through, such as whole "
+                        f"blocks= names {paths[module]!r}, but data (or the state of a module that runs twice) "
+                        f"flows past {node.name!r}, a value at its border: name modules that all data flows through, such as whole "
                         "residual blocks"
                     )
                 if node in self.points:

@@ -26,9 +26,9 @@ from sltt_ext.online.silent import Silence
 __all__ = ["FirstCalls", "NeuronSteps"]
 
 _RUNS = (
-    "runs {} time steps in a call of {}: where forward loops or repeats x over time, have it run one step (the trainer "
-    "does the rest), or keep convert alone and one backward of your own; where the neuron is at several places of a step, "
-    "all is right"
+    "runs {} time steps in a call of {}: if forward loops or repeats x over time, make it run one step (the trainer "
+    "does the rest), or use convert alone and your own backward; if a step uses the neuron at several places, this is "
+    "right"
 )
 _RESET = "is reset in the middle of a sequence: leave the reset out of forward, as the trainer resets before each sequence"
 
@@ -69,7 +69,7 @@ class FirstCalls:
             self._said |= new.keys()
             warnings.warn(
                 listed(
-                    "the trainer calls the network for each time step, and what it does is not that step:",
+                    "the trainer calls the network for each time step, but a call does something else than that step:",
                     new,
                 ),
                 SLTTWarning,
@@ -186,7 +186,7 @@ class NeuronSteps(SpeedUp):
         if self._resets and self._one.multi_step and len(self._resets) == carried:
             raise ConfigurationError(
                 "the network resets its neurons in forward, and the trainer calls it for parts of a sequence, between which "
-                "nothing would be carried: leave the reset out, as the trainer resets before each sequence; or give all steps in "
+                "no state would be carried: leave the reset out, as the trainer resets before each sequence; or give all steps in "
                 "one call, chunk=time_steps without k"
             )
         for neuron in self._resets:

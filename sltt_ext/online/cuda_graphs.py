@@ -178,8 +178,8 @@ class IterationGraphs:
             self._has_said = True
             warnings.warn(
                 f"graph=True: {_IN_A_ROW} iterations in a row had no graph, as each was of another kind, or of one more than the "
-                f"{AT_MOST} that are kept. A kind is a shape of the data, a mode, plain attributes of modules, and the steps that "
-                "SLTT-K has drawn: k=1, or data of one shape, has fewer",
+                f"{AT_MOST} that are kept. The kind depends on the shape of the data, the mode, plain attributes of modules, and the "
+                "steps that SLTT-K has drawn: k=1, or data of one shape, has fewer kinds",
                 SLTTWarning,
                 stacklevel=4,
             )
@@ -198,9 +198,9 @@ class IterationGraphs:
             raise
         except RuntimeError as error:
             raise ConfigurationError(
-                f"graph=True: the iteration cannot be captured ({str(error).strip().splitlines()[0]}). A network or a loss that "
-                "reads values back from the device (.item(), float(loss), an if on a tensor), moves data between devices or "
-                "makes tensors of Python numbers on the device has to leave that out, or the trainer graph=True"
+                f"graph=True: the iteration cannot be captured ({str(error).strip().splitlines()[0]}). The network and the loss "
+                "must not read values back from the device (.item(), float(loss), an if on a tensor), move data between devices or "
+                "make tensors of Python numbers on the device: leave that out, or leave graph=True out"
             ) from error
         finally:
             torch.clear_autocast_cache()  # what is in it now is the graph's own memory

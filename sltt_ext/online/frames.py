@@ -52,7 +52,7 @@ def frames(x: Any, time_steps: int, time_dim: int | None, multi_step: bool) -> F
         raise InputError(f"x must be a tensor or an iterable of frames, got {type(x).__name__}")
     if isinstance(x, (list, tuple)) and not all(_alike(x[0], frame) for frame in x):
         raise InputError(
-            f"x is a {type(x).__name__} of {', '.join(map(_kind, x))}, which are no frames of one sequence: unpack a batch, "
+            f"x is a {type(x).__name__} of {', '.join(map(_kind, x))}, which are not frames of one sequence: unpack a batch, "
             "forward_backward(x, target)"
         )
     if isinstance(x, Sized) and len(x) != time_steps:
@@ -66,7 +66,7 @@ def frames(x: Any, time_steps: int, time_dim: int | None, multi_step: bool) -> F
 def _tensor_frames(x: Tensor, time_steps: int, time_dim: int | None, multi_step: bool) -> Frames:
     if x.is_nested or (x.layout is not torch.strided and multi_step):
         raise InputError(
-            "x must be a dense tensor: x.to_dense() of a sparse one, and one of padded samples in the place of a nested one"
+            "x must be a dense tensor: use x.to_dense() for a sparse tensor, and padded samples instead of a nested one"
         )
     if x.dim() == 0 or 0 in x.shape:
         raise InputError(

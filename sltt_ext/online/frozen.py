@@ -164,7 +164,7 @@ def _named(place: Place) -> str:
 def _why(place: Place) -> str:
     path, name = place
     if path == "" and name in _HOST_DRAWS:
-        return f"every iteration draws from {name}, and a graph would freeze the draw: draw on the device, by torch"
+        return f"every iteration draws from {name}, and a graph would freeze the draw: draw on the device, with torch"
     return (
         "every iteration gives it another value, and a graph would freeze the first one: count in a tensor, changed in place "
         "(self.count.add_(1)), or register the state of a neuron (SpikingJelly: register_memory)"
@@ -268,7 +268,7 @@ def _refused_data(name: str, value: Any, containers: tuple[type, ...]) -> dict[s
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             if leaf.requires_grad:
-                return {name: "it wants a gradient, which a graph gives to its copy: detach() it"}
+                return {name: "it requires a gradient, which a graph gives to its copy: detach() it"}
         elif not isinstance(leaf, _PLAIN):
-            return {name: f"there is a {type(leaf).__name__} in it, and a graph reads tensors"}
+            return {name: f"there is a {type(leaf).__name__} in it, but a graph reads tensors only"}
     return {}

@@ -128,16 +128,16 @@ class Grouping:
         reason = layers_tell_calls_apart(net) or self.kept_apart
         if reason is None and (path := untold_norm(net)) is not None:
             reason = (
-                f"nobody tells where the batch norm {path!r} has its time (if it reads [T * N, ...], the samples of the "
-                f"first step first, say so with net.{path}.sltt_folds_time = True)"
+                f"it is not known where the batch norm {path!r} has its time (if it reads [T * N, ...], the samples of the "
+                f"first step first, set net.{path}.sltt_folds_time = True)"
             )
         if reason is None and back_propagated and has_gradient_hooks(net):
             reason = "a hook on a gradient would run once for all of them"
         if reason is not None and self._asked and not quietly:
             self._asked = False
             warnings.warn(
-                f"chunk='auto' keeps to one step a call, since several steps in one call would not be those steps one by "
-                f"one: {reason}",
+                f"chunk='auto' keeps to one step a call, since several steps in one call would give another result than one "
+                f"by one: {reason}",
                 SLTTWarning,
                 stacklevel=2,
             )
@@ -186,6 +186,6 @@ def in_bytes(budget: int | str, net: nn.Module) -> int:
         return int(float(budget) * (free + cached))
     if device.type != "cpu" or not hasattr(os, "sysconf"):
         raise ConfigurationError(
-            f"how much memory there is on {device.type} cannot be told on this system: give memory_budget in bytes"
+            f"the amount of memory on {device.type} cannot be found out on this system: give memory_budget in bytes"
         )
     return int(float(budget) * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

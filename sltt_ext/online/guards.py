@@ -41,8 +41,8 @@ class Alone(SpeedUp):
     def _check(self) -> None:
         if not self._pass.replaced.is_latest_at(self._pass.neurons):
             raise ConfigurationError(
-                "another pass ran through the network in the middle of this one, and left its states: call predict and "
-                "forward_backward between iterations, not in on_step=, backward= or the loss, or on another copy of the network"
+                "another pass ran through the network in the middle of this one and changed its states: call predict and "
+                "forward_backward between iterations, not in on_step=, backward= or the loss, or use another copy of the network"
             )
 
 
@@ -86,7 +86,7 @@ class WeightsStay(SpeedUp):
             raise LossError(
                 f"{type(optimizer).__name__} updates the network at a time step, before the gradient of the iteration is "
                 "complete (does backward= call optimizer.step(), as timm's NativeScaler does?): call it after forward_backward, "
-                "or say on_step= for an update at every step"
+                "or use on_step= for an update at every step"
             )
 
 
@@ -112,7 +112,7 @@ class OneBackward(SpeedUp):
         """Refuse a call that is not the only one."""
         if call.selected and not call.last:
             raise ConfigurationError(
-                "DistributedDataParallel(static_graph=True) takes one backward pass in an iteration, and the time loop has one "
+                "DistributedDataParallel(static_graph=True) takes one backward pass in an iteration, but the time loop has one "
                 "for each call: leave static_graph out"
             )
         yield
@@ -149,5 +149,5 @@ def shares_graph(name: str) -> str:
     """What to do about an input whose graph all time steps share."""
     return (
         f"{name} has a graph, which the backward pass of the first time step would free: compute it under torch.no_grad(), "
-        "or detach() it; what it is computed with is trained as a part of the network only"
+        "or detach() it; to train what computes it, make that a part of the network"
     )

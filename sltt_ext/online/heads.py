@@ -77,7 +77,7 @@ class Heads:
         ):
             kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise LossError(
-                f"an output has no mean over time, got {kinds}: say returns='sequence', or return floats only"
+                f"an output has no mean over time, got {kinds}: use returns='sequence', or return floats only"
             )
         if self._dtypes and len(self._dtypes) != len(dtypes):
             raise LossError(
@@ -140,7 +140,7 @@ def tensors_over_time(returned: Any, steps: int, multi_step: bool) -> tuple[list
     for tensor in tensors:
         if tensor.dim() and tensor.shape[0] != steps:
             raise LossError(
-                f"a multi-step network has to return [T, N, ...], here with T={steps}, got {list(tensor.shape)}: where it "
-                "repeats its input or averages over time itself, name what holds its number of steps, time_inside="
+                f"a multi-step network has to return [T, N, ...], here with T={steps}, got {list(tensor.shape)}: if it "
+                "repeats its input or averages over time itself, name the attribute that holds its number of steps with time_inside="
             )
     return [tensor if tensor.dim() else tensor.expand(steps) for tensor in tensors], rebuild

@@ -69,7 +69,7 @@ class InvariantTensor:
         assert self._leaf is not None
         if self._leaf._version != self._version:
             raise LossError(
-                "a network changes in place what a module returned whose input does not change over time: use "
+                "a network changes the output of a module in place, and the input of that module does not change over time: use "
                 "cache_invariant=False"
             )
         return self._leaf

@@ -143,8 +143,8 @@ class EvaluatedOnce(SpeedUp):
                 trial.end_of_call()
             if any(entry.passed_on and entry.is_hooked() for entry in self._handed_out.values()):
                 raise LossError(
-                    "a network waits for the gradient of a tensor that does not depend on time (register_hook, retain_grad), "
-                    "after it has passed that on to another layer: use cache_invariant=False"
+                    "a network asks for the gradient of a tensor that does not depend on time (register_hook, retain_grad) "
+                    "after another layer has read that tensor: use cache_invariant=False"
                 )
             if call.last:
                 self._finish()
@@ -228,7 +228,7 @@ class EvaluatedOnce(SpeedUp):
                 return forward(*args)  # other weights, for this call
             if tensor.is_waiting():
                 raise LossError(
-                    f"a network changes the weights of {type(module).__name__} in place, in between steps that are "
+                    f"a network changes the weights of {type(module).__name__} in place, between steps that are "
                     "back-propagated: use cache_invariant=False"
                 )
             tensor = None

@@ -274,7 +274,7 @@ class Iterations:
             self._modules.off = True
             if once.in_use:
                 raise LossError(
-                    "backward= no longer gives a gradient to everything that the loss follows from (does it name "
+                    "backward= no longer gives a gradient to everything that the loss depends on (does it name "
                     "inputs=?), and modules were evaluated once for all steps: use cache_invariant=False"
                 )
 

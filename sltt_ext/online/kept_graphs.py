@@ -171,8 +171,8 @@ class Opening:
 
 def _refuse(dropped: None = None) -> Tensor:
     raise LossError(
-        "the loss follows from a tensor that the network left on the side while it ran over time (a forward hook or an "
-        "attribute has gathered it), whose graph is not kept: return it as a part of the output, in a dict or tuple, or use "
+        "the loss depends on a tensor that the network stored while it ran over time (in an attribute, or by a forward "
+        "hook), and the graph of that tensor is not kept: return it as a part of the output, in a dict or tuple, or use "
         "an OnlineTrainer with a loss of each step (loss_on='step')"
     )
 
@@ -195,9 +195,9 @@ class Compared(Outputs):
             tolerance = 1e-3 * float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
             if not torch.allclose(first, second.detach(), atol=tolerance, rtol=0.0, equal_nan=True):
                 warnings.warn(
-                    "the network computes something else when its time steps run again in backward, so that the gradient is "
-                    "that of other outputs: have it draw from torch's, NumPy's or Python's own generators, and leave nothing "
-                    "in places that are not the network's own",
+                    "the network computes something else when its time steps run again in backward, so the gradient is "
+                    "that of other outputs: draw random numbers from the global generators of torch, NumPy or Python, and keep no "
+                    "state outside of the network",
                     SLTTWarning,
                     stacklevel=2,
                 )

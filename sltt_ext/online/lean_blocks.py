@@ -126,7 +126,7 @@ def _output(net: nn.Module, whole: Callable[[], Any]) -> Any:
     before = drawn(net)
     output = whole()
     if drawn(net) != before:
-        raise _RunsAsAWholeError("it draws random numbers, which are others block by block")
+        raise _RunsAsAWholeError("it draws random numbers, which differ block by block")
     return output
 
 

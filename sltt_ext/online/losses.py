@@ -11,14 +11,14 @@ __all__ = ["CrossEntropyMSELoss"]
 
 
 class CrossEntropyMSELoss(nn.Module):
-    r"""``(1 - weight) * cross-entropy + weight * mean squared error`` of one step's output.
+    r"""``(1 - mse_weight) * cross-entropy + mse_weight * mean squared error`` of one step's output.
 
-    The loss of the paper's experiments (Meng et al. 2023, Sec. 5), whose ``lambda`` is ``mse_weight``.
+    This is the loss of the paper's experiments (Meng et al. 2023, Sec. 5), where ``mse_weight`` is called ``lambda``.
 
     Args:
         mse_weight: Weight of the mean squared error, from 0 to 1; the paper's value is 0.05.
-        mse_target: What the squared error pulls the output to: a constant (the paper's regulariser,
-            1.0), or ``"one_hot"`` for the one-hot label.
+        mse_target: The value to which the squared error pulls the output: a constant (1.0 in the paper), or
+            ``"one_hot"`` for the one-hot label.
 
     Shape: output ``[N, classes]``, target class indices ``[N]``; returns a scalar.
 

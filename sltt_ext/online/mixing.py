@@ -62,20 +62,20 @@ class PartsTried(SpeedUp):
         if (where := trial.mixing(call.frame, one.stop)) is not None:
             self._tell("its layers mix time steps")
             self._say(
-                f"the network mixes time steps, and not by its neurons: {where} at one step depends on the input of other "
-                f"steps, and the trainer shows it {call.steps} of {one.stop} steps in a call, without the others"
+                f"the network mixes time steps outside of its neurons: {where} at one step depends on the input of other "
+                f"steps, but the trainer shows it {call.steps} of {one.stop} steps in a call, without the others"
             )
         elif (where := trial.places(call.frame, one.stop)) is not None:
             self._tell("it tells steps apart by their place in a call")
             self._say(
                 f"the network tells time steps apart by their place in a call: with the same input, {where} is another one at "
-                f"other steps, and the trainer shows it {call.steps} of {one.stop} steps in a call, which begins at the first "
-                "place each time"
+                f"other steps. The trainer shows it {call.steps} of {one.stop} steps in a call, and each call begins at the first "
+                "place"
             )
 
     def _say(self, what: str) -> None:
         warnings.warn(
-            f"{what}. All steps in one call are chunk=time_steps without k; or keep convert alone, and one backward of your own",
+            f"{what}. Give all steps in one call, chunk=time_steps without k; or use convert alone, and your own backward",
             SLTTWarning,
             stacklevel=2,
         )

@@ -168,7 +168,7 @@ def back_propagate_all(loss: Tensor, backward: Backward | None) -> None:
         back_propagate(loss, None)
     elif not reaches_every_leaf(loss, backward):
         raise LossError(
-            "backward= does not give a gradient to everything that the loss follows from (does it name inputs=?), and "
+            "backward= does not give a gradient to everything that the loss depends on (does it name inputs=?), and "
             "blocks= has to hand gradients on: leave blocks= out"
         )
 
@@ -203,6 +203,6 @@ def _says_what_caching_hides() -> Iterator[None]:
         if "appears to not have been used in the graph" not in str(error):
             raise
         raise LossError(
-            "loss_fn asks autograd for the gradient of a tensor that is not in this step's graph: where that is a weight "
+            "loss_fn asks autograd for the gradient of a tensor that is not in this step's graph: if that is a weight "
             "or the input in front of the first neuron, use cache_invariant=False"
         ) from error

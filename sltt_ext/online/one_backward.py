@@ -39,7 +39,7 @@ class RunAgain(torch.autograd.Function):
         """The gradients of what was read."""
         if torch.is_grad_enabled():
             raise LossError(
-                "create_graph=True asks for the gradient of a gradient, and the time steps are run again without it: use "
+                "create_graph=True asks for the gradient of a gradient, but backward runs the time steps again without it: use "
                 "torch's own loop over time for such a loss"
             )
         read = _unchanged(ctx)
@@ -67,7 +67,7 @@ def _unchanged(ctx: Any) -> Sequence[Tensor]:
             ) from error
         if "second time" in str(error):
             raise LossError(
-                "backward() has run through this output before: say retain_graph=True the first time, or call the network again"
+                "backward() has run through this output before: pass retain_graph=True the first time, or call the network again"
             ) from error
         raise
     return saved

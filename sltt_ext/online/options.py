@@ -87,8 +87,8 @@ def budget(value: Any, *choices: Any) -> int | str | None:
         return None
     if "auto" not in choices:
         raise ConfigurationError(
-            "memory_budget chooses between plans, and chunk, pack_spikes and cache_invariant are all chosen: leave it out, or "
-            "say 'auto' of one of them"
+            "memory_budget chooses between plans, but chunk, pack_spikes and cache_invariant are all given: leave it out, or "
+            "set one of them to 'auto'"
         )
     return "least" if isinstance(value, str) and value == "least" else room(value)
 
@@ -119,15 +119,15 @@ def window(chunk: int | Literal["auto"], time_steps: int | None) -> int:
     """``chunk`` where the gradient goes back through the steps of a call."""
     if chunk == "auto":
         raise ConfigurationError(
-            "chunk='auto' asks memory, and with temporal='call' the chunk decides over the gradient, which goes back through so "
-            "many steps: give a number"
+            "chunk='auto' depends on memory, but with temporal='call' the chunk decides how many steps the gradient goes back "
+            "through: give a number"
         )
     if time_steps is None:
         return chunk
     if chunk > time_steps:
         raise ConfigurationError(
             f"chunk={chunk} is longer than time_steps={time_steps}, and the gradient goes back through the steps of a call: "
-            f"chunk={time_steps} is all of them"
+            f"use chunk={time_steps} for all of them"
         )
     if time_steps % chunk:
         warnings.warn(
@@ -203,7 +203,7 @@ def compiles(value: Any) -> Any:
     if value and not TRACES_NEURONS:
         oldest = ".".join(map(str, OLDEST_THAT_TRACES))
         raise ConfigurationError(
-            f"compile={value!r} needs torch {oldest} or newer, and this is {torch.__version__}: give the trainer a torch.compile(net)"
+            f"compile={value!r} needs torch {oldest} or newer, and this is {torch.__version__}: give the trainer torch.compile(net)"
         )
     return value
 
@@ -212,7 +212,7 @@ def loss_of_a_step(value: Any) -> Any:
     """``loss_fn``: a loss of the output of one step."""
     if not callable(value) or isinstance(value, type):
         kind = value.__name__ if isinstance(value, type) else type(value).__name__
-        raise ConfigurationError(f"loss_fn must be a function or a module, made already, got {kind}")
+        raise ConfigurationError(f"loss_fn must be a function or a module object, got {kind}")
     if type(value).__module__.startswith("snntorch.functional"):
         name = type(value).__name__
         raise ConfigurationError(
@@ -232,8 +232,8 @@ def called_with_one_input(net: nn.Module) -> None:
     if len(needed) > 1:
         raise ConfigurationError(
             f"forward({', '.join(needed)}) of {type(net).__name__} needs {' and '.join(needed[1:])}, and the trainer calls it with "
-            "the input alone: where that is the state of the step before, wrap it, sltt_ext.snntorch.Stateful(net); several "
-            "inputs go in one dict or tuple"
+            "the input alone: if that is the state of the step before, wrap the network, sltt_ext.snntorch.Stateful(net); "
+            "give several inputs in one dict or tuple"
         )
 
 
@@ -257,7 +257,7 @@ def graph(value: Any, forbidden: Mapping[str, str]) -> bool:
 
 def not_captured(on_step: Any, backward: Any, loss_on: str, wrapper: Any) -> dict[str, str]:
     """Options that forbid a CUDA graph, and why."""
-    python = "it is Python, and a replay of the graph calls it no more"
+    python = "it is Python code, which a replay of the graph does not call"
     return {
         name: why
         for name, given, why in (
@@ -266,7 +266,7 @@ def not_captured(on_step: Any, backward: Any, loss_on: str, wrapper: Any) -> dic
             (
                 f"loss_on={loss_on!r}",
                 loss_on != "step",
-                "its backward runs the steps again: take loss_on='step'",
+                "its backward runs the steps again: use loss_on='step'",
             ),
             ("wrapper=", wrapper is not None, "the exchange of gradients between processes is not captured"),
         )

@@ -51,7 +51,9 @@ class UnknownNeurons:
         """Warn of those in ``net`` that are new."""
         found = _unknown_neurons(net)
         if found.keys() - self._said.keys():
-            message = f"neurons carry their state on from batch to batch, as {self._who} does not know them:"
+            message = (
+                f"neurons carry their state on from batch to batch, because {self._who} does not know them:"
+            )
             warnings.warn(listed(message, found), SLTTWarning, stacklevel=stacklevel)
         self._said |= found
 
@@ -71,8 +73,8 @@ def _unknown_neurons(net: nn.Module) -> dict[str, str]:
             for held in _modules_in(value):
                 if held not in inside and (isinstance(held, StatefulModule) or is_unconverted(held)):
                     found[f"{path}.{name}".lstrip(".")] = (
-                        f"{type(held).__name__} is no submodule: hold it in a torch.nn.ModuleList or ModuleDict, "
-                        "and convert the network then"
+                        f"{type(held).__name__} is not a submodule: put it into a torch.nn.ModuleList or ModuleDict, "
+                        "then convert the network"
                     )
     return found
 
@@ -236,9 +238,9 @@ class KeptTensors(SpeedUp):
         kept = {path_of(self._net, key): f"of a {type(key[0]).__name__}" for key in carried}
         warnings.warn(
             listed(
-                "tensors are kept from step to step as plain attributes, and taken for state: constant between two steps, "
-                "and at the start of each iteration what they were before the first one. What is to stay over iterations "
-                "has to be a buffer (register_buffer):",
+                "tensors are kept from step to step as plain attributes, so they are taken for state: no gradient goes "
+                "through them to an earlier step, and each iteration starts from their values before the first one. Register "
+                "what has to outlast an iteration as a buffer (register_buffer):",
                 kept,
             ),
             SLTTWarning,

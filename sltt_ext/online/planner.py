@@ -418,7 +418,7 @@ class Planner:
         bits = ", spikes as bits" * (way.packs and self._measured.packed)
         warnings.warn(
             f"memory_budget={asked!r} ({size_of(budget)}) is less than the leanest plan needs, {size_of(need.of(way.chunk))} for "
-            f"chunk {way.chunk} of {self._time_steps}{bits}, which is taken; a smaller batch needs less",
+            f"chunk {way.chunk} of {self._time_steps}{bits}. The leanest plan is taken; a smaller batch needs less",
             SLTTWarning,
             stacklevel=2,
         )

@@ -76,7 +76,7 @@ def recorded(
         return outputs
     if [_version(tensor) for tensor in inputs] != versions:
         raise InputError(
-            "the network changes its input in place, and the time steps run again in backward: have its forward compute out of "
+            "the network changes its input in place, and the time steps run again in backward: make its forward compute out of "
             "place (x = x - mean, not x.sub_(mean))"
         )
     wanting = _still_there(one.net, inputs, wanting)
@@ -191,7 +191,7 @@ class _Recording:
             if before and any(map(torch.ne, before, stand_ins.sums())):
                 raise LossError(
                     "the network writes to its own weights while it runs (weight.data, or in place under no_grad), and backward "
-                    "runs its time steps again, with other weights: write to them outside of forward, or have a "
+                    "runs its time steps again, with other weights: write to them outside of forward, or let a "
                     "parametrization compute them (torch.nn.utils.parametrize)"
                 )
 

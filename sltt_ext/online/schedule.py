@@ -70,9 +70,7 @@ def selected_steps(
 def _count(value: Any) -> float:
     number = float(value) if isinstance(value, Real) else nan
     if not 0 < number < inf:
-        raise ConfigurationError(
-            f"schedule must say how many times a step counts by a positive number, got {value!r}"
-        )
+        raise ConfigurationError(f"schedule must count each step a positive number of times, got {value!r}")
     return number
 
 

@@ -73,7 +73,7 @@ def statistics_over_time(one: Pass, speed_ups: Sequence[SpeedUp]) -> Statistics:
     """
     if not one.multi_step:
         raise ConfigurationError(
-            "norms='sequence' keeps the statistics that a multi-step network has over all steps, and this one takes single steps: "
+            "norms='sequence' keeps the statistics that a multi-step network has over all steps, but this one takes single steps: "
             "use norms='step', or set it to multi-step mode (SpikingJelly: functional.set_step_mode(net, 'm'))"
         )
     seen = _Seen()
@@ -113,7 +113,7 @@ class _Seen(SpeedUp):
     def _see(self, norm: nn.Module, forward: Any, x: Tensor) -> Tensor:
         if norm in self.statistics:
             raise ConfigurationError(
-                f"the network calls the batch norm {self._paths[norm]!r} more than once, so that no statistics are those of all "
+                f"the network calls the batch norm {self._paths[norm]!r} more than once, so it has no single statistics over all "
                 "steps: use chunk=T, or norms='step'"
             )
         folded = x.flatten(0, 1) if takes_sequences(norm) else x
@@ -125,7 +125,7 @@ class _Seen(SpeedUp):
 
     def _refuse(self, norm: nn.Module, *_: Any) -> Tensor:
         raise ConfigurationError(
-            f"{self._paths[norm]!r}, a {type(norm).__name__}, reads a batch in a way of its own, and norms='sequence' knows "
+            f"{self._paths[norm]!r}, a {type(norm).__name__}, reads a batch in a way of its own, but norms='sequence' knows only "
             "torch's and SpikingJelly's batch norms: use chunk=T, or norms='step'"
         )
 

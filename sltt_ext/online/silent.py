@@ -130,9 +130,9 @@ class Silence:
         }
         if found:
             message = (
-                f"no neuron of these layers has fired in the first {self._iterations} iterations, and of the weights behind a silent "
-                "layer none but the biases learn. A smaller threshold, a batch norm in front of the neurons, a larger input or larger "
-                "initial weights make neurons fire; begin with the first of these layers. Where silence is meant: "
+                f"no neuron of these layers has fired in the first {self._iterations} iterations. Behind a silent layer only the biases "
+                "learn, not the weights. A smaller threshold, a batch norm in front of the neurons, a larger input or larger "
+                "initial weights make neurons fire; begin with the first of these layers. If the silence is intended: "
                 "warnings.simplefilter('ignore', sltt_ext.errors.SilentLayersWarning)"
             )
             warnings.warn(listed(message, found), SilentLayersWarning, stacklevel=_level_of_caller())

@@ -121,8 +121,7 @@ class TimeInside:
         assert self._axes is not None
         if part > 1 and _AVERAGED in self._axes:
             raise ConfigurationError(
-                f"{asked_by} asks for each step, and a call of {part} steps gives their average, which the network "
-                "takes itself: use chunk=1"
+                f"{asked_by} asks for each step, but the network averages the {part} steps of a call: use chunk=1"
             )
 
     def compare(self, net: nn.Module, time_steps: int, shown: Callable[[Convert], Run]) -> None:
@@ -161,20 +160,20 @@ class TimeInside:
                 self._axes = None
                 if torch.allclose(time_steps * joined, whole[head], rtol=0.0, atol=1e-6 * scale):
                     raise ConfigurationError(
-                        f"{type(net).__name__} adds its outputs up over time, where it has to return their mean or all of them: "
-                        "divide by the number of steps in its forward, and take the sum behind it"
+                        f"{type(net).__name__} adds its outputs up over time, but it has to return their mean or all of them: "
+                        "divide by the number of steps in its forward; if you need the sum, multiply behind the network"
                     )
                 raise ConfigurationError(
                     "the network gives other outputs step by step than as it is: it computes something that is not "
-                    "linear of the average over time (put over_time on the part before it), mixes time steps, or resets its "
-                    "neurons in forward (convert alone, and a loop of your own, is right for it)"
+                    "linear in the average over time (put over_time on the part before it), mixes time steps, or resets its "
+                    "neurons in forward (use convert alone and your own loop for this)"
                 )
         self._comparisons = self._comparisons - 1 if untold else 0
         if untold and not self._comparisons:
             warnings.warn(
                 f"in its first {_COMPARISONS} calls the network has given the same at all time steps (do its neurons fire?), so "
-                "that nobody has seen whether it averages them: where it adds them up, or computes something that is not linear "
-                "of the average, the gradient is not right",
+                "it could not be checked whether it averages them: if it adds them up, or computes something that is not linear "
+                "in the average, the gradient is wrong",
                 SLTTWarning,
                 stacklevel=5,
             )

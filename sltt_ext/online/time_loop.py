@@ -122,7 +122,7 @@ class TimeLoop:
         self._unknown.say(net, stacklevel=5)
         if goes_through_time(net.modules()) != (settings.window is not None):
             raise ConfigurationError(
-                "the network was converted with another temporal= since it runs over time: call over_time again"
+                "the network was converted with another temporal= after over_time: call over_time again"
             )
         neurons, multi_step = neurons_of(net, 1 if inside else settings.chunk)
         kwargs, lengths = _without_lengths(net, kwargs)
@@ -280,8 +280,8 @@ class TimeLoop:
             self._told = True
             message = (
                 f"batch norms take their statistics over {part} step{'s' * (part > 1)} at a time, and not over all T steps at once, "
-                "as in a call with the whole sequence (norms='sequence' keeps the statistics, with one more pass without a graph; "
-                "chunk=T the gradient through them, too, with the memory of T steps):"
+                "as in a call with the whole sequence. norms='sequence' keeps the statistics of all steps, with one more pass "
+                "without a graph; chunk=T keeps the gradient through them, too, with the memory of T steps:"
             )
             warnings.warn(listed(message, norms), SLTTWarning, stacklevel=5)
 
@@ -304,7 +304,7 @@ def _weights(lengths: Tensor | None, time_steps: int, returns: Returns) -> Tenso
         return None
     if returns == "sequence":
         raise InputError(
-            "lengths= weighs the mean over time, and returns='sequence' gives all steps: weigh them in the loss"
+            "lengths= weighs the mean over time, but returns='sequence' gives all steps: weigh them in the loss"
         )
     if (
         lengths.dim() != 1

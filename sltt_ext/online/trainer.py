@@ -55,11 +55,11 @@ class OnlineResult:
 
     Attributes:
         loss: The total loss, a detached scalar tensor.
-        output: The network's output, averaged over the steps that were run; detached, float32 where the
-            network's is of half precision. Where ``output`` returns several tensors, so many, held as they are.
+        output: The network's output, averaged over the steps that were run. It is detached, and float32 if the network's
+            output is of half precision. If ``output=`` of the trainer picks several tensors, it holds each of them in the
+            same structure.
         time_steps: The steps that were back-propagated, in order.
-        output_steps: How many steps, from the first on, ``output`` is the mean of: T, or fewer with
-            ``full_output=False``.
+        output_steps: ``output`` is the mean of so many steps, from the first on: T, or fewer with ``full_output=False``.
     """
 
     loss: Tensor
@@ -71,9 +71,9 @@ class OnlineResult:
 class OnlineTrainer(Iterations):
     """Gradients of a converted network, step by step in time, with the memory of one step or of a few.
 
-    For each back-propagated step the network runs forward, the step's loss is back-propagated, and
-    everything is freed before the next step. The gradient is SLTT's (Meng et al. 2023, Sec. 4): the
-    sum over these steps of the spatial gradient. The trainer never owns the optimizer:
+    For each back-propagated step, the network runs forward, the step's loss is back-propagated, and everything is freed before
+    the next step. The gradient is SLTT's (Meng et al. 2023, Sec. 4): the sum over these steps of the spatial gradient. The
+    optimizer stays yours:
 
         online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), loss_fn, time_steps=6)
         for x, target in loader:
@@ -85,62 +85,63 @@ class OnlineTrainer(Iterations):
         net: A converted network, also inside DistributedDataParallel, ``fully_shard`` or ``torch.compile``.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T, how many steps one input is shown.
-        k: None back-propagates every step (SLTT); a number K back-propagates K of them (SLTT-K),
-            the others run without gradients. With ``convert(net, temporal="call")``, K windows of ``chunk`` steps.
-        chunk: How many consecutive back-propagated steps go through the network in one call. ``"auto"`` plans it (see
-            `plan`), and may run a network of single steps on sequences where all of its layers take both and nothing changes.
-            A number above 1 needs a multi-step network, or ``convert(net, temporal="call")``: the gradient then goes back
-            through these steps (truncated BPTT; with T it is BPTT), and where no number is given, through one. Time is
-            traded for the memory of ``chunk`` steps. In a multi-step network, steps that are not back-propagated share a
-            call as far as that needs no more memory than the others do.
-        scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is
-            an unbiased estimate of SLTT's; ``"paper"`` divides by T whatever K is.
-        schedule: How the K steps are drawn: None or ``"random"``; ``"stratified"``, one of each K-th of the T steps; or
-            ``"early"``, such that late steps are drawn less often and count more. The gradient is unbiased with each. Or,
-            instead of ``k``: ``(time_steps, generator) -> indices`` of the steps to back-propagate, or
-            ``{index: how many times its loss counts}``.
+        k: None back-propagates every step (SLTT). A number K back-propagates K of them (SLTT-K), and the others run without
+            gradients. With ``convert(net, temporal="call")``, K counts windows of ``chunk`` steps.
+        chunk: How many consecutive back-propagated steps go through the network in one call. This trades the memory of
+            ``chunk`` steps for time. ``"auto"`` plans it (see `plan`), and may run a network of single steps on sequences if
+            all of its layers take both and the result is the same. A number above 1 needs a multi-step network, or
+            ``convert(net, temporal="call")``. With the latter, the gradient goes back through the steps of a call
+            (truncated BPTT; with T it is BPTT), and ``chunk`` is 1 if you do not give it. In a multi-step network, steps that
+            are not back-propagated share a call as far as this needs no more memory than a back-propagated call.
+        scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is an unbiased estimate
+            of SLTT's. ``"paper"`` divides by T whatever K is.
+        schedule: How the K steps are drawn. None or ``"random"`` draws any K steps. ``"stratified"`` draws one step of each
+            K-th of the T steps. ``"early"`` draws late steps less often and counts them more. The gradient is unbiased with
+            each. Instead of ``k``, you can give a function ``(time_steps, generator) -> indices`` of the steps to
+            back-propagate, or ``-> {index: how many times its loss counts}``.
         generator: Source of the random steps; None is torch's default generator.
-        time_dim: None shows the same ``x`` ``[N, ...]`` at every step; 0 or 1 is the axis of time in
-            ``x`` ``[T, N, ...]`` or ``[N, T, ...]``. A dict of tensors is one input, of several parts. Any other
-            iterable is a stream of T frames, each a tensor, or a dict or tuple of tensors.
-        output: What the loss reads of the network's return value: None or ``"spike"`` takes the tensor
-            itself or the first of a tuple, ``"membrane"`` the last of a tuple, a function anything else, also
-            several tensors in a dict, tuple or list.
-        full_output: False stops after the last back-propagated step (same gradient, less time);
+        time_dim: None shows the same ``x`` ``[N, ...]`` at every step; 0 or 1 is the time axis of ``x``, ``[T, N, ...]`` or
+            ``[N, T, ...]``. A dict of tensors is one input with several parts. Any other iterable is a stream of T frames,
+            each a tensor, or a dict or tuple of tensors.
+        output: What the loss reads of the network's return value. None or ``"spike"`` takes the tensor itself or the first of
+            a tuple, ``"membrane"`` the last of a tuple. A function can take anything else, also several tensors in a dict,
+            tuple or list.
+        full_output: False stops after the last back-propagated step, which saves time and gives the same gradient.
             ``result.output`` is then the mean over ``result.output_steps`` steps.
-        backward: How a loss is back-propagated; default ``loss.backward()``. For mixed precision
+        backward: How a loss is back-propagated; default ``loss.backward()``. For mixed precision, give
             ``lambda loss: scaler.scale(loss).backward()``.
-        loss_on: ``"step"`` takes the loss of every step's output and averages the losses; ``"mean"`` takes
-            one loss, of the output averaged over all T steps, and ``"sequence"`` one of all steps ``[T, N, ...]``. The
-            network then runs twice: first without keeping a graph, and again, step by step, in backward. With K steps
-            back-propagated, it is their part of that gradient, times T / K where ``scale="mean"``.
-        target_time_dim: The axis of time in a target that differs from step to step; None gives the same
-            target to every step.
-        on_step: Called with the number t of the time step after each back-propagation, for an update at
-            every step: ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
-        memory_budget: For what is ``"auto"``: bytes for activations, states and gradients, also as ``"6GiB"``, or a part of
-            the memory that a CUDA device has left (of all memory on the CPU), ``"0.8"``: the fastest plan that fits is
-            taken. ``"least"`` takes the leanest there is, which may go block by block (see ``blocks``); None the leanest that
-            takes at most 15 % longer than the fastest.
-        cache_invariant: Evaluate what does not depend on time once an iteration: every time-invariant module until
-            the first neuron where one input is shown at all steps, and every weight parametrisation. The first
-            iteration evaluates them at every step, and leaves out those whose output, weights or gradient
-            turn out to depend on the step. Modules that torch.compile runs are left out, and so is all with
-            ``on_step``. Your own module takes part with an attribute ``sltt_time_invariant = True``.
-        pack_spikes: Store spikes that are saved for backward as bits, and of what average pooling saves the
-            shape: less memory, a little more time. ``"auto"`` plans it, as it does for ``cache_invariant``.
-        blocks: Go through the network block by block, all T steps of a block and then the next: each block's output is kept
-            for all steps, spikes as bits, and its states are not; each block but the last runs once more. ``"auto"``
-            finds the blocks; or give modules of the network, each of which becomes a block, as do the parts between them.
-            Neurons are at rest afterwards. Blocks whose layers treat each sample by itself run a part of the batch at a time.
-        graph: Experimental: run whole iterations as CUDA graphs, one launch instead of thousands, once the first few have
-            run without. For networks on a CUDA device, in one process, with a loss per step; what cannot be captured is
-            named in an error. Python runs only while an iteration is captured: what is no tensor (a weight in the loss,
-            say) stays as it was then. The states are at rest after each iteration. Each draw of SLTT-K has its own graph.
-        wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it (as
-            inside a LightningModule); None where ``net`` itself is the wrapped one.
+        loss_on: ``"step"`` takes the loss of every step's output and averages the losses. ``"mean"`` takes one loss of the
+            output averaged over all T steps, ``"sequence"`` one loss of all steps ``[T, N, ...]``. For these two the network
+            runs twice: first without keeping a graph, then again in backward, step by step. If K steps are back-propagated,
+            the gradient is their part of it, times T / K with ``scale="mean"``.
+        target_time_dim: The time axis of a target that differs from step to step. None gives the same target to every step.
+        on_step: Called with the number t of the time step after each back-propagation, for an update at every step:
+            ``lambda t: (optimizer.step(), optimizer.zero_grad())``.
+        memory_budget: Bounds the memory of what is ``"auto"``: activations, states and gradients. Give bytes, text such as
+            ``"6GiB"``, or ``"0.8"`` for a part of the memory that a CUDA device has left (of all memory on the CPU). The
+            fastest plan that fits is taken. ``"least"`` takes the leanest plan, which may go block by block (see
+            ``blocks``). None takes the leanest plan that needs at most 15 % more time than the fastest.
+        cache_invariant: Evaluate what does not depend on time once an iteration. This means every weight parametrisation and,
+            if one input is shown at all steps, every time-invariant module before the first neuron. The first iteration
+            evaluates them at every step, and leaves out those whose output, weights or gradient turn out to depend on the
+            step. Modules that torch.compile runs are left out, and with ``on_step`` all are. Your own module takes part if it
+            has the attribute ``sltt_time_invariant = True``.
+        pack_spikes: Store spikes that are saved for backward as bits, and of average pooling's input only the shape. This
+            needs less memory and a little more time. ``"auto"`` plans it, as for ``cache_invariant``.
+        blocks: Go through the network block by block: all T steps of a block, then the next block. The output of each block is
+            kept for all steps (spikes as bits), but its states are not. Each block except the last runs once more.
+            ``"auto"`` finds the blocks. Or give modules of the network: each becomes a block, and so do the parts between
+            them. Neurons are at rest afterwards. Blocks whose layers treat each sample by itself run a part of the batch at
+            a time.
+        graph: Experimental: run whole iterations as CUDA graphs, with one launch instead of thousands, after the first few
+            iterations. It needs a CUDA device, one process and a loss per step. An error names what cannot be captured.
+            Python runs only while an iteration is captured, so anything that is not a tensor (such as a weight in the loss)
+            keeps the value that it had then. The states are at rest after each iteration. Each draw of SLTT-K has its own
+            graph.
+        wrapper: The DistributedDataParallel module around ``net``, if ``net`` is called without it (as inside a
+            LightningModule). None if ``net`` itself is the wrapped network.
         compile: Compile the network by blocks (`torch.compile`), from the second iteration on. What is time-invariant is still
-            evaluated once, and the network itself stays as it is. ``"try"`` runs a network that cannot be compiled as it is.
+            evaluated once, and the network itself does not change. ``"try"`` runs a network that cannot be compiled as it is.
 
     Raises:
         ConfigurationError: If an option cannot work.
@@ -242,9 +243,9 @@ class OnlineTrainer(Iterations):
     def plan(self) -> Plan:
         """How iterations are run, as far as it is decided: ``print(online.plan)``.
 
-        What is ``"auto"`` is decided from what the first iterations measure, a handful of them, each run in another way,
-        with the same gradient: bytes, and where it matters seconds (not under ``torch.use_deterministic_algorithms``,
-        where each run sends the same calls). Larger inputs are measured anew.
+        The first few iterations decide what is ``"auto"``. Each runs in another way, with the same gradient, and measures
+        bytes and, if it matters, seconds. (Seconds do not count under ``torch.use_deterministic_algorithms``, so that each
+        run makes the same calls.) Larger inputs are measured anew.
         """
         return self._planner.plan()
 
@@ -254,15 +255,15 @@ class OnlineTrainer(Iterations):
         Args:
             x: The input; see ``time_dim``.
             target: Passed to the loss at every step; see ``target_time_dim``.
-            sync: With several processes: whether gradients are synchronised at the end. To accumulate over
-                several batches, False in all but the last, as with ``no_sync()``.
+            sync: With several processes: whether gradients are synchronised at the end. To accumulate over several
+                batches, give False for all but the last, as with ``no_sync()``.
 
         Raises:
             InputError: If ``x`` or the target does not have ``time_steps`` steps, is empty, or has a graph that
                 every time step would free.
-            ConfigurationError: If ``chunk`` or the schedule does not fit, or another pass runs in the middle.
-            LossError: If the loss is not a scalar tensor, or depends on nothing that can be trained, or an optimizer
-                updates the network in the middle.
+            ConfigurationError: If ``chunk`` or the schedule does not fit, or another pass runs in the middle of this one.
+            LossError: If the loss is not a scalar tensor, if it depends on nothing that can be trained, or if an optimizer
+                updates the network in the middle of the iteration.
 
         After any exception the gradients are what they were before the call, and the state is reset.
         """
@@ -305,9 +306,9 @@ class OnlineTrainer(Iterations):
         return OnlineResult(IterationLoss.of(loss), output, steps, stop)
 
     def predict(self, x: Any) -> Any:
-        """The network's output averaged over all T steps, without gradients; what ``output`` reads of it.
+        """The network's output averaged over all T steps, without gradients; as for the loss, ``output`` picks the tensors.
 
-        Whether the network is in training or evaluation mode is the caller's choice.
+        You choose whether the network is in training or evaluation mode: this method does not change it.
 
         Raises:
             InputError: If ``x`` does not have ``time_steps`` steps, or is empty.
@@ -323,7 +324,7 @@ class OnlineTrainer(Iterations):
     def state_dict(self) -> dict[str, Any]:
         """The state of the generator that draws the steps, and what was found out about the network; for checkpoints.
 
-        The former is None where the trainer draws from torch's default generator, whose state is torch's to save.
+        The state of the generator is None if the trainer draws from torch's default generator: save that with torch.
         """
         generator = self._common or self.generator
         return {
@@ -334,7 +335,7 @@ class OnlineTrainer(Iterations):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a trainer left off.
+        """Continue where a saved trainer stopped.
 
         Args:
             state: What `state_dict` returned.
@@ -347,7 +348,7 @@ class OnlineTrainer(Iterations):
             raise ConfigurationError(
                 "the checkpoint is of a trainer without generator=: leave it out here, too"
             )
-        if "calls" not in state:  # of earlier versions, which had no plan: it is measured anew
+        if "calls" not in state:  # earlier versions had no plan: it is measured anew
             self._planner.load_state_dict(state["plan"])
         if "time-invariant" in state:  # earlier versions found nothing out
             self._modules.load_state_dict(self.net, state["time-invariant"])

@@ -31,8 +31,8 @@ def step_loss(loss_fn: Any) -> Callable[[Tensor, Any], Tensor]:
     """
     if not isinstance(loss_fn, _MEANS_OVER_TIME) or getattr(loss_fn, "time_var_targets", False):
         raise ConfigurationError(
-            f"{type(loss_fn).__name__} is no mean over time steps with one target for all: use ce_rate_loss or "
-            "mse_membrane_loss, a loss of your own for one step, or convert() and your own loop over time"
+            f"{type(loss_fn).__name__} is not a mean over time steps with one target for all: use ce_rate_loss or "
+            "mse_membrane_loss, your own loss for one step, or convert() and your own loop over time"
         )
 
     def loss_of_step(output: Tensor, target: Any) -> Tensor:

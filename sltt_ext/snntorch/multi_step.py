@@ -142,7 +142,7 @@ class MultiStep(StatefulModule, nn.Module):
                 self._folds = False
                 warnings.warn(
                     f"MultiStep runs the time steps one by one, since {reason}. The result is that of a loop over time; "
-                    "call the network without MultiStep, and save the folding",
+                    "call the network without MultiStep to save the folding",
                     SLTTWarning,
                     stacklevel=3,
                 )
@@ -165,7 +165,7 @@ def _against_folding(trial: StepTrial, x_seq: Any) -> str | None:
     if trial.keeps(x_seq, time_steps):
         return (
             "the network keeps something of its own from call to call, which changes what it returns (detach what is kept: "
-            "within a call, nobody else does)"
+            "nothing else does so within a call)"
         )
     if (where := trial.mixing(x_seq, time_steps)) is not None:
         return (

@@ -221,7 +221,7 @@ def test_result_as_dataframe_and_plot():
         ({"windows": (1, 0)}, ConfigurationError, "windows must be an integer from 1 to time_steps=2, got 0"),
         ({"windows": "auto"}, ConfigurationError, "windows must be an integer from 1"),
         ({"windows": ()}, ConfigurationError, "at least one window"),
-        ({"through": "stage4"}, ConfigurationError, "through='stage4' is no part of the network"),
+        ({"through": "stage4"}, ConfigurationError, "through='stage4' is not a part of the network"),
         ({"through": "0"}, ConversionError, "no spiking neuron"),
         ({"net": nn.Linear(2, 2)}, ConversionError, "no spiking neuron"),
         ({"x": iter([])}, InputError, "through the network several times"),

@@ -54,14 +54,16 @@ def test_a_network_that_sltt_is_right_for():
 
 
 def test_where_steps_differ_all_of_them_are_taken():
-    assert verdict(analysis(spread=30.0))[1:] == ["Back-propagate all steps: fewer would be too far from it."]
+    assert verdict(analysis(spread=30.0))[1:] == [
+        "Back-propagate all steps: with fewer, the gradient would be too different."
+    ]
     assert take(analysis(spread=30.0)) == "SLTT"
 
 
 def test_a_window_is_advised_where_sltt_keeps_too_little():
     found = analysis(cosine=0.72, windows=((1, 0.72), (2, 0.96), (6, 1.0)))
     assert verdict(found) == [
-        "SLTT keeps 0.72 of the gradient's direction only, at 31% of BPTT's memory and 80% of its time.",
+        "SLTT keeps only 0.72 of the gradient's direction, at 31% of BPTT's memory and 80% of its time.",
         "Take windows of 2 steps, convert(net, temporal='call') and chunk=2: they keep 0.96, at 40% of the memory.",
     ]
     assert take(found) == "windows of 2"
@@ -81,12 +83,12 @@ def test_bptt_is_advised_where_no_window_keeps_enough():
 def test_without_bptt_nothing_is_said_of_the_gradient():
     found = replace(analysis(), similarity=None, credit=None, timing=None)
     assert verdict(found) == [
-        "SLTT takes 31% of BPTT's memory. BPTT does not fit, so nobody can say here what its gradient keeps."
+        "SLTT takes 31% of BPTT's memory. BPTT does not fit into memory, so the gradients could not be compared."
     ]
 
 
 def test_a_network_without_a_gradient():
-    assert verdict(analysis(cosine=float("nan")))[0].startswith("Neither gradient is anything but zero")
+    assert verdict(analysis(cosine=float("nan")))[0].startswith("Both gradients are zero")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_a_network_without_a_gradient():
 )
 def test_a_layer_that_keeps_little_is_named(row, named):
     found = cautions(analysis(layers=(("a", 0.99, 0.9), row)))
-    said = [text for text in found if text.startswith("Least is kept in the layer c: ")]
+    said = [text for text in found if text.startswith("The layer c keeps least: ")]
     assert bool(said) == named
 
 

@@ -134,7 +134,8 @@ def test_the_still_older_neurons_have_an_arc_tangent():
         ):
             assert torch.equal(a, b)
     with pytest.raises(
-        ConfigurationError, match=r"surrogate_function='Erf' of spikingjelly.cext is not here: ATan"
+        ConfigurationError,
+        match=r"surrogate_function='Erf' of spikingjelly.cext is not available here: use one of ATan",
     ):
         cext.IFNode(surrogate_function="Erf")
 
@@ -167,14 +168,14 @@ def test_a_surrogate_of_ones_own():
 
 def test_arguments_in_the_order_of_a_still_older_package():
     with pytest.raises(
-        ConfigurationError, match=r"v_reset must be a number, got Sigmoid.*before 0\.0\.0\.0\.9"
+        ConfigurationError, match=r"v_reset must be a number, got Sigmoid.*before SpikingJelly 0\.0\.0\.0\.9"
     ):
         neuron.MultiStepLIFNode(2.0, 1.0, 0.0, surrogate.Sigmoid())
 
 
 def test_a_backend_that_is_not_there():
     assert neuron.MultiStepLIFNode(backend="cupy").backend == "cupy"
-    with pytest.raises(ConfigurationError, match="backend='lava' of the old neurons is not here"):
+    with pytest.raises(ConfigurationError, match="backend='lava' of the old neurons is not available here"):
         neuron.MultiStepLIFNode(backend="lava")
 
 

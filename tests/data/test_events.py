@@ -108,7 +108,7 @@ def test_frames_by_number():
     assert frames.sum((1, 2, 3)).tolist() == [2, 2, 2, 5]
     assert [frames[:, 0].sum(), frames[:, 1].sum()] == [6, 5]
     assert frames[3, :, 0, 6:11].tolist() == [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
-    with pytest.raises(ValueError, match="11 events make no 12 frames: lower time_steps"):
+    with pytest.raises(ValueError, match="11 events are too few for 12 frames: lower time_steps"):
         integrate_by_number(events, 12)
     with pytest.raises(ValueError, match="outside of 128 x 128"):
         integrate_by_number({**events, "x": events["x"] + 118}, 4)
@@ -125,7 +125,7 @@ def test_an_absent_set(tmp_path, name):
 @pytest.mark.parametrize("name", MODULES)
 def test_time_steps_that_the_recordings_do_not_have(tmp_path, name):
     write_tiny(name, tmp_path)
-    with pytest.raises(DataError, match="600 events make no 601 frames: lower time_steps"):
+    with pytest.raises(DataError, match="600 events are too few for 601 frames: lower time_steps"):
         MODULES[name](tmp_path, time_steps=601).setup()
     assert not list(tmp_path.glob("frames*"))
 

@@ -535,7 +535,7 @@ def test_as_lif_with_other_settings():
 def test_spikes_that_are_none():
     sltt_ext.declare_neuron(WithPotential, time_dim=0, spikes=1)(Declared.declarations[WithPotential].step)
     with pytest.raises(
-        DeclarationError, match="spikes=1 of WithPotential names an output with other numbers than 0 and 1"
+        DeclarationError, match="spikes=1 of WithPotential names an output with numbers other than 0 and 1"
     ):
         sltt_ext.convert(WithPotential())(torch.randn(T, N, 3))
 

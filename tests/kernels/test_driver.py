@@ -154,7 +154,7 @@ def test_a_launch_that_fails(load, before):
 
 
 def test_a_library_that_lacks_a_function():
-    with pytest.raises(BackendError, match=r"this is no CUDA driver: .*cuInit"):
+    with pytest.raises(BackendError, match=r"this is not a CUDA driver: .*cuInit"):
         Driver(SimpleNamespace())
 
 

@@ -159,7 +159,7 @@ def test_a_function_that_fails_and_one_that_is_missing():
         NVRTC(library(nvrtcVersion=lambda *arguments: 7), "here")
     lacking = library()
     del lacking.nvrtcGetCUBIN
-    with pytest.raises(BackendError, match=r"here is no NVRTC of CUDA 11.2 or newer: .*nvrtcGetCUBIN"):
+    with pytest.raises(BackendError, match=r"here is not an NVRTC of CUDA 11.2 or newer: .*nvrtcGetCUBIN"):
         NVRTC(lacking, "here")
 
 

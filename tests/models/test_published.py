@@ -121,7 +121,7 @@ def test_network_made_for_a_checkpoint_has_the_neuron_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: preact_resnet18(CLASSES), "it is of a nf_resnet34.*lacks.*leave net out"),
+        (lambda: preact_resnet18(CLASSES), "it is from a nf_resnet34.*lacks.*leave net out"),
         (lambda: nf_resnet34(CLASSES + 1, width=WIDTH), r"fc.weight is \[5, 64\], not \[6, 64\]"),
     ],
 )
@@ -136,7 +136,7 @@ def test_checkpoint_of_another_network(make, message, tmp_path):
 
 def test_checkpoint_of_no_network_of_ours(tmp_path):
     torch.save({"net": torchvision.models.resnet18().state_dict()}, tmp_path / "resnet18.pth")
-    with pytest.raises(CheckpointError, match="none of the networks nf_resnet34"):
+    with pytest.raises(CheckpointError, match="fits none of the networks nf_resnet34"):
         load_published_checkpoint(tmp_path / "resnet18.pth")
 
 
@@ -149,7 +149,7 @@ def test_state_dict_alone(tmp_path):
 def test_truncated_file(tmp_path):
     _, path = saved("vgg11_bn", tmp_path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="truncated, or no checkpoint"):
+    with pytest.raises(CheckpointError, match="truncated, or is not a checkpoint"):
         load_published_checkpoint(path)
 
 

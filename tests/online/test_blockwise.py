@@ -332,11 +332,11 @@ class Shares(nn.Module):
 
 
 REFUSED = {
-    "no chain": (Forks, "auto", {}, "finds nowhere"),
+    "no chain": (Forks, "auto", {}, "finds no place"),
     "control flow": (Decides, "auto", {}, "TraceError"),
     "shared neuron": (Shares, lambda net: [net.c], {}, "flows past"),
     "runs twice": (Shares, lambda net: [net.b], {}, "runs 2 times"),
-    "not in the network": (Shares, lambda net: [nn.Linear(4, 5)], {}, "no module of the network"),
+    "not in the network": (Shares, lambda net: [nn.Linear(4, 5)], {}, "not a module of the network"),
     "past its border": (networks.resnet18, lambda net: [net.layer1[0].conv2], {}, "flows past"),
     "no list": (Shares, "all", {}, "blocks must be"),
     "on_step": (Shares, "auto", {"on_step": lambda t: None}, "on_step"),

@@ -90,7 +90,7 @@ def test_a_value_that_is_changed_in_place():
 
 
 def test_what_is_no_tensor():
-    with pytest.raises(ConfigurationError, match="no tensor"):
+    with pytest.raises(ConfigurationError, match="not a tensor"):
         border().put(0, (torch.ones(3), torch.ones(3)))
 
 

@@ -159,9 +159,7 @@ def test_a_loss_of_snntorch_as_it_is(make):
 
 @pytest.mark.parametrize(("loss_fn", "got"), [(nn.CrossEntropyLoss, "CrossEntropyLoss"), ("mse", "str")])
 def test_what_is_no_loss(loss_fn, got):
-    with pytest.raises(
-        ConfigurationError, match=f"loss_fn must be a function or a module, made already, got {got}"
-    ):
+    with pytest.raises(ConfigurationError, match=f"loss_fn must be a function or a module object, got {got}"):
         trainer(networks.conv_net(), loss_fn)
 
 

@@ -134,7 +134,7 @@ def test_other_kinds_of_tensors(kind):
 )
 def test_tensors_that_are_not_dense(x, step_mode):
     net = sltt_ext.convert(nn.Sequential(nn.Linear(6, 5), neuron.LIFNode(step_mode=step_mode)))
-    with pytest.raises(InputError, match=r"x must be a dense tensor: x.to_dense\(\)"):
+    with pytest.raises(InputError, match=r"x must be a dense tensor: use x.to_dense\(\)"):
         sltt_ext.OnlineTrainer(net, F.cross_entropy, T).forward_backward(x, TARGET)
 
 

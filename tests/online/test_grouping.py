@@ -259,7 +259,7 @@ def test_a_part_of_memory_that_cannot_be_told(monkeypatch):
 
 
 def test_a_budget_needs_auto():
-    with pytest.raises(ConfigurationError, match="say 'auto' of one of them"):
+    with pytest.raises(ConfigurationError, match="set one of them to 'auto'"):
         sltt_ext.OnlineTrainer(
             sltt_ext.convert(wide_net()), F.cross_entropy, T, chunk=1, memory_budget=10**9, **KEPT
         )

@@ -327,7 +327,7 @@ def test_a_change_in_place_is_found_out():
     x, target = torch.randn(3, 2, 6, 6), torch.tensor([0, 2, 1])
     online.forward_backward(x, target)
     net.iteration = 1
-    with pytest.raises(LossError, match="changes in place"):
+    with pytest.raises(LossError, match="changes the output of a module in place"):
         online.forward_backward(x, target)
     assert not any("forward" in vars(module) for module in net.modules())
 

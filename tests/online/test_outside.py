@@ -37,8 +37,8 @@ class Front(nn.Module):
 
 
 CASES = [
-    ("list", r"hidden: \w+ is no submodule.*ModuleList"),
-    ("dict of modules", r"hidden: \w+ is no submodule.*ModuleList"),
+    ("list", r"hidden: \w+ is not a submodule.*ModuleList"),
+    ("dict of modules", r"hidden: \w+ is not a submodule.*ModuleList"),
     ("added later", r"front: \w+ is not converted"),
     ("partly converted", r"front: \w+ is not converted"),
 ]

@@ -406,7 +406,7 @@ def test_an_output_that_is_averaged_and_one_that_is_not():
 
 @pytest.mark.parametrize("after", [nn.Softmax(-1), nn.Tanh(), nn.LayerNorm(5)])
 def test_something_that_is_not_linear_after_the_average(after):
-    with pytest.raises(ConfigurationError, match="not linear of the average over time"):
+    with pytest.raises(ConfigurationError, match="not linear in the average over time"):
         sltt_ext.over_time(TimeInside(after=after), time_inside="T")(X)
 
 

@@ -93,7 +93,7 @@ def test_snntorch_which_computes_in_float32_whatever_it_is_given(multi_step, bet
     F.cross_entropy(whole(X), TARGET).backward()
     assert oracle.relative_error(oracle.gradients(net), wanted) < 1e-6
     whole = sltt_ext.over_time(nn.Sequential(Loop(snntorch_net()), nn.Softmax(-1)), time_inside="*.T")
-    with pytest.raises(ConfigurationError, match="not linear of the average"):
+    with pytest.raises(ConfigurationError, match="not linear in the average"):
         whole(X)
 
 

@@ -213,7 +213,7 @@ def test_a_budget_that_no_plan_fits():
     ("options", "message"),
     [
         ({"memory_budget": "leanest"}, "memory_budget must be"),
-        ({"memory_budget": 1, **PLAIN}, "say 'auto' of one of them"),
+        ({"memory_budget": 1, **PLAIN}, "set one of them to 'auto'"),
         ({"pack_spikes": "yes"}, "pack_spikes must be True, False or 'auto', got 'yes'"),
         ({"cache_invariant": None}, "cache_invariant must be True, False or 'auto'"),
     ],

@@ -272,7 +272,7 @@ def of(step_mode="s", temporal="call", **options):
 BAD = [
     (lambda: sltt_ext.convert(spiking(), temporal="window"), "temporal must be None, 'step' or 'call', got 'window'"),
     (lambda: sltt_ext.over_time(spiking(), T, temporal="all"), "temporal must be None, 'step' or 'call'"),
-    (lambda: of(chunk="auto"), "chunk='auto' asks memory"),
+    (lambda: of(chunk="auto"), "chunk='auto' depends on memory"),
     (lambda: of("m", chunk="auto"), "give a number"),
     (lambda: of(chunk=7), "chunk=7 is longer than time_steps=6"),
     (lambda: sltt_ext.over_time(spiking(), T, temporal="call", chunk=7), "chunk=7 is longer than time_steps=6"),

@@ -235,7 +235,7 @@ def test_snntorchs_losses_per_step(name):
     ],
 )
 def test_losses_that_have_no_part_of_one_step(loss_fn):
-    with pytest.raises(ConfigurationError, match="no mean over time steps"):
+    with pytest.raises(ConfigurationError, match="not a mean over time steps"):
         step_loss(loss_fn)
 
 
