@@ -422,6 +422,8 @@ def test_times_of_plans_are_the_measured_ones():
     skipped = both("SLTT-1, tail skipped, multi-step")
     assert f"with `full_output=False` takes {skipped[0]} and {skipped[1]}." in pages["benchmarks"]
     assert all(f"takes {least[0]} of the time of BPTT step by step" in page for page in pages.values())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"on another CPU it is {fastest[0]}, and {skipped[0]} for SLTT-1" in readme
     other = float(rows["spiking ResNet-18", "SLTT, multi-step, least"]["to_bptt_steps"])
     assert f"and {other:.2f} for ResNet-18" in pages["training"]
 
