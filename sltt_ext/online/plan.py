@@ -1,4 +1,4 @@
-"""The plan of an iteration: how its steps are run, what is kept of them, and what is evaluated once."""
+"""The plan of an iteration: how its steps run, what is kept of them, and what is evaluated once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SLTT and SLTT-K behind one interface: gradients of a converted network, step by step in time."""
+"""SLTT and SLTT-K with one interface: gradients of a converted network, step by step in time."""
 
 from __future__ import annotations
 
