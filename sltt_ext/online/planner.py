@@ -242,7 +242,7 @@ class Planner:
             [*map(float, said), *(float(given.longest[kind]) for kind in (True, False))]
         )
         if apart:
-            self.grouping.keep_apart("so it was found")
+            self.grouping.keep_apart("an earlier run found this")
         if different:
             self._same_in_sequences = False
         self._shares = not unshared
