@@ -172,7 +172,11 @@ def through_time(
         The sum of the losses, detached.
     """
     total = None
-    with one.replaced, one.replaced, _Contexts(one.replaced) as around_pass:  # twice, for interrupts
+    with (
+        one.replaced,
+        one.replaced,
+        _Contexts(one.replaced) as around_pass,
+    ):  # entered twice, in case of an interrupt
         begin(one.neurons, one.replaced, one.from_rest)
         for speed_up in speed_ups:
             around_pass.enter_context(speed_up.around_pass(one))
