@@ -2,8 +2,8 @@
 
 Steps that are back-propagated share a call up to ``chunk``. The other steps need less memory, so more of them share a call:
 as many as fit into the memory of a back-propagated call. `ActivationMeter` measures in a few iterations how much calls need.
-It uses only shapes, so nothing waits for the device. Every step more adds the same bytes: those that a call of one step more
-has added.
+It uses only shapes, so nothing waits for the device. Each further step in a call adds the same number
+of bytes, which is measured, too.
 
 For some networks, one call of C steps differs from C calls. They keep to the calls that the user asked for (`watching`). Batch
 norms take their statistics over those calls, however many steps share a call (`norms`).

@@ -87,10 +87,10 @@ class OnlineTrainer(Iterations):
         time_steps: T, how many steps one input is shown.
         k: None back-propagates every step (SLTT). A number K back-propagates K of them (SLTT-K), and the others run without
             gradients. With ``convert(net, temporal="call")``, K counts windows of ``chunk`` steps.
-        chunk: How many consecutive back-propagated steps go through the network in one call. This trades the memory of
-            ``chunk`` steps for time. ``"auto"`` plans it (see `plan`), and may run a network of single steps on sequences if
-            all of its layers take both and the result is the same. A number above 1 needs a multi-step network, or
-            ``convert(net, temporal="call")``. With the latter, the gradient goes back through the steps of a call
+        chunk: How many consecutive back-propagated steps go through the network in one call. A larger number saves time and
+            needs the memory of ``chunk`` steps. ``"auto"`` plans it (see `plan`), and may run a network of single steps on
+            sequences if all of its layers take both and the result is the same. A number above 1 needs a multi-step network,
+            or ``convert(net, temporal="call")``. With the latter, the gradient goes back through the steps of a call
             (truncated BPTT; with T it is BPTT), and ``chunk`` is 1 if you do not give it. In a multi-step network, steps that
             are not back-propagated share a call as far as this needs no more memory than a back-propagated call.
         scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is an unbiased estimate
