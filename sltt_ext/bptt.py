@@ -1,7 +1,7 @@
-"""Back-propagation through time behind the interface of `OnlineTrainer`: what SLTT is compared with.
+"""Back-propagation through time with the interface of `OnlineTrainer`, to compare SLTT with it.
 
-All T steps run forward and stay in memory, then one backward pass follows the error through space and time.
-The network has the framework's own neurons; if it is converted, it is reverted.
+All T steps run forward and stay in memory. Then one backward pass follows the error through space and time.
+The network has the framework's own neurons: if it is converted, it is reverted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["BPTTTrainer"]
 class BPTTTrainer:
     """Gradients by back-propagation through time, with the memory of all T steps.
 
-    Takes the place of an `OnlineTrainer` wherever one fits, so that methods differ in nothing else:
+    It can replace an `OnlineTrainer` anywhere, so that methods differ in nothing else:
 
         trainer = BPTTTrainer(net, loss_fn, time_steps=6)
         trainer.forward_backward(x, target)
@@ -47,14 +47,14 @@ class BPTTTrainer:
     A multi-step network takes all T steps in one call. The total loss is the mean of the steps' losses.
 
     Args:
-        net: A network `convert` knows, original or converted; it is reverted here.
+        net: A network that `convert` knows, original or converted. It is reverted here.
         loss_fn: ``(output of one step, target) -> scalar``.
         time_steps: T, how many steps one input is shown.
-        time_dim: As in `OnlineTrainer`, and so are the following.
+        time_dim: As in `OnlineTrainer`, like those that follow.
         output: What the loss reads of the network's return value.
         backward: How the loss is back-propagated; default ``loss.backward()``.
-        target_time_dim: The axis of time in a target that differs from step to step.
-        wrapper: The DistributedDataParallel module around ``net``, where ``net`` is called without it.
+        target_time_dim: The time axis of a target that differs from step to step.
+        wrapper: The DistributedDataParallel module around ``net``, if ``net`` is called without it.
 
     Raises:
         ConfigurationError: If an option cannot work.
@@ -92,7 +92,7 @@ class BPTTTrainer:
         whole = all_or_nothing(self.net.parameters(), self._reset)
         with (
             whole,
-            whole,  # twice, for interrupts
+            whole,  # entered twice, in case of an interrupt
             synchronised_once(self.wrapper or self.net, sync) as step,
             step(True),
         ):
@@ -110,11 +110,11 @@ class BPTTTrainer:
         return _mean(self._all_steps(x))
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: all steps are back-propagated in one call or one by one, whatever was measured."""
+        """An empty dict: this trainer draws no steps and measures nothing."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a trainer left off."""
+        """Do nothing, because `state_dict` is empty."""
 
     def _all_steps(self, x: Any) -> Any:
         multi_step = self._reset()

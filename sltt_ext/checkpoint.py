@@ -138,7 +138,7 @@ class Checkpoints:
                     _set_state(part, content["parts"][name])
                 name = "torch's random numbers"
                 _set_random_state(content["random"])
-            except Exception as error:  # every kind of part has its own
+            except Exception as error:  # every kind of part has its own error
                 raise CheckpointError(
                     f"{path} does not fit {name} ({type(error).__name__}: {error}): make the run as it was when it was "
                     "saved, or use another folder"
@@ -201,7 +201,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     cuda, devices = state["cuda"], torch.cuda.device_count()
     if devices == 0:
-        return  # nothing here draws from the others
+        return  # without CUDA devices nothing draws from their generators
     if len(cuda) > devices:
         raise ValueError(f"they are of {len(cuda)} CUDA devices, and this machine has {devices}")
     torch.cuda.set_rng_state_all(cuda)

@@ -141,7 +141,7 @@ def convert(
         )
     _check_backend(net, adapters, backend)
     whole = _all_or_none([module for module, _ in adapters])
-    with whole, whole:  # twice, for interrupts
+    with whole, whole:  # entered twice, in case of an interrupt
         for module, adapter in adapters:
             _give_class(module, adapter)
             neuron = cast(SLTTNeuron, module)
@@ -176,7 +176,7 @@ def revert(net: Module) -> Module:
             module.give_back_class()
     neurons = [module for module in net.modules() if isinstance(module, SLTTNeuron)]
     whole = _all_or_none(neurons)
-    with whole, whole:  # twice, for interrupts
+    with whole, whole:  # entered twice, in case of an interrupt
         for neuron in neurons:
             neuron.carry_charged(False)
             neuron.settle_state()

@@ -187,7 +187,9 @@ class OnlineModule(LightningModule):
 
     def _set_random_states(self, states: dict[str, Any]) -> None:
         device = self.trainer.strategy.root_device
-        torch.set_rng_state(states["cpu"][self.global_rank].clone())  # a row within a tensor crashes torch
+        torch.set_rng_state(
+            states["cpu"][self.global_rank].clone()
+        )  # torch crashes with a row of a larger tensor
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"][self.global_rank].clone(), device)
 

@@ -220,7 +220,7 @@ def _class_over_time(original: type[nn.Module]) -> type[OverTime]:
         """What the network does when it does not run over time."""
         return vars(net).get("_sltt_own_forward") or functools.partial(original.forward, net)
 
-    # told by its signature, and not by __wrapped__, which accelerate would unwrap together with its own wrappers
+    # give the signature but not __wrapped__, which accelerate would unwrap together with its own wrappers
     forward.__signature__ = inspect.signature(original.forward)  # type: ignore[attr-defined]
     forward.__doc__ = original.forward.__doc__
     namespace = {
@@ -232,7 +232,7 @@ def _class_over_time(original: type[nn.Module]) -> type[OverTime]:
     }
     _MADE[original] = type(
         original.__name__, (OverTime, original), namespace
-    )  # its name is in files of its owner's
+    )  # files of the user have its name
     return _MADE[original]
 
 

@@ -156,7 +156,7 @@ def analyze(
         on_progress("temporal credit")
         credit = temporal_credit(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
     on_progress("drawn steps")
-    with suppress(ConfigurationError):  # no steps are drawn of a module that takes its whole sequence
+    with suppress(ConfigurationError):  # no steps can be drawn if a module takes its whole sequence
         draws = drawn_steps(net, x, target, loss_fn, time_steps, time_dim=time_dim, output=output)
     if counts[0].assumed:
         notes.append(
@@ -197,7 +197,7 @@ def check_runs(
         )
         try:
             return trainer.predict(x)
-        except Exception as error:  # whatever the network's own code makes of the input
+        except Exception as error:  # the network's own code may raise anything
             if isinstance(error, SLTTError) or is_out_of_memory(error):
                 raise
             raise InputError(
@@ -234,7 +234,7 @@ def _samples_that_fit(
             needed = _bptt_bytes(net, part, time_steps, time_dim, output)
         except SLTTError:
             raise
-        except Exception as error:  # fake tensors refuse what depends on data
+        except Exception as error:  # fake tensors refuse operators that depend on data
             return samples, None, [f"BPTT's memory could not be counted beforehand ({one_line(error, 200)})."]
         first = needed if first is None else first
         if needed <= limit or samples == 1:

@@ -224,7 +224,9 @@ def doublings(time_steps: int) -> list[int]:
 def _through_time(net: nn.Module, path: str, window: int) -> Iterator[None]:
     """Make one part of the network go through time, and the others step by step; the end of the block undoes this."""
     with restoring(net), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "chunk=", SLTTWarning)  # that the last window may be shorter
+        warnings.filterwarnings(
+            "ignore", "chunk=", SLTTWarning
+        )  # the warning that the last window is shorter
         if path:
             convert(net, temporal="step")
         # windows of one step are SLTT, for which neurons keep less

@@ -103,7 +103,7 @@ _THROUGH_SPIKE = {
 
 
 def _leaky(leak: int, decay_input: bool, reset: str, detach_reset: bool, learned: bool) -> NeuronOperations:
-    own = Count(1, 1) if learned else Count()  # its part of the gradient of a learnable leak, summed
+    own = Count(1, 1) if learned else Count()  # its term in the sum for the gradient of a learnable leak
     temporal = Count(leak, 1) + _RESET_BACKWARD[reset]
     return NeuronOperations(
         forward_spatial=Count(int(decay_input), 1),  # x / tau, and h - v_threshold

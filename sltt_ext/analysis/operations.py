@@ -264,7 +264,7 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         owner = self._in_backward if self._backward else self._running()
         if owner is None:
-            return out  # the loss, or between two nodes: the sum of gradients
+            return out  # the loss, or a sum of gradients between two nodes
         packet = func._overloadpacket
         if packet in flop_registry:
             products = flop_registry[packet](*args, **(kwargs or {}), out_val=out) // 2

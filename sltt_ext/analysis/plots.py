@@ -17,7 +17,7 @@ MARKERS = ("s", "o", "^", "v", "D")
 HATCHES = ("", "///", "...", "xx", "\\\\")
 LINES = ("-", "--", ":", "-.")
 FROM_WORDS = 1e4  # numbers are written with k, M, G
-MOST_MARKS = 12  # more run into each other
+MOST_MARKS = 12  # more marks would overlap
 _INK = "#010203"  # stands for the page's own text colour in an inline SVG
 
 

@@ -22,7 +22,7 @@ __all__ = ["FILES", "headline", "html_report", "save_report"]
 
 FILES = ("report.html", "report.json")
 
-MOST_LAYERS = 14  # in a figure; the tables have all
+MOST_LAYERS = 14  # in a figure; the tables have all layers
 Row = dict[str, str]
 
 

@@ -13,7 +13,9 @@ from sltt_ext.online.snapshot import Snapshot
 
 __all__ = ["restoring"]
 
-_DEPTH = 3  # a module's attributes, a dict among them (hooks, SpikingJelly's states), a list in that
+_DEPTH = (
+    3  # the attributes of a module, a dict among them (hooks, SpikingJelly's states), and a list in that dict
+)
 
 
 @contextmanager

@@ -212,7 +212,7 @@ def _trainer(
     **reading: Any,
 ) -> GradientTrainer:
     if not method.is_bptt:
-        convert(net, temporal="step")  # whatever a user has converted it to
+        convert(net, temporal="step")  # however the user has converted it
     return method.trainer(net, loss_fn, time_steps, backward=backward, **reading)
 
 

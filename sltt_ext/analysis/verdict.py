@@ -51,7 +51,7 @@ def cautions(analysis: Analysis) -> list[str]:
         samples = analysis.activity.samples
         found.append(
             f"No neuron has fired in the layer{'s' * (len(silent) != 1)} {', '.join(silent)}, with {samples} sample{'s' * (samples != 1)}: the layers "
-            "behind get only zeros as input. Try a smaller threshold, a batch norm in front, or a larger input."
+            "behind get no spikes from there. Try a smaller threshold, a batch norm in front, or a larger input."
         )
     return found
 

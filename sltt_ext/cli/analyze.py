@@ -29,7 +29,7 @@ _EXAMPLES = """examples:
   sltt analyze my_models:build --data batch.pt --time-steps 10 --time-dim 0   # torch.save((x, target), "batch.pt")
   sltt analyze my_models:build --input-shape 3,224,224 --batch 32 --bptt-max-memory 8GB --json
 
-The network is built by calling FACTORY without arguments; the loss is cross-entropy of the output of each step."""
+The network is built by calling FACTORY without arguments. The loss is the cross-entropy of the output of each step."""
 
 
 def register(commands: Any) -> None:
@@ -44,10 +44,10 @@ def register(commands: Any) -> None:
     )
     add_network_arguments(parser, batch=4, shape=None, factory=None)
     parser.add_argument("--classes", type=positive, help="classes of random targets; default: the network's outputs")  # fmt: skip
-    parser.add_argument("--data", type=Path, metavar="FILE.pt", help="a pair (x, target) saved by torch.save, instead of random numbers")  # fmt: skip
+    parser.add_argument("--data", type=Path, metavar="FILE.pt", help="file with a pair (x, target) saved by torch.save, instead of random numbers")  # fmt: skip
     parser.add_argument("--time-dim", type=int, choices=(0, 1), help="the axis of time in x of --data; default: the same x at every step")  # fmt: skip
     parser.add_argument("--batches", type=positive, default=2, help="batches for the gradient similarity")
-    parser.add_argument("--bptt-max-memory", type=size, metavar="SIZE", help="memory BPTT may take, e.g. 8GB; default: 80%% of what is free")  # fmt: skip
+    parser.add_argument("--bptt-max-memory", type=size, metavar="SIZE", help="memory that BPTT may take, e.g. 8GB; default: 80%% of the free memory")  # fmt: skip
     parser.add_argument("--output", type=Path, default=Path("sltt-analysis"), help="folder of the report")
     parser.set_defaults(run=_run)
 

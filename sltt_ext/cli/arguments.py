@@ -1,4 +1,4 @@
-"""What several commands share of their command lines."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help with defaults, and examples as they are written."""
+    """Help that shows defaults, and examples with their line breaks."""
 
 
 def add_network_arguments(
     parser: Any, batch: int, shape: tuple[int, ...] | None, factory: str | None
 ) -> None:
-    """Arguments that say which network runs on which input."""
+    """Arguments for the network and its input."""
     parser.add_argument(
         "factory",
         metavar="MODULE:FACTORY",
@@ -50,28 +50,34 @@ def add_network_arguments(
         type=_shape,
         default=shape,
         metavar="C,H,W",
-        help="of one sample at one time step, without the batch",
+        help="shape of one sample at one time step, without the batch",
     )
-    parser.add_argument("--time-steps", type=positive, default=6, metavar="T", help="steps an input is shown")
+    parser.add_argument(
+        "--time-steps",
+        type=positive,
+        default=6,
+        metavar="T",
+        help="number of steps for which an input is shown",
+    )
     parser.add_argument("--batch", type=positive, default=batch, metavar="N", help="samples in a batch")
     parser.add_argument("--membrane", action="store_true", help="the loss reads the last of the network's outputs (snnTorch)")  # fmt: skip
     add_run_arguments(parser, seed="seed of weights and random inputs")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, no tables")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def add_methods_argument(parser: Any) -> None:
-    """``--methods``, which are compared."""
+    """Add ``--methods``, the methods to compare."""
     parser.add_argument("--methods", nargs="+", default=list(COMPARED), metavar="METHOD", help="the others are compared with the first")  # fmt: skip
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """See that ``--methods`` names each method once.
+    """Check that ``--methods`` names each method once.
 
     Raises:
-        ConfigurationError: If it does not.
+        ConfigurationError: If it names one twice.
     """
     if len({method_named(name) for name in names}) < len(names):
-        raise ConfigurationError(f"--methods has one twice: {' '.join(names)}")
+        raise ConfigurationError(f"--methods names a method twice: {' '.join(names)}")
 
 
 def add_run_arguments(parser: Any, seed: str) -> None:
@@ -82,14 +88,14 @@ def add_run_arguments(parser: Any, seed: str) -> None:
 
 
 def checked_device(name: str) -> torch.device:
-    """The device, if it is one that can be measured and numbers can be kept on it.
+    """The device, if it holds numbers and can be measured.
 
     Raises:
-        ConfigurationError: If not.
+        ConfigurationError: If it does not, or cannot.
     """
     try:
         device = torch.empty(0, device=name).device
-    except Exception as error:  # each device's own
+    except Exception as error:  # each device has its own error
         raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigurationError(f"--device {name}: sltt runs on cpu and cuda devices; choose one of these")
@@ -97,10 +103,10 @@ def checked_device(name: str) -> torch.device:
 
 
 def check_writable(option: str, *files: Path) -> None:
-    """Raise unless every file can be written, its folder made if missing. The check leaves nothing behind.
+    """Check that every file can be written, and its folder made if missing. The check leaves nothing behind.
 
     Raises:
-        ConfigurationError: If one cannot; it names ``option``.
+        ConfigurationError: If a file cannot be written. The error names ``option``.
     """
     for file in files:
         made = [path for path in (file, *file.parents) if not os.path.lexists(path)]
@@ -134,7 +140,7 @@ def size(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    return _integer(text, -(2**63), 2**64 - 1)  # what torch.manual_seed takes
+    return _integer(text, -(2**63), 2**64 - 1)  # the range of torch.manual_seed
 
 
 def _integer(text: str, lowest: int, highest: int) -> int:

@@ -17,7 +17,7 @@ def register(commands: Any) -> None:
         "demo",
         help="train one network on real images with BPTT, SLTT and SLTT-K, side by side",
         description="Train a small convolutional spiking network on handwritten digits with BPTT, SLTT, SLTT-2 "
-        "and SLTT-1, with the same seed and settings, and compare accuracy, time and memory.",
+        "and SLTT-1, with the same seed and settings. Compare accuracy, time and memory.",
         epilog="examples:\n  sltt demo --quick\n  sltt demo --epochs 5 --output my-results",
         formatter_class=Formatter,
     )
@@ -26,7 +26,13 @@ def register(commands: Any) -> None:
         "--quick", action="store_true", help="under a minute: a smaller network and two epochs"
     )
     add_run_arguments(parser, seed="seed of weights, batches and drawn steps")
-    parser.add_argument("--time-steps", type=positive, default=6, metavar="T", help="steps an image is shown")
+    parser.add_argument(
+        "--time-steps",
+        type=positive,
+        default=6,
+        metavar="T",
+        help="number of steps for which an image is shown",
+    )
     parser.add_argument("--output", type=Path, default=Path("sltt-demo"), help="folder for table and plot")
     parser.set_defaults(run=_run)
 

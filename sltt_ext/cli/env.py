@@ -21,7 +21,7 @@ def register(commands: Any) -> None:
         epilog="example: sltt env --json",
         formatter_class=Formatter,
     )
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
 
 

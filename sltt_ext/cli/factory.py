@@ -16,10 +16,10 @@ __all__ = ["build"]
 
 
 def build(reference: tuple[str, str]) -> nn.Module:
-    """The network that ``(module, factory)`` builds; the working directory is searched first.
+    """The network that ``(module, factory)`` builds. The working directory is searched first.
 
     Raises:
-        FactoryError: If the module cannot be imported, the factory is not there, needs arguments, fails, or
+        FactoryError: If the module cannot be imported, or if the factory does not exist, needs arguments, fails or
             returns something else.
     """
     module_name, name = reference

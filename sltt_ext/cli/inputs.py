@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def network(options: argparse.Namespace) -> nn.Module:
-    """The network of ``MODULE:FACTORY``, made with the seed, on the device."""
+    """The network of ``MODULE:FACTORY`` on the device, made with the seed."""
     device = checked_device(options.device)
     torch.manual_seed(options.seed)
     return build(options.factory).to(device)
@@ -33,7 +33,7 @@ def random_batches(
     """Uniform random inputs from 0 to 1, and random class indices.
 
     Raises:
-        InputError: If there is no input shape, the network rejects it, or its output is not ``[N, classes]``.
+        InputError: If there is no input shape, if the network rejects it, or if its output is not ``[N, classes]``.
     """
     if options.input_shape is None:
         raise InputError("give --input-shape, such as 3,64,64, or --data FILE.pt")
@@ -51,7 +51,7 @@ def saved_batches(path: Path, options: argparse.Namespace, net: nn.Module, count
     """The first batches of ``(x, target)`` in a file written by ``torch.save``.
 
     Raises:
-        InputError: If the file has something else, or what the network or the loss cannot take.
+        InputError: If the file holds something else, or something that the network or the loss cannot take.
     """
     try:
         loaded: Any = torch.load(path, map_location=checked_device(options.device), weights_only=True)
@@ -72,7 +72,7 @@ def saved_batches(path: Path, options: argparse.Namespace, net: nn.Module, count
     size = min(options.batch, len(target))
     batches = list(zip(x.split(size, dim), target.split(size)))
     outputs = _classes(net, batches[0][0], options)
-    try:  # on the CPU: a CUDA device that meets a wrong index is lost to the process
+    try:  # on the CPU: after a wrong index on a CUDA device, the process can no longer use it
         F.cross_entropy(torch.zeros(len(target), outputs), target.cpu())
     except Exception as error:  # PyTorch's own, of several kinds
         raise InputError(
@@ -83,10 +83,10 @@ def saved_batches(path: Path, options: argparse.Namespace, net: nn.Module, count
 
 
 def _classes(net: nn.Module, x: Tensor, options: argparse.Namespace) -> int:
-    """How many classes the network's output ``[N, classes]`` has.
+    """The number of classes of the network's output ``[N, classes]``.
 
     Raises:
-        InputError: If the network rejects ``x``, or its output has another shape.
+        InputError: If the network rejects ``x``, or if its output has another shape.
     """
     output = check_runs(net, x, options.time_steps, getattr(options, "time_dim", None), read_output(options))
     if output.dim() != 2:

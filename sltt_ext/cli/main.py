@@ -1,4 +1,4 @@
-"""Reads the command line, runs a command, and turns what went wrong into an exit code."""
+"""Reads the command line, runs a command, and turns errors into an exit code."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        Its exit code: 0 done, 1 an error (said on standard error), 2 wrong usage, 130 stopped with Ctrl-C.
+        Its exit code: 0 done, 1 an error (printed on standard error), 2 wrong usage, 130 stopped with Ctrl-C.
     """
     parser = argparse.ArgumentParser(
         prog="sltt",
@@ -30,18 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (demo, env, analyze, bench, plan):
         command.register(commands)
     for command_parser in commands.choices.values():
-        command_parser.add_argument("--debug", action="store_true", help="the traceback of an error")
+        command_parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = argparse.Namespace(debug=False)
     try:
         try:
             parser.parse_args(arguments, options)
             options.run(options)
         finally:
-            sys.stdout.flush()  # help and version, too, are for whoever reads on
+            sys.stdout.flush()  # the reader gets help and version, too
     except KeyboardInterrupt:
         print("sltt: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output has enough of it, as head does
+    except BrokenPipeError:  # the reader of the output has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

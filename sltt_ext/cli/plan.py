@@ -29,7 +29,7 @@ _EXAMPLES = """examples:
   sltt plan my_models:build --input-shape 3,224,224 --batch 32 --device cuda --memory-budget 10GiB
   sltt plan my_models:build --input-shape 3,64,64 --methods bptt sltt sltt-2 --json
 
-The network is built by calling FACTORY without arguments; the loss is cross-entropy of the output of each step."""
+The network is built by calling FACTORY without arguments. The loss is the cross-entropy of the output of each step."""
 
 
 def register(commands: Any) -> None:

@@ -1,6 +1,6 @@
-"""The fused Leaky neuron as operators: registered ones for networks that are compiled, and a leaner one for all others.
+"""The fused Leaky neuron as operators: registered ones for compiled networks, and a leaner one for all others.
 
-`run_leaky` is what the public function and the adapter call. ``sltt_ext::leaky``, ``sltt_ext::leaky_backward`` and
+The public function and the adapter call `run_leaky`. ``sltt_ext::leaky``, ``sltt_ext::leaky_backward`` and
 ``sltt_ext::leaky_backward_through_time`` run under ``torch.compile`` and with fake tensors.
 """
 
@@ -60,9 +60,9 @@ def run_leaky(
         mem: Initial membrane potential ``[N, ...]``, one number for all, or None for 0.
         beta: Decay, clamped to 0..1.
         threshold: Firing threshold.
-        settings: The layer's.
-        return_mem_seq: Whether to return the potentials of all steps; without effect for a single one.
-        backend: What to run on.
+        settings: The settings of the layer.
+        return_mem_seq: Whether to return the potentials of all steps. It has no effect for a single step.
+        backend: The backend to run on.
         single_step: Whether ``x_seq`` is one step.
 
     Raises:
@@ -275,7 +275,7 @@ def _save(
 
 
 def _gradients(ctx: Any, kernels: Any, grad_s: Any, grad_mem: Any) -> tuple[Any, Any, Any, Any]:
-    """Gradients of the input, of the initial potential, of beta and of the threshold, None where there is none."""
+    """Gradients of the input, of the initial potential, of beta and of the threshold; None if there is none."""
     if grad_s is None and grad_mem is None:
         return None, None, None, None
     h, mem, beta, threshold = ctx.saved_tensors
@@ -302,9 +302,9 @@ def _gradients(ctx: Any, kernels: Any, grad_s: Any, grad_mem: Any) -> tuple[Any,
 
 
 class _EagerLeaky(torch.autograd.Function):
-    """The operator as it runs outside of compilation: same kernels, a fraction of the cost per call.
+    """The operator outside of compilation, with the same kernels and a fraction of the cost per call.
 
-    A single step is reshaped in here, where no view costs an autograd node.
+    It reshapes a single step itself, because a view costs no autograd node here.
     """
 
     @staticmethod

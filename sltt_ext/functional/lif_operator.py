@@ -1,6 +1,6 @@
-"""The fused LIF neurons as operators: registered ones for networks that are compiled, and a leaner one for all others.
+"""The fused LIF neurons as operators: registered ones for compiled networks, and a leaner one for all others.
 
-`run_lif` is what the public functions and the adapters call. ``sltt_ext::lif``, ``sltt_ext::lif_backward`` and
+The public functions and the adapters call `run_lif`. ``sltt_ext::lif``, ``sltt_ext::lif_backward`` and
 ``sltt_ext::lif_backward_through_time`` run under ``torch.compile`` and with fake tensors.
 """
 
@@ -40,8 +40,8 @@ def lif_settings(
     """The settings, checked; see `sltt_ext.kernels.lif.LIFSettings`.
 
     Raises:
-        ConfigurationError: If ``tau`` is not positive, a number is NaN, ``factored_leak`` is asked for where the leak
-            has no factor, or ``through_time`` where the charged potential is carried.
+        ConfigurationError: If ``tau`` is not positive, if a number is NaN, if ``factored_leak`` is given but the leak has
+            no factor, or if both ``through_time`` and ``charged`` are given.
     """
     if tau is not None and not tau > 0:
         raise ConfigurationError(f"tau must be positive, got {tau}")
@@ -94,10 +94,10 @@ def run_lif(
         x_seq: Input currents ``[T, N, ...]``, or one step ``[N, ...]``.
         v: Initial state ``[N, ...]``, one number for all, or None for the resting potential.
         decay: The learnable decay, or None.
-        settings: The layer's.
-        backend: What to run on.
+        settings: The settings of the layer.
+        backend: The backend to run on.
         single_step: Whether ``x_seq`` is one step.
-        overwrites: Whether a charged potential may be overwritten by the next one.
+        overwrites: Whether the next charged potential may overwrite a charged potential.
 
     Raises:
         InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
@@ -105,7 +105,7 @@ def run_lif(
     """
     overwrite = False
     if isinstance(v, Tensor):
-        # what a graph has made that still lives is needed as it is
+        # a state with a graph is still needed: it must not be overwritten
         overwrite = overwrites and settings.charged and not v.requires_grad
         v = initial_state("v", v, x_seq, single_step, constant=not settings.through_time)
     else:
@@ -155,7 +155,7 @@ def lif(
     save_slope: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The forward operator; see `sltt_ext.kernels.lif.LIFKernels`. Neurons start from ``v``, or without from ``v_start``."""
+    """The forward operator; see `sltt_ext.kernels.lif.LIFKernels`. Neurons start from ``v``, or from ``v_start`` without it."""
     settings = packed(
         LIFSettings, tau, decay_input, factored_leak, v_threshold, v_reset, detach_reset, charged, through_time,
         surrogate, parameters,
@@ -298,7 +298,7 @@ def _save(ctx: Any, decay: Tensor | None, settings: LIFSettings, output: tuple[T
 
 
 def _gradients(ctx: Any, kernels: Any, grad_s_seq: Any, grad_v: Any) -> tuple[Any, Any, Any]:
-    """Gradients of the input, of the decay and of the initial state, None where there is none."""
+    """Gradients of the input, of the decay and of the initial state; None if there is none."""
     if grad_s_seq is None and grad_v is None:
         return None, None, None
     derivatives, h, slopes, decay = ctx.saved_tensors
@@ -312,9 +312,9 @@ def _gradients(ctx: Any, kernels: Any, grad_s_seq: Any, grad_v: Any) -> tuple[An
 
 
 class _EagerLIF(torch.autograd.Function):
-    """The operator as it runs outside of compilation: same kernels, a fraction of the cost per call.
+    """The operator outside of compilation, with the same kernels and a fraction of the cost per call.
 
-    A single step is reshaped in here, where no view costs an autograd node.
+    It reshapes a single step itself, because a view costs no autograd node here.
     """
 
     @staticmethod

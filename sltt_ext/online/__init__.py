@@ -1,4 +1,4 @@
-"""Online training through time: one step forward and backward, freed, then the next."""
+"""Online training through time: each step runs forward and backward, and is freed before the next."""
 
 from sltt_ext.online.losses import CrossEntropyMSELoss
 from sltt_ext.online.trainer import OnlineResult, OnlineTrainer

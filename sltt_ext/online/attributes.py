@@ -1,4 +1,4 @@
-"""Plain attributes of a module as they are at a moment: what they hold, also in lists, sets and dicts."""
+"""Plain attributes of a module at one moment: what they hold, also in lists, sets and dicts."""
 
 from __future__ import annotations
 

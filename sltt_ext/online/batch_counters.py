@@ -1,8 +1,8 @@
-"""The counters of batch norms, ``num_batches_tracked``, brought up to date by one operator for a whole pass.
+"""The counters of batch norms, ``num_batches_tracked``, updated by one operator for a whole pass.
 
-Each norm in training adds 1 to its counter whenever it runs. During a pass the numbers are counted in Python, by a tensor
-that stands in for the counter. It is brought up to date as soon as anybody reads it, and at the end. A norm without
-``momentum`` reads its counter at every step, and is left alone.
+Each norm in training adds 1 to its counter whenever it runs. During a pass Python counts, and a tensor stands in for the
+counter. The counter is updated as soon as anybody reads it, and at the end of the pass. A norm without ``momentum`` reads its
+counter at every step, and is left alone.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How many bytes the blocks of a network need, counted in one call of it with few samples, and the borders that need the least.
+"""How many bytes the blocks of a network need, and the borders that need the fewest.
 
-In that call, every node says what it returns and what autograd saves in it. A block between two borders then needs, at its peak:
-the values at the borders up to its first one, for all steps; the gradients at one of its borders, for the steps that
-are back-propagated together; what its graph saves; and twice its largest value, for gradients on their way. The borders
-are those for which the largest of these sums is least.
+They are counted in one call of the network with few samples. In that call, every node tells what it returns and what autograd
+saves in it. At its peak, a block between two borders then needs these: the values at the borders up to its first one, for all
+steps; the gradients at one of its borders, for the steps that are back-propagated together; what its graph saves; and twice
+its largest value, for gradients on their way. The borders are chosen so that the largest of these sums is least.
 """
 
 from __future__ import annotations

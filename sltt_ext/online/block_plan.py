@@ -1,4 +1,4 @@
-"""Where an iteration that goes block by block has its borders: what the user has named, or where the least memory is needed."""
+"""Where an iteration that goes block by block has its borders: where the user has put them, or where they need least memory."""
 
 from __future__ import annotations
 

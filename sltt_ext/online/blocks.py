@@ -1,12 +1,12 @@
-"""A network compiled by blocks, around which everything else composes.
+"""A network that is compiled by blocks, so that everything else still works around it.
 
 `torch.compile` of a whole network hides its modules from the time loop, and takes minutes. Here, parts of it are compiled,
-each as one graph: the blocks of which it has several (one compilation for all of the same kind and shape), and between
-them what is left, as much of it as contains neurons. What does not depend on time stays outside, and is evaluated
-once an iteration as ever: a stem by itself, a parametrised weight before the block that reads it, which is then given a plain
-tensor. A neuron's first step starts from tensors, as all others do, so that one graph does for both.
+each as one graph. These are the blocks that a network repeats (with one compilation for all of the same kind and shape), and
+the parts between them that contain neurons. What does not depend on time stays outside, and is evaluated once an iteration as
+always: a stem by itself, and a parametrised weight before the block that reads it, which then gets a plain tensor. A neuron's
+first step starts from tensors like all others, so that one graph is enough for both.
 
-The first pass of each kind runs as it is: it is watched, and shows what is time-invariant.
+The first pass of each kind runs without compilation. It is watched, and shows what is time-invariant.
 """
 
 from __future__ import annotations

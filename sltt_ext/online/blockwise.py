@@ -1,21 +1,22 @@
-"""An iteration that goes through a network block by block, and not step by step: all T steps of a block, then the next.
+"""An iteration that goes through a network block by block, not step by step: all T steps of a block, then the next block.
 
-Going forward, a block runs its T steps from rest without a graph. What is kept is what it returns, T values, as bits where they
-are spikes (`borders`), and none of its states. The last block takes the loss of each step, and back-propagates it. Then the
-blocks run again, from the last to the first: each step with its graph, from the same state, and with the gradient that the block
-behind has left for it::
+In the forward pass, a block runs its T steps from rest without a graph. Its T outputs are kept, as bits if they are spikes
+(`borders`), but none of its states. The last block takes the loss of each step and back-propagates it. Then the blocks run
+again, from the last to the first. Each step has its graph, starts from the same state, and gets the gradient that the block
+after it has left::
 
     forward                                        backward
     x -> block 1, T steps -> bits                  block 3, step t -> loss[t] -> gradient[t] at its border
          block 2, T steps -> bits                  block 2, step t <- gradient[t], -> gradient[t] at its border
                                                    block 1, step t <- gradient[t]
 
-Stepping keeps the graph of one step of all blocks, and the states of all neurons: 32 bits for each. Here, one block's are alive, T
-gradients at one border, and T bits for each number at every border. It is the same sum over the steps, SLTT's gradient. A block
-runs once more than in stepping; the state that a step starts from is a constant in both.
+Going step by step keeps the graph of one step of all blocks, and the states of all neurons with 32 bits each. Going block by
+block keeps those of one block, T gradients at one border, and T bits for each number at every border. The gradient is the
+same sum over the steps, which is SLTT's. A block runs once more than step by step. The state from which a step starts is a
+constant in both.
 
-The gradients at a border may be kept for some of the steps at a time: in ``parts``, from the last to the first, each of which
-runs the blocks anew up to its last step.
+The gradients at a border may be kept for some of the steps at a time. The steps are then divided into ``parts``, from the
+last to the first, and each part runs the blocks anew up to its last step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What one block of a network hands to the next, for all calls of a pass: the values, in the fewest bits, and their gradients.
 
-Where a value is spikes, it is kept as one bit for each number; where it is a sum of spikes, as in a SEW ResNet, in as many bits
-as the largest sum needs. Anything else is kept as it is. A value that is the same at every step (that of a time-invariant
-stem) is one tensor, and its gradient one sum.
+Spikes are kept as one bit for each number. A sum of spikes, as in a SEW ResNet, takes as many bits as its largest number
+needs. Anything else is kept as it is. If a value is the same at every step (that of a time-invariant stem), it is kept as one
+tensor, and its gradient as one sum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a CUDA graph is being captured: what is decided meanwhile is decided for every replay."""
+"""Whether a CUDA graph is being captured: a decision made during the capture holds for every replay."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""A network as a chain of blocks, each of which reads nothing but the one tensor that the block before it returns.
+"""A network as a chain of blocks, each of which reads only the one tensor that the block before it returns.
 
-The network's forward is traced (``torch.fx``), down to modules that hold no others, to neurons, and to what cannot be
-traced: a module whose forward looks at numbers, draws or leaves something behind is one node, and runs as it is. All modules
-are called as modules, so that hooks in the network see what they saw. Then every value through which all data flows may
-be a border between two blocks: the output of a residual block, say, but nothing inside of it.
+The network's forward is traced (``torch.fx``), down to modules without submodules, to neurons, and to what cannot be traced.
+If the forward of a module looks at numbers, draws or leaves something behind, the module is one node, and runs as it is. All
+modules are called as modules, so that hooks in the network see the same calls. Every value through which all data flows may
+then be a border between two blocks: the output of a residual block, for example, but nothing inside it.
 
-Python code between the modules runs when the network is traced, which is anew in every iteration.
+Python code between the modules runs when the network is traced. It is traced anew in every iteration.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Of what was measured of the ways to run an iteration: what is measured next, and which way is taken."""
+"""Which way to run an iteration is measured next, and which way is taken, from what was measured so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass depends on besides its tensors, so that it runs again under the conditions of the first time."""
+"""The conditions of a pass other than its tensors, so that it can run again under the conditions of the first time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One call of the network is so many time steps: neurons count, and the batch is looked at.
+"""Check that one call of the network is as many time steps as the time loop says: neurons count, and the batch size is compared.
 
-The time loop tells each call how many steps it has. A network with a time loop of its own, one that resets its neurons
-in ``forward``, or one that takes the batch for time, runs other steps than these. The first iteration is watched for
-that, and so is the first prediction. Afterwards only the steps of calls that stand for several are counted.
+The time loop tells each call how many steps it has. A network may run other steps than these: it may have its own time loop,
+reset its neurons in ``forward``, or take the batch for time. The first iteration and the first prediction are watched for
+this. Afterwards only the steps of calls that stand for several are counted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Whole iterations as CUDA graphs: one launch instead of thousands, for the same numbers.
+"""Whole iterations as CUDA graphs: one launch instead of thousands, with the same numbers.
 
-A graph is a recording of what an iteration has launched: the same kernels, on the same memory, whenever it is replayed. What
-Python does in between is done once, while it is recorded. So an iteration is captured only if nothing forbids it, and its graph is
-used again only where all that it has frozen is what it was (`frozen`); the steps of SLTT-K are drawn outside of it. The first
-iterations run without graphs, on the stream that captures.
+A graph is a recording of what an iteration has launched. A replay launches the same kernels on the same memory. Python code
+between the launches runs only once, during the recording. So an iteration is captured only if nothing forbids it, and its
+graph is used again only while everything that it has frozen is the same (`frozen`). The steps of SLTT-K are drawn outside of
+the graph. The first iterations run without graphs, on the stream that captures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Gradients synchronised once an iteration, where PyTorch's own wrappers synchronise at every backward.
+"""Gradients synchronised once an iteration, although PyTorch's own wrappers synchronise at every backward.
 
-An iteration runs T backward passes. DistributedDataParallel would average gradients over the processes in
-each, and ``fully_shard`` gather the parameters in each as well. What both accumulate without synchronising
-is synchronised by the last of these passes, with the same sum.
+An iteration runs T backward passes. In each of them, DistributedDataParallel would average gradients over the processes, and
+``fully_shard`` would gather the parameters. Here both accumulate without synchronising, and the last of the passes
+synchronises the same sum.
 """
 
 from __future__ import annotations

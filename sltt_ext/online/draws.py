@@ -1,4 +1,4 @@
-"""Which K of the T time steps SLTT-K back-propagates, by chance.
+"""Random draws: which K of the T time steps SLTT-K back-propagates.
 
 A step that is drawn with probability pi[t] counts K / (T pi[t]) times in the mean over the K drawn ones. So the expected
 gradient is SLTT's, whatever the probabilities are::
@@ -6,11 +6,11 @@ gradient is SLTT's, whatever the probabilities are::
     E[ 1/K sum_{t drawn} K / (T pi[t]) g[t] ]  =  1/T sum_t g[t]
 
 - ``"random"``: K of T without replacement, pi[t] = K / T (Meng et al. 2023, Sec. 4.3).
-- ``"stratified"``: one step of each K-th of the T steps, pi[t] = K / T as well. Where the border of two strata falls within
-  a step, it is in both, and what is drawn in the first changes the chances in the second, such that no step is drawn twice
-  and all keep their probability (Deville, "Une nouvelle méthode de tirage à probabilités inégales", INSEE 1998).
-- ``"early"``: as ``"random"``, but draws whose last step is early are up to twice as probable as those whose last step is
-  the last of all, so that fewer steps have to be run. pi[t] falls with t.
+- ``"stratified"``: one step of each K-th of the T steps, pi[t] = K / T as well. If the border of two strata falls within a
+  step, this step is in both. The draw in the first stratum then changes the chances in the second, so that no step is drawn
+  twice and all keep their probability (Deville, "Une nouvelle méthode de tirage à probabilités inégales", INSEE 1998).
+- ``"early"``: as ``"random"``, but draws whose last step is early are up to twice as probable as draws that include step T - 1.
+  So fewer steps have to be run. pi[t] falls with t.
 """
 
 from __future__ import annotations

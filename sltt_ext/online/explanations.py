@@ -1,6 +1,6 @@
-"""What to do about errors of a network or loss that was written for another way of running it.
+"""What to do about errors of a network or loss that was written to run in another way.
 
-The errors themselves are of layers and losses far from the mistake. They are explained where shapes tell what it may be.
+Layers and losses raise these errors far from the mistake. They are explained if the shapes show what it may be.
 """
 
 from __future__ import annotations

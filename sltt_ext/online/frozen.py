@@ -1,8 +1,8 @@
 """What a CUDA graph of an iteration freezes, and what forbids one.
 
-A replay runs the kernels that were captured, on the memory that they had then, and no Python. So a graph is good for another
-iteration where all of that is the same (`Frozen`, `described`, `surroundings`), what is known to need Python is refused (`refuse`), and
-the iterations that run without a graph show what changes in each of them (`Watch`).
+A replay runs the captured kernels on the memory of the capture, and no Python. So a graph can be used for another iteration
+only if all of that is the same (`Frozen`, `described`, `surroundings`). What is known to need Python is refused (`refuse`).
+The iterations that run without a graph show what changes in each of them (`Watch`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hooks on gradients: who waits for the gradient of a tensor sees how often it comes, and from how many steps."""
+"""Hooks on gradients: a hook on the gradient of a tensor sees how often it comes, and from how many steps."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""How many time steps go through a network in one call: what calls need, and whether several steps may share one.
+"""How many time steps go through a network in one call: how much memory calls need, and whether several steps may share one.
 
-Steps that are back-propagated share a call up to ``chunk``. Steps that are not need less memory, so more of them
-share one: as many as fit into what a back-propagated call needs. How much calls need is measured in a few
-iterations by `ActivationMeter`: from shapes alone, nothing waits for the device. The need grows by the same bytes
-with every step: those that calls of one step more have added.
+Steps that are back-propagated share a call up to ``chunk``. The other steps need less memory, so more of them share a call:
+as many as fit into the memory of a back-propagated call. `ActivationMeter` measures in a few iterations how much calls need.
+It uses only shapes, so nothing waits for the device. Each further step in a call adds the same number
+of bytes, which is measured, too.
 
-A network for which one call of C steps is not C calls keeps to the calls that the user asked for (`watching`). Batch
-norms take their statistics over those, however many steps share a call (`norms`).
+For some networks, one call of C steps differs from C calls. They keep to the calls that the user asked for (`watching`). Batch
+norms take their statistics over those calls, however many steps share a call (`norms`).
 """
 
 from __future__ import annotations

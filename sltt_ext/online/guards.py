@@ -1,4 +1,4 @@
-"""What must not happen in the middle of a pass through time, since its gradient would be another one in silence."""
+"""What must not happen in the middle of a pass through time, because the gradient would silently be wrong."""
 
 from __future__ import annotations
 

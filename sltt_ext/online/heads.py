@@ -1,4 +1,4 @@
-"""The tensors that a network returns, over time: what the caller gets of them, and each step's part in their gradients."""
+"""The tensors that a network returns, over time: what the caller gets of them, and the part of each step in their gradients."""
 
 from __future__ import annotations
 

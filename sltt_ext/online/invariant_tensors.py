@@ -1,4 +1,4 @@
-"""Tensors that do not depend on time: evaluated once, read by every step, back-propagated in the end."""
+"""Tensors that do not depend on time: evaluated once, read by every step, and back-propagated at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watching a module that may be time-invariant, for one pass in which every step evaluates it as ever."""
+"""Watching a module that may be time-invariant, for one pass in which every step still evaluates it."""
 
 from __future__ import annotations
 

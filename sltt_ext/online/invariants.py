@@ -1,6 +1,6 @@
-"""What does not depend on time is evaluated once an iteration, not once a step.
+"""Evaluate what does not depend on time once an iteration, not once a step.
 
-A tensor does not depend on time where it is the network's static input, or what a time-invariant module makes of such
+A tensor does not depend on time if it is the network's static input, or if a time-invariant module makes it from such
 tensors: the stem of a network that is shown one image, and every weight parametrisation
 (``torch.nn.utils.parametrize``), which is called with nothing at all.
 
@@ -8,21 +8,21 @@ A module is first watched for one pass through time, in which every step evaluat
 evaluated once a pass, if it has returned the same numbers at all steps, from the same weights, if nobody has changed
 its output in place, and if each step's gradient has come through it at most once.
 
-Its output is then cut from the graph. Each step reads a tensor of its own that follows from one leaf, where the
-steps' gradients add up. When the last back-propagated step is done with the leaf, so is the graph::
+Its output is then cut from the graph. Each step reads its own tensor, which is computed from one leaf. The gradients of the
+steps add up in the leaf. After the last back-propagated step, the module itself is back-propagated from the leaf::
 
     first step              steps                         last step
     x -> stem -> leaf       leaf -> step t -> loss[t]     leaf -> step T -> loss[T] -> backward -> leaf -> stem's backward
 
-The gradient is the sum over the steps, as before, added up at the invariant output and not at the parameters. A
-parametrisation's backward runs as soon as the last step's has reached its weight, so that what it saved is free before
-the next layer's turn; that of a stem after the step, in reverse order of evaluation.
+The gradient is the sum over the steps, as before, but it is added up at the invariant output and not at the parameters. The
+backward of a parametrisation runs as soon as the last step's backward has reached its weight, so that what it saved is freed
+before the next layer's turn. The backward of a stem runs after the step, in reverse order of evaluation.
 
-Where graphs of steps are kept for a backward pass of later, so is what they have read, and its leaf: steps that run
-again in that backward pass read the same, and `EvaluatedOnce.finish` ends it.
+If graphs of steps are kept for a later backward pass, the tensors that they have read and their leaf are kept, too. Steps that
+run again in that backward pass read the same tensors, and `EvaluatedOnce.finish` ends it.
 
-Wrappers that synchronise gradients free the weights behind each layer, and send its gradient before the next one's. There
-no graph is kept: the last step evaluates the module once more, behind a gate that adds what the leaf has gathered::
+Wrappers that synchronise gradients free the weights after each layer, and send its gradient before that of the next layer.
+With them no graph is kept: the last step evaluates the module once more, behind a gate that adds what the leaf has gathered::
 
     last step
     x -> stem -> gate -> step T -> loss[T] -> backward -> gate, gradient of step T + what the leaf has gathered -> stem

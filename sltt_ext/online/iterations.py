@@ -1,6 +1,6 @@
 """How a trainer's iterations run: the pass of an iteration, its speed-ups, and what is back-propagated.
 
-Options are those of `OnlineTrainer`, which is made of this and of what a user sees.
+The options are those of `OnlineTrainer`, which adds the user's interface to this.
 """
 
 from __future__ import annotations

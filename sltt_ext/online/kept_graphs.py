@@ -1,4 +1,4 @@
-"""The graphs of a pass that is back-propagated later: those of its last calls are kept, those of the others are dropped."""
+"""The graphs of a pass that is back-propagated later: those of its last calls are kept, the others are dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where it pays to launch fewer operators: a CUDA device works ahead of Python, and waits for launches where tensors are small."""
+"""Where fewer launches pay off: Python works ahead of a CUDA device, but the device waits if tensors are small."""
 
 from __future__ import annotations
 

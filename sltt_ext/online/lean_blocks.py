@@ -1,8 +1,9 @@
-"""Blocks that nobody has asked for: they are tried once the memory of whole calls is known, and taken where they need less.
+"""Blocks that nobody has asked for: they are tried once the memory of whole calls is known, and taken if they need less.
 
-What goes block by block shows itself to hooks more often than in calls of the network, and in other portions. So a network
-with hooks runs as a whole; and so does one that cannot be traced, one whose output is another one block by block (it may
-decide by the step that it is in), and one of which that cannot be told, since it draws random numbers.
+If a network runs block by block, hooks see more calls than in calls of the network, with other parts of the data. So a
+network with hooks runs as a whole. So does a network that cannot be traced, and one whose output differs block by block (it
+may decide by the step that it is in). A network that draws random numbers runs as a whole, too, as its outputs cannot be
+compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses of one time step, as the paper's experiments use them."""
+"""Losses of one time step, as in the paper's experiments."""
 
 from __future__ import annotations
 

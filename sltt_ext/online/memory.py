@@ -1,9 +1,8 @@
 """Activation memory, counted from the storages that operators return.
 
-A dispatch mode sees every operator's outputs. Each storage that an operator creates is counted from
-then on until it is freed, which a weak reference tells. So one counter serves CPU, CUDA and fake
-tensors, and counts exactly what lives at the same time: saved activations, states, gradients on their
-way, and temporaries between operators (not those inside one).
+A dispatch mode sees every operator's outputs. Each storage that an operator creates is counted from then on until it is freed,
+which a weak reference tells. So one counter works for CPU, CUDA and fake tensors. It counts exactly what is in use at the same
+time: saved activations, states, gradients on their way, and temporaries between operators (but not those inside an operator).
 """
 
 from __future__ import annotations

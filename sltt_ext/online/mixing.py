@@ -1,4 +1,4 @@
-"""Whether a network that takes sequences may be shown them in parts: it is tried once, on its first input."""
+"""Whether a network that takes sequences can take them in parts: this is tried once, on its first input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the calls start from that run again: what the network held before each of them in the first run."""
+"""Where the calls that run again start from: what the network held before each of them in the first run."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Batch norms in a call that stands for several of the user's own calls: each part gets the statistics of its own.
+"""Batch norms in a call that stands for several of the user's own calls: each part gets its own statistics.
 
-What such a norm is called with has to be cut along time, and where time is has to be told. A norm that takes sequences
-(step mode ``"m"``) has it in front, and so has one that says ``sltt_folds_time = True`` or is in a container that folds
-time into the batch. A module that runs its steps one by one cuts by itself. A network with any other norm keeps to the
-user's own calls.
+The input of such a norm has to be cut along time, so it has to be known which axis is time. Time is in front for a norm that
+takes sequences (step mode ``"m"``), for one with ``sltt_folds_time = True``, and for one in a container that folds time into
+the batch. A module that runs its steps one by one cuts by itself. A network with any other norm keeps to the user's own
+calls.
 """
 
 from __future__ import annotations

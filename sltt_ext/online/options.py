@@ -1,4 +1,4 @@
-"""What the options of a trainer may be; each is checked here and nowhere else."""
+"""The values that the options of a trainer may have. Each is checked here and nowhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loss reads of what a network returns, and its mean over time."""
+"""What the loss reads of the network's return value, and its mean over time."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """What is saved for backward, in the fewest bits.
 
-A convolution or linear layer saves the spikes it reads, to compute its weight's gradient: 32 bits for what is one.
-The neurons say which tensors are their spikes; where autograd saves one of these, or a view of it, bits are kept,
-and the floats are made again when backward reads them. The float tensor is freed as soon as the forward pass is
-done with it. A neuron that carries, for its own backward, the potential from which it has fired needs not even bits: the
-spikes are made again from that. Average pooling saves its input, and backward reads nothing but its shape: that is kept.
+A convolution or linear layer saves the spikes that it reads, to compute the gradient of its weight. This takes 32 bits for
+each one-bit spike. The neurons tell which tensors are their spikes. If autograd saves one of these tensors, or a view of it,
+only bits are kept, and the floats are made again when backward reads them. The float tensor is freed as soon as the forward
+pass is done with it. Some neurons carry, for their own backward, the potential from which they have fired. Then even the bits
+are not needed: the spikes are made again from that potential. Average pooling saves its input, but backward reads only its
+shape: so the shape is kept.
 
-What is kept never holds the tensor that autograd saves, but another one of the same memory: a node that saves its own
-output would keep itself alive. And it remembers the tensor's version: autograd checks that nobody has changed what
-backward reads, and leaves that check to whoever saves something else.
+What is kept never holds the tensor that autograd saves, but another tensor on the same memory, because a node that saves its
+own output would keep itself alive. It also remembers the version of the tensor: autograd checks that nobody has changed what
+backward reads, but leaves this check to anyone who saves something else.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The time loop: one pass through time, call by call, as the paper has it (Meng et al. 2023, Sec. 4).
+"""The time loop: one pass through time, call by call, as in the paper (Meng et al. 2023, Sec. 4).
 
-A *pass* shows the network T steps, from rest or from where the last one ended. A *call* of the network takes one of them, or several in a row. For each
-call the network runs, its loss is back-propagated if the call is selected, its output is added to the mean, and its
-state becomes a constant, so that nothing of the call is kept.
+A *pass* shows the network T steps, from rest or from where the last pass ended. A *call* of the network takes one of them, or
+several in a row. For each call the network runs, its loss is back-propagated if the call is selected, and its output is added
+to the mean. Then its state becomes a constant, so that nothing of the call is kept.
 
-Speed-ups stand around a pass and its calls. None of them is needed for the result, and none changes it.
+Speed-ups stand around a pass and its calls. The result does not need any of them, and none changes it.
 """
 
 from __future__ import annotations
@@ -172,7 +172,11 @@ def through_time(
         The sum of the losses, detached.
     """
     total = None
-    with one.replaced, one.replaced, _Contexts(one.replaced) as around_pass:  # twice, for interrupts
+    with (
+        one.replaced,
+        one.replaced,
+        _Contexts(one.replaced) as around_pass,
+    ):  # entered twice, in case of an interrupt
         begin(one.neurons, one.replaced, one.from_rest)
         for speed_up in speed_ups:
             around_pass.enter_context(speed_up.around_pass(one))

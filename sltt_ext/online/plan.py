@@ -1,4 +1,4 @@
-"""The plan of an iteration: how its steps are run, what is kept of them, and what is evaluated once."""
+"""The plan of an iteration: how its steps run, what is kept of them, and what is evaluated once."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What an `OnlineTrainer` does in its iterations; as text in a line.
+    """What an `OnlineTrainer` does in its iterations. ``str(plan)`` says it in one line.
 
     Attributes:
         time_steps: T.
-        chunk: How many steps that are back-propagated share a call, at most.
-        group: How many steps that are not share one, at most.
+        chunk: The most back-propagated steps that share a call.
+        group: The most steps without back-propagation that share a call.
         in_sequences: Whether a network of single steps is run on sequences.
         pack_spikes: Whether spikes are kept for backward as bits.
         cache_invariant: Whether what does not depend on time is evaluated once.
-        modules_once: How many modules that are.
-        peak_bytes: The most bytes that live at the same time: activations, states, gradients; None where nothing was counted.
-        budget_bytes: How many there may be; None where no ``memory_budget`` was given.
-        seconds: What an iteration took, the least of a few; None where nothing was timed.
-        measuring: What is measured next; "" where the plan is decided.
-        blocks: How many blocks run one after the other, all steps of each; 1 where the network runs as a whole.
-        whole: Why it does, where ``memory_budget="least"`` has tried blocks; "" where nothing speaks against them.
+        modules_once: The number of modules that are evaluated once.
+        peak_bytes: The most bytes in use at the same time (activations, states, gradients); None if nothing was counted.
+        budget_bytes: The bytes that the ``memory_budget`` allows; None if there is none.
+        seconds: The time of an iteration, the least of a few; None if nothing was timed.
+        measuring: What is measured next; "" if the plan is decided.
+        blocks: The number of blocks that run one after the other, with all steps of each; 1 if the network runs as a whole.
+        whole: Why the network runs as a whole, if ``memory_budget="least"`` has tried blocks; "" if there is no reason.
     """
 
     time_steps: int
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def is_decided(self) -> bool:
-        """Whether nothing is measured any more."""
+        """Whether all measurements are done."""
         return not self.measuring
 
     @property
@@ -92,7 +92,7 @@ class Plan:
 
 
 def size_of(number: int) -> str:
-    """Bytes in the largest unit that leaves a one before the point.
+    """Bytes as text, in the largest unit in which the number is at least 1.
 
     >>> size_of(2040109466), size_of(300)
     ('1.9 GiB', '300 bytes')

@@ -1,12 +1,13 @@
-"""Which plan the iterations follow, decided from what the first ones measure.
+"""Which plan the iterations follow, decided by what the first ones measure.
 
-A few iterations are measured, each run in another way: bytes first, one step a call, and two; then seconds, of the ways that
-fit, by turns. Every way gives the same gradient, so nothing of these iterations is lost. Then the leanest way is taken whose
-time is within 15 % of the fastest; with a budget, the fastest that fits; and with the budget ``"least"`` the leanest.
-Where seconds may not decide (fake tensors, deterministic algorithms), bytes alone do.
+A few iterations are measured, and each runs in another way. First bytes are measured, with one step in a call and with two.
+Then seconds are measured, in turns, for the ways that fit. Every way gives the same gradient, so nothing of these iterations
+is lost. Then the leanest way is taken whose time is within 15 % of the fastest. With a budget it is the fastest way that
+fits, and with the budget ``"least"`` the leanest. If seconds may not decide (fake tensors, deterministic algorithms), only
+bytes do.
 
-What is measured next is a function of what was measured (`choices`): so a resumed run goes on as the one before it, and
-processes that have exchanged their measurements agree without a further word.
+The next measurement depends only on the measurements so far (`choices`). So a resumed run continues like the one before it,
+and processes that have exchanged their measurements agree without more messages.
 """
 
 from __future__ import annotations
@@ -241,7 +242,7 @@ class Planner:
             [*map(float, said), *(float(given.longest[kind]) for kind in (True, False))]
         )
         if apart:
-            self.grouping.keep_apart("so it was found")
+            self.grouping.keep_apart("an earlier run found this")
         if different:
             self._same_in_sequences = False
         self._shares = not unshared

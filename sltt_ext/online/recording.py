@@ -1,14 +1,14 @@
 """A pass that runs without keeping its graphs, and gives its outputs one backward that runs the steps again.
 
-Forward runs all T steps and keeps nothing but their outputs. Autograd sees one function of everything that the network
-is given: its parameters, and those inputs that want a gradient::
+Forward runs all T steps and keeps only their outputs. Autograd sees one function of everything that the network is given: its
+parameters, and the inputs that require a gradient::
 
     inputs, parameters -> [ T steps ] -> outputs -> any loss
 
-Backward gets the gradient of the outputs and runs the selected steps again, one after the other, each with its graph,
-from the state that it had. Stand-ins for inputs and parameters gather the gradients, and autograd takes the sum on. The
-graph of the last selected step is kept instead, as one step's memory is needed anyway, and those of more of the last steps
-where there is room.
+Backward gets the gradient of the outputs and runs the selected steps again, one after the other, each with its graph, from
+the state that it had. Stand-ins for inputs and parameters gather the gradients, and autograd passes their sum on. The graph
+of the last selected step is kept instead, because the memory of one step is needed anyway. If there is room, the graphs of
+more of the last steps are kept, too.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Batch norms by the statistics of all steps, in a multi-step network that runs some steps at a time.
+"""Batch norms with the statistics of all steps, in a multi-step network that runs some steps at a time.
 
-In one call with the whole sequence a norm reads the mean and the variance of all T N samples. Such a call without a graph
-holds the tensors of one layer at a time; it is made first, and gives the statistics. Then the steps run with these::
+In one call with the whole sequence, a norm reads the mean and the variance of all T N samples. Without a graph, such a call
+holds the tensors of only one layer at a time. So it is made first, and gives the statistics. Then the steps run with these::
 
     y = w z + b,   z = (x - mean) / sqrt(variance + eps)
 
-The gradient through the statistics needs two moments, over all T N samples, of g = w dL/dy. A call takes those of its own
-samples for them::
+The gradient through the statistics needs two moments of g = w dL/dy over all T N samples. A call uses the moments of its own
+samples instead::
 
     dL/dx = (g - mean(g) - z mean(g z)) / sqrt(variance + eps)
 
-So spikes and outputs are those of the network as it is. Of the gradient the two means alone are other ones; how close that
-comes is measured in ``benchmarks/norms_over_time.py``.
+So spikes and outputs are those of the original network. In the gradient, only the two means differ.
+``benchmarks/norms_over_time.py`` measures how close this comes.
 """
 
 from __future__ import annotations

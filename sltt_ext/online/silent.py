@@ -1,8 +1,8 @@
-"""Layers that never fire are said, once, after the first iterations.
+"""A warning, once, after the first iterations, about layers that never fire.
 
-A layer without spikes gives the weights behind it nothing to learn from: their gradient is that of the biases alone. The
-network trains without an error and learns nothing. So the first iterations note which layers have fired. Those that have are
-left alone from the second iteration on, and all are after the tenth.
+Behind a layer without spikes, the weights get no gradient, and only the biases learn. The network trains without an error and
+learns nothing. So the first iterations note which layers have fired. From the second iteration on, layers that have fired are
+left alone, and after the tenth all are.
 """
 
 from __future__ import annotations

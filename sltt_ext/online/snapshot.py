@@ -1,4 +1,4 @@
-"""What a pass through time changes besides gradients, so that it can run twice as if once."""
+"""What a pass through time changes besides gradients, so that it can run twice as if it ran once."""
 
 from __future__ import annotations
 

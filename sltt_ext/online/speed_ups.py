@@ -1,6 +1,6 @@
-"""The speed-ups around a pass, in the one order that is right, each with what it depends on.
+"""The speed-ups around a pass, in the only order that is right, each with what it depends on.
 
-From the outermost to the innermost; a speed-up may rely on those further out being in place.
+They are listed from the outermost to the innermost. A speed-up may rely on those further out being in place.
 """
 
 from __future__ import annotations

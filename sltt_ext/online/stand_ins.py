@@ -1,4 +1,4 @@
-"""Leaves that stand in for what a network is given from outside, so that a pass of its own gathers their gradients."""
+"""Leaves that stand in for the tensors that a network is given from outside, so that a separate pass gathers their gradients."""
 
 from __future__ import annotations
 

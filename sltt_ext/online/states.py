@@ -1,4 +1,4 @@
-"""The neurons' states over a pass through time: reset before it, constant after each call, lean within it."""
+"""The neurons' states over a pass through time: reset before it, constant after each call, and lean within it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the calls of an iteration take: on the CPU by the clock, on a CUDA device by events, read once at the end."""
+"""How long the calls of an iteration take: by the clock on the CPU, by events on a CUDA device, read once at the end."""
 
 from __future__ import annotations
 

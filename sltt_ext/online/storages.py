@@ -1,4 +1,4 @@
-"""Which memory a tensor has."""
+"""Which memory a tensor uses."""
 
 from __future__ import annotations
 

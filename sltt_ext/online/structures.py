@@ -1,4 +1,4 @@
-"""Tensors in whatever a network takes or returns: dicts, tuples, lists and dataclasses, also in one another."""
+"""Tensors in whatever a network takes or returns: dicts, tuples, lists and dataclasses, also nested."""
 
 from __future__ import annotations
 

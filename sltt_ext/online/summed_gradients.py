@@ -1,15 +1,15 @@
 """The gradients of several steps, added up by one operator a step instead of one for each parameter.
 
-Autograd adds what a backward pass finds to a parameter's ``.grad``, one parameter after the other. Here ``.grad`` is set
-aside while a backward pass runs, which leaves the gradient of its steps alone there, and all of them are added to what was
-set aside at once. These are the same sums in the same order, to the last bit, in the same tensors.
+Autograd adds the gradients of a backward pass to ``.grad``, one parameter after the other. Here ``.grad`` is set aside while
+a backward pass runs, so that afterwards it holds only the gradient of this pass. Then all gradients are added at once to
+those that were set aside. These are the same sums in the same order, to the last bit, in the same tensors.
 
-Who reads ``.grad`` while backward runs would see the difference: a hook on a module or a parameter, what waits at the
-place where autograd adds gradients up (as wrappers of several processes do), a ``backward=`` or an ``on_step=``. The time
-loop leaves gradients to autograd there. A parameter is left alone, too, if it is no plain tensor, or if something that was
-evaluated once has read it, since backward reaches it once more.
+Anyone who reads ``.grad`` while backward runs would see the difference: a hook on a module or a parameter, a hook where
+autograd accumulates gradients (as wrappers of several processes have), a ``backward=`` or an ``on_step=``. In these cases the
+time loop leaves gradients to autograd. A parameter is also left alone if it is not a plain tensor, or if something that was
+evaluated once has read it, because backward then reaches it once more.
 
-The gradients of a step live all at once for this. So it is done for the smallest parameters first, up to a bound.
+For this, all gradients of a step have to be in memory at once. So it is done for the smallest parameters first, up to a bound.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Networks that run over time inside their own forward: they hold the number of steps in an attribute.
 
-Such a network repeats its input T times, or loops over T, and often averages over time in the end. With the attribute
-set to a smaller number, it runs so many steps. Once, the outputs of all steps are compared with what the network gives
-as it is: what is computed of the average has to be linear.
+Such a network repeats its input T times, or loops over T, and often averages over time at the end. If the attribute is set to
+a smaller number, the network runs that many steps. In the first calls, the outputs of all steps are compared with what the
+original network returns: whatever it computes from the average has to be linear.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TimeInside:
         time_steps: T, as the network has it.
 
     Raises:
-        ConfigurationError: If a name names nothing, or no number of steps.
+        ConfigurationError: If there is no attribute of a name, or if it does not hold a number of steps.
     """
 
     def __init__(self, net: nn.Module, names: Sequence[str]) -> None:

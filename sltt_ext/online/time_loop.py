@@ -1,4 +1,4 @@
-"""A network over time as one function: T steps, outputs of all of them, and an ordinary backward."""
+"""A network over time as one function: T steps, the outputs of all of them, and an ordinary backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SLTT and SLTT-K behind one interface: gradients of a converted network, step by step in time."""
+"""SLTT and SLTT-K with one interface: gradients of a converted network, step by step in time."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ class OnlineTrainer(Iterations):
         time_steps: T, how many steps one input is shown.
         k: None back-propagates every step (SLTT). A number K back-propagates K of them (SLTT-K), and the others run without
             gradients. With ``convert(net, temporal="call")``, K counts windows of ``chunk`` steps.
-        chunk: How many consecutive back-propagated steps go through the network in one call. This trades the memory of
-            ``chunk`` steps for time. ``"auto"`` plans it (see `plan`), and may run a network of single steps on sequences if
-            all of its layers take both and the result is the same. A number above 1 needs a multi-step network, or
-            ``convert(net, temporal="call")``. With the latter, the gradient goes back through the steps of a call
+        chunk: How many consecutive back-propagated steps go through the network in one call. A larger number saves time and
+            needs the memory of ``chunk`` steps. ``"auto"`` plans it (see `plan`), and may run a network of single steps on
+            sequences if all of its layers take both and the result is the same. A number above 1 needs a multi-step network,
+            or ``convert(net, temporal="call")``. With the latter, the gradient goes back through the steps of a call
             (truncated BPTT; with T it is BPTT), and ``chunk`` is 1 if you do not give it. In a multi-step network, steps that
             are not back-propagated share a call as far as this needs no more memory than a back-propagated call.
         scale: ``"mean"`` averages the loss over the back-propagated steps, so that SLTT-K's gradient is an unbiased estimate
@@ -198,7 +198,7 @@ class OnlineTrainer(Iterations):
             options.one_loss(self.loss_on, target_time_dim, on_step)
         self.cache_invariant = options.on_or_off("cache_invariant", cache_invariant)
         self.pack_spikes = options.on_or_off("pack_spikes", pack_spikes)
-        if blocks is not None or compile:  # a plan of its own
+        if blocks is not None or compile:  # these options bring their own plan
             self.chunk = self.chunk if asked else 1
             self.cache_invariant = bool(self.cache_invariant)
             self.pack_spikes = self.pack_spikes is True or (self.pack_spikes == "auto" and not compile)
@@ -293,7 +293,7 @@ class OnlineTrainer(Iterations):
         synchronised = synchronised_once(self.wrapper or self.net, sync, self.on_step is not None)
         loss: Tensor | None
         whole = all_or_nothing(self._leaves(x), partial(reset, neurons))
-        with whole, whole, synchronised as step:  # twice, for interrupts
+        with whole, whole, synchronised as step:  # entered twice, in case of an interrupt
             iteration = self._iteration(x, neurons, multi_step, longest_runs(stop, steps), sync)
             if self.loss_on != "step":
                 loss, output = self._whole(x, target, counts, divisor, iteration, step)
@@ -350,7 +350,7 @@ class OnlineTrainer(Iterations):
             )
         if "calls" not in state:  # earlier versions had no plan: it is measured anew
             self._planner.load_state_dict(state["plan"])
-        if "time-invariant" in state:  # earlier versions found nothing out
+        if "time-invariant" in state:  # earlier versions have no such entry
             self._modules.load_state_dict(self.net, state["time-invariant"])
         if "blocks" in state:
             (self._blocks or self._lean.blocks).load_state_dict(state["blocks"])

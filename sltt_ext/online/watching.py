@@ -1,8 +1,9 @@
-"""Whether several steps in one call of a network are those steps one by one.
+"""Whether one call of a network with several steps gives the same as the steps one by one.
 
-They are not where a norm runs more than once a step (or a neuron, see `counting`), where the network draws random numbers, keeps numbers
-of its own from call to call, reads the running statistics of a norm, or waits for gradients. A network is watched for that in the iterations that are
-measured, in which each call is one of the user's own. What it does is a fact of every call, not a guess from its layers.
+It does not if a norm runs more than once in a step (or a neuron, see `counting`), or if the network draws random numbers,
+keeps its own numbers from call to call, reads the running statistics of a norm, or waits for gradients. The network is
+watched for this in the iterations that are measured, in which each call is one of the user's own. What it does is a fact of
+every call, not a guess from its layers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Windows: a call of a single-step network that has several steps, in one graph.
 
-A network that takes sequences gets C steps in one call. One that takes single steps is called C times for it::
+A network that takes sequences gets C steps in one call. A network that takes single steps is called C times instead::
 
     frames of C steps -> [ net, net, ... net ] -> outputs [C, N, ...] -> one loss -> one backward
 
-Neurons that go through time are told of all C steps, and leave their state with its graph from one to the next. For all
-others each step is a call by itself, after which their state is a constant.
+Neurons that go through time are told of all C steps, and pass their state with its graph from one step to the next. For all
+other neurons each step is a call by itself, after which their state is a constant.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ class MultiStep(StatefulModule, nn.Module):
 
         replaced = Replacements()
         replaced.begins_at([self.fold])  # a pass of the time loop begins at the module itself
-        with replaced, replaced:  # twice, for interrupts
+        with replaced, replaced:  # entered twice, in case of an interrupt
             _Unfolding(time_steps, batch).around(self.net, replaced)
             return tree_map(unfolded, self.net(self.fold(x_seq)))
 

@@ -71,7 +71,7 @@ def test_json(capsys):
     ("arguments", "message"),
     [
         (["--memory-budget", "much"], "memory_budget must be a number of bytes"),
-        (["--methods", "sltt", "sltt"], "--methods has one twice"),
+        (["--methods", "sltt", "sltt"], "--methods names a method twice"),
         (["--methods", "stdp"], "method must be"),
     ],
 )
