@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_other_parts(saved):
     other = Checkpoints(saved.last.parent, net=nn.Linear(1, 1), scheduler=None)
-    with pytest.raises(CheckpointError, match="has the parts net, this run has net, scheduler"):
+    with pytest.raises(CheckpointError, match="has the parts net, and this run has net, scheduler"):
         other.resume()
 
 

@@ -149,7 +149,7 @@ def test_a_device_that_nvrtc_cannot_run(cuda):
     library().fail(b"cuModuleLoadData", 700)
     problem = launcher.problem(0)
     assert "cuModuleLoadData failed in the CUDA driver: CUDA_ERROR_ILLEGAL_ADDRESS" in problem
-    assert "NVRTC or the driver is older than NVIDIA Test: a newer driver, or PyTorch" in problem
+    assert "NVRTC or the driver is older than NVIDIA Test: install a newer driver, or PyTorch" in problem
 
 
 def test_the_versions_that_nvrtc_tells(cuda):

