@@ -37,7 +37,7 @@ from sltt_ext.online.passes import Call, Pass, SpeedUp
 __all__ = ["CompiledBlocks", "CompiledCode"]
 
 _BACKEND = "inductor"
-_KEEP_LAYOUT = {"layout_optimization": False}
+_KEEP_LAYOUT: dict[str, Any] = {"layout_optimization": False}
 """The compiler would turn every convolution on the CPU to channels last, and its weights with it, in each call."""
 _NUMBER = itertools.count()
 
