@@ -14,6 +14,19 @@ from sltt_ext.analysis.plots import BLUE, COLORS, MARKERS, ORANGE, WIDTH
 from sltt_ext.optional import require
 
 LINES = ("-", "--", ":", "-.")
+COMPARED = {
+    "BPTT, steps": "BPTT, step by step",
+    "BPTT, sequence": "BPTT, all steps in one call",
+    "BPTT, memopt": "BPTT, SpikingJelly's memopt",
+    "rate-based, steps": "rate-based, step by step",
+    "rate-based, sequence": "rate-based, in one call",
+    "SLTT, SpikingJelly": "SLTT, SpikingJelly's",
+    "SLTT-1, tail skipped, SpikingJelly": "SLTT-1, SpikingJelly's, tail skipped",
+    "SLTT, sltt_ext, cache_invariant, pack_spikes": "SLTT, spikes as bits",
+    "SLTT, sltt_ext, cache_invariant, chunk=T": "SLTT, all steps in one call",
+    "SLTT-1, tail skipped, sltt_ext, cache_invariant, pack_spikes": "SLTT-1, spikes as bits, tail skipped",
+}
+"""Those of the contenders that one picture has room for, and their names in it."""
 
 
 def draw(folder: Path) -> None:
@@ -31,10 +44,10 @@ def draw(folder: Path) -> None:
 
 
 def relative(rows: Rows) -> Any:
-    """Time and memory of the contenders on NF-ResNet-34 in float32, relative to BPTT stepping through time."""
-    both = {row["contender"] for row in rows if row["dtype"] == "bfloat16"}
-    shown = [row for row in rows if row["dtype"] == "float32" and row["contender"] in both]
-    figure = _figure(1.2 + 0.24 * len(shown))
+    """Time and memory of some contenders on NF-ResNet-34 in float32, relative to BPTT stepping through time."""
+    own = {row["contender"]: row for row in rows if row["dtype"] == "float32"}
+    shown = [own[contender] for contender in COMPARED]
+    figure = _figure(1.2 + 0.3 * len(shown))
     axes = figure.subplots()
     for place, (column, label, color) in enumerate(
         (("to_bptt_steps", "time", BLUE), ("peak_to_bptt_steps", "peak memory", ORANGE))
@@ -42,9 +55,9 @@ def relative(rows: Rows) -> Any:
         places = [row + 0.4 * place - 0.2 for row in range(len(shown))]
         axes.barh(places, [float(row[column]) for row in shown], 0.4, label=label, color=color,
                   hatch=("", "///")[place], edgecolor="white", linewidth=0)  # fmt: skip
-    axes.set_yticks(range(len(shown)), [row["contender"] for row in shown], fontsize=8)
+    axes.set_yticks(range(len(shown)), list(COMPARED.values()), fontsize=9)
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlabel("relative to BPTT, steps (float32)")
+    axes.set_xlabel("relative to BPTT, step by step")
     axes.grid(alpha=0.3, axis="x")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
