@@ -90,7 +90,11 @@ def test_what_a_replay_would_leave_out_is_refused_by_name(change, name):
     [
         (iter([torch.ones(BATCH, 1, 8, 8)] * T), torch.zeros(BATCH).long(), "x: it is a"),
         ([torch.ones(BATCH, 1, 8, 8)] * T, torch.zeros(BATCH).long(), "x: it is a list"),
-        (torch.ones(BATCH, 1, 8, 8, requires_grad=True), torch.zeros(BATCH).long(), "x: it requires a gradient"),
+        (
+            torch.ones(BATCH, 1, 8, 8, requires_grad=True),
+            torch.zeros(BATCH).long(),
+            "x: it requires a gradient",
+        ),
         (torch.ones(BATCH, 1, 8, 8), SimpleNamespace(), "target: it is a SimpleNamespace"),
         (torch.ones(BATCH, 1, 8, 8), (SimpleNamespace(),), "target: there is a SimpleNamespace"),
     ],
