@@ -396,7 +396,7 @@ def test_time_of_compiled_networks_is_the_measured_one():
 
 
 def test_memory_block_by_block_is_as_counted():
-    page = (ROOT / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "time-and-memory.md").read_text()
     rows = {(row["network"], row["contender"]): float(row["to_bptt_steps"]) for row in results("blocks")}
     for network in dict.fromkeys(network for network, _ in rows):
         bits, least = (rows[network, f"SLTT, {name}"] for name in ("spikes as bits", 'memory_budget="least"'))
@@ -407,7 +407,7 @@ def test_memory_block_by_block_is_as_counted():
 def test_times_of_plans_are_the_measured_ones():
     pages = {
         name: " ".join((ROOT / "docs" / f"{name}.md").read_text().split())
-        for name in ("benchmarks", "training")
+        for name in ("benchmarks", "time-and-memory")
     }
     rows = {(row["network"], row["contender"]): row for row in results("planner")}
 
@@ -425,7 +425,7 @@ def test_times_of_plans_are_the_measured_ones():
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert f"on another CPU it is {fastest[0]}, and {skipped[0]} for SLTT-1" in readme
     other = float(rows["spiking ResNet-18", "SLTT, multi-step, least"]["to_bptt_steps"])
-    assert f"and {other:.2f} for ResNet-18" in pages["training"]
+    assert f"and {other:.2f} for ResNet-18" in pages["time-and-memory"]
 
 
 def test_time_and_memory_of_windows_are_the_measured_ones():
