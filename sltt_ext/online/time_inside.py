@@ -1,18 +1,20 @@
-"""Networks that run over time inside their own forward: they hold the number of steps in an attribute.
+"""Networks that run over time inside their own forward: they read the number of steps from an attribute or a global variable.
 
-Such a network repeats its input T times, or loops over T, and often averages over time at the end. If the attribute is set to
-a smaller number, the network runs that many steps. In the first calls, the outputs of all steps are compared with what the
+Such a network repeats its input T times, or loops over T, and often averages over time at the end. If that number is set to
+a smaller one, the network runs that many steps. In the first calls, the outputs of all steps are compared with what the
 original network returns: whatever it computes from the average has to be linear.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ Run = Callable[[nn.Module, int, int], Any]
 """``(net, start, stop) -> `` what the network returns for these steps."""
 Convert = Callable[[Tensor], Tensor]
 _AVERAGED = -1
+_FRAMEWORKS = {"builtins", "torch", "spikingjelly", "snntorch", "sltt_ext"}
 _COMPARISONS = 10  # at most, as long as all steps give the same
 
 
@@ -42,24 +45,33 @@ class TimeInside:
 
     Args:
         net: The network.
-        names: Attributes, ``"T"``, also of submodules, ``"*.T"`` or ``"encoder.T"``.
+        names: Attributes, ``"T"``, also of submodules, ``"*.T"`` or ``"encoder.T"``; or a global variable that its code reads.
 
     Attributes:
         time_steps: T, as the network has it.
 
     Raises:
-        ConfigurationError: If there is no attribute of a name, or if it does not hold a number of steps.
+        ConfigurationError: If there is nothing of a name, or if it does not hold a number of steps.
     """
 
-    def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, net: nn.Module, names: str | Sequence[str]) -> None:
+        self.names = _names(names)
+        self._paths: set[str] = set()
+        self._globals: set[str] = set()
         found: dict[str, int] = {}
-        for name in names:
+        for name in self.names:
             places = {path: value for path, value in _numbers(net) if fnmatchcase(path, name)}
+            self._paths |= places.keys()
             if not places:
-                numbers = ", ".join(sorted({path for path, _ in _numbers(net)})[:10]) or "none"
+                places = {f"{place['__name__']}.{name}": value for place, value in _of_globals(net, [name])}
+                self._globals.add(name)
+            if not places:
+                own = [path for path, _ in _numbers(net, of_the_user=True)]
+                numbers = f" (its attributes that are numbers: {', '.join(sorted(own)[:10])})" * bool(own)
                 raise ConfigurationError(
-                    f"time_inside={name!r} names no attribute of {type(net).__name__} that is a number of steps: it has {numbers}"
+                    f"time_inside={name!r} names no attribute of {type(net).__name__} that is a number of steps, and no global variable "
+                    f"that its code reads{numbers}: hold the number in an attribute, self.T, read it from there in forward, and "
+                    "name it: time_inside='T'"
                 )
             found |= places
         if len(set(found.values())) > 1:
@@ -68,7 +80,6 @@ class TimeInside:
                 f"time_inside names attributes that differ, {listed}: name those that hold T"
             )
         self.time_steps = next(iter(found.values()))
-        self._paths = set(found)
         self._axes: list[int] | None = None
         self._comparisons = _COMPARISONS
 
@@ -83,7 +94,24 @@ class TimeInside:
                 for name in vars(module):
                     if f"{path}.{name}".lstrip(".") in self._paths:
                         replaced.entry(vars(module), name, steps)
+            for name in self._globals:
+                for variables, _ in _of_globals(net, [name]):
+                    replaced.entry(variables, name, steps)
             yield
+
+    def check_unchanged(self, net: nn.Module) -> None:
+        """See that the network would still run T steps.
+
+        Raises:
+            ConfigurationError: If it would run another number of them.
+        """
+        own = [value for path, value in _numbers(net) if path in self._paths]
+        for value in (*own, *(value for _, value in _of_globals(net, self._globals))):
+            if value != self.time_steps:
+                raise ConfigurationError(
+                    f"time_inside={', '.join(self.names)} was {self.time_steps} when over_time was called, and is {value} now: call "
+                    "over_time again after such a change"
+                )
 
     def tensors(self, returned: Any, steps: int) -> tuple[list[Tensor], Rebuild]:
         """All tensors that the network returns for C steps, each ``[C, N, ...]``; an average counts C times."""
@@ -166,7 +194,8 @@ class TimeInside:
                 raise ConfigurationError(
                     "the network gives other outputs step by step than as it is: it computes something that is not "
                     "linear in the average over time (put over_time on the part before it), mixes time steps, or resets its "
-                    "neurons in forward (use convert alone and your own loop for this)"
+                    "neurons in forward (if it calls snnTorch's init_leaky() there, let forward do one step, and use "
+                    "sltt_ext.snntorch.Stateful; otherwise use convert alone and your own loop)"
                 )
         self._comparisons = self._comparisons - 1 if untold else 0
         if untold and not self._comparisons:
@@ -216,17 +245,56 @@ class StepsInside(SpeedUp):
             yield
 
 
-def _numbers(net: nn.Module) -> Iterator[tuple[str, int]]:
-    """Whole numbers that modules hold, by path."""
+def _names(names: Any) -> tuple[str, ...]:
+    """``time_inside`` as names.
+
+    Raises:
+        ConfigurationError: If it is something else.
+    """
+    given = [names] if isinstance(names, str) else names
+    if not isinstance(given, Sequence) or not given or not all(isinstance(name, str) for name in given):
+        raise ConfigurationError(
+            f"time_inside must be the name of what holds the number of steps, such as 'T', or a list of names, got {names!r}; if the "
+            "network runs a single step in its forward, give time_steps="
+        )
+    return tuple(given)
+
+
+def _numbers(net: nn.Module, of_the_user: bool = False) -> Iterator[tuple[str, int]]:
+    """Whole numbers that modules hold, by path; of the frameworks' own modules, too, or not."""
     for path, module in net.named_modules():
+        if of_the_user and not _is_of_the_user(type(module)):
+            continue
         for name, value in vars(module).items():
-            if (
-                isinstance(value, int)
-                and not isinstance(value, bool)
-                and value > 0
-                and not name.startswith("_sltt_")
-            ):
+            if _is_number(value) and not name.startswith("_sltt_"):
                 yield f"{path}.{name}".lstrip("."), value
+
+
+def _is_number(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _of_globals(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Global variables of these names that hold a number and that the network's own code reads: where they are, and the number."""
+    own = {base for module in net.modules() for base in type(module).__mro__ if _is_of_the_user(base)}
+    methods = [inspect.unwrap(value) for cls in own for value in vars(cls).values() if callable(value)]
+    functions = [method for method in methods if isinstance(method, FunctionType)]
+    for name in names:
+        places = {id(f.__globals__): f.__globals__ for f in functions if _reads(f.__code__, name)}
+        for variables in places.values():
+            value = variables.get(name)
+            if _is_number(value):
+                yield variables, value
+
+
+def _reads(code: CodeType, name: str) -> bool:
+    """Whether a function, or one inside of it, reads something of this name."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return name in code.co_names or any(_reads(one, name) for one in inner)
+
+
+def _is_of_the_user(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in _FRAMEWORKS
 
 
 def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int:

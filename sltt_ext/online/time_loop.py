@@ -147,6 +147,7 @@ class TimeLoop:
             return each_step(neurons, run) if windows else run
 
         if inside is not None:
+            inside.check_unchanged(net)
             self._compare(net, inside, arguments, time_steps, part, call_of)
         wanting = self._wanting(net, arguments)
         counts = self._steps(net, time_steps) if wanting else {}

@@ -1,6 +1,8 @@
 """`over_time(time_inside=)`: what the comparison with the network as it is must be able to tell."""
 
 import copy
+import functools
+import types
 import warnings
 
 import oracle
@@ -18,6 +20,7 @@ from sltt_ext.errors import ConfigurationError, SLTTWarning
 from sltt_ext.snntorch import MultiStep
 
 T = 4
+STEPS = 4
 X = 2 * torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
 TARGET = torch.tensor([0, 2, 1])
 
@@ -40,6 +43,29 @@ class Loop(Inside):
     def forward(self, x):
         s = torch.stack([self.body(x) for _ in range(self.T)])
         return s.mean(0) if self.averages else s
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args)
+
+    return call
+
+
+class Global(nn.Module):
+    """Reads the number of its steps from a global variable."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return self.averaged([self.body(x) for _ in range(STEPS)])
+
+    @decorated
+    def averaged(self, outputs):
+        return sum([output / STEPS for output in outputs])
 
 
 class Computing(nn.Module):
@@ -185,3 +211,63 @@ def test_the_comparison_leaves_the_input_alone():
     with torch.no_grad():
         net(x)
     assert torch.equal(x, X.double() + T)  # once in each step, and no more
+
+
+@pytest.mark.parametrize("make", [lambda: spikingjelly_net(step_mode="s"), snntorch_net], ids=["sj", "snn"])
+def test_a_global_variable(make):
+    net = Global(make())
+    wanted = oracle_gradients(copy.deepcopy(net.body))
+    net = copy.deepcopy(sltt_ext.over_time(net, time_inside="STEPS"))
+    with torch.no_grad():
+        original = Loop(make())(X)
+        torch.testing.assert_close(net(X), original)
+    F.cross_entropy(net(X), TARGET).backward()
+    assert oracle.relative_error(oracle.gradients(net), wanted) < 1e-6
+    assert STEPS == T
+
+
+def test_global_variables_that_differ():
+    elsewhere = {"__name__": "elsewhere", "STEPS": 5}
+    method = types.FunctionType(Global.forward.__code__, elsewhere)
+    other = type("Other", (Global,), {"forward": method})
+    net = nn.Sequential(Global(spikingjelly_net(step_mode="s")), other(spikingjelly_net(step_mode="s")))
+    with pytest.raises(ConfigurationError, match="differ"):
+        sltt_ext.over_time(net, time_inside="STEPS")
+
+
+def test_a_global_variable_is_what_it_was_after_an_error():
+    net = Global(spikingjelly_net(step_mode="s"))
+    sltt_ext.over_time(net, time_inside="STEPS")
+    net(X)
+    net.body.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net(X)
+    assert STEPS == T
+
+
+@pytest.mark.parametrize("how", ["an attribute", "a global variable"])
+def test_another_number_of_steps_after_over_time(how, monkeypatch):
+    net = (
+        Global(spikingjelly_net(step_mode="s")) if "global" in how else Loop(spikingjelly_net(step_mode="s"))
+    )
+    name = "STEPS" if "global" in how else "T"
+    sltt_ext.over_time(net, time_inside=name)
+    net(X)
+    monkeypatch.setitem(globals() if "global" in how else vars(net), name, 2)
+    with pytest.raises(ConfigurationError, match="was 4 when over_time was called, and is 2 now"):
+        net(X)
+    sltt_ext.over_time(net, time_inside=name)
+    net(X)
+
+
+@pytest.mark.parametrize("given", [4, (), [4], {"T": 4}])
+def test_a_name_is_wanted(given):
+    with pytest.raises(ConfigurationError, match="must be the name of what holds the number of steps"):
+        sltt_ext.over_time(Loop(spikingjelly_net(step_mode="s")), time_inside=given)
+
+
+def test_what_to_do_if_nothing_holds_the_number_of_steps():
+    with pytest.raises(
+        ConfigurationError, match=r"no global variable .*numbers: T\): hold the number in an attribute"
+    ):
+        sltt_ext.over_time(Loop(spikingjelly_net(step_mode="s")), time_inside="num_steps")
