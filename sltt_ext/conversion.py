@@ -51,7 +51,7 @@ _FRAMEWORKS = {
 _COPIED = {"BaseNode", "MemoryModule"}
 """Classes of `spikingjelly.clock_driven`. Code bases copy them, so they are recognised by their names."""
 
-BRING_YOUR_CODE = "the page 'Bring your code' of the documentation has the lines for each case"
+BRING_YOUR_CODE = "the page 'Published code' of the documentation has the lines for each case"
 
 
 def register_adapter(*classes: type[nn.Module] | str) -> Callable[[RuleT], RuleT]:

@@ -98,7 +98,7 @@ def test_half_and_to():
 
 def test_without_neurons():
     with pytest.raises(
-        ConversionError, match=r"no spiking neuron.*declare_neuron: the page 'Bring your code'"
+        ConversionError, match=r"no spiking neuron.*declare_neuron: the page 'Published code'"
     ):
         sltt_ext.convert(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
 

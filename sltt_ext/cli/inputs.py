@@ -41,7 +41,14 @@ def random_batches(
     shape = (options.batch, *options.input_shape)
     torch.manual_seed(options.seed)
     inputs = [torch.rand(shape, device=device) for _ in range(count)]
-    outputs = _classes(net, inputs[0], options)
+    try:
+        outputs = _classes(net, inputs[0], options)
+    except InputError as error:
+        if len(options.input_shape) < 4:
+            raise
+        raise InputError(
+            f"{error}; --input-shape has {len(options.input_shape)} numbers: leave out the batch, which is --batch"
+        ) from error
     if classes is not None and classes > outputs:
         raise InputError(f"--classes {classes}: the network has {outputs} outputs")
     return [(x, torch.randint(classes or outputs, (options.batch,), device=device)) for x in inputs]

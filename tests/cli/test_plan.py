@@ -85,3 +85,8 @@ def test_bad_input_is_one_clear_line(arguments, message, capsys):
 def test_nothing_to_measure():
     with pytest.raises(ConfigurationError, match="at least one method"):
         plans(networks.conv_net(), *networks.images(), F.cross_entropy, 2, methods=())
+
+
+def test_a_batch_in_the_input_shape(capsys):
+    assert main([*SHORT, "--input-shape", "2,1,8,8"]) == 1
+    assert "--input-shape has 4 numbers: leave out the batch, which is --batch" in capsys.readouterr().err

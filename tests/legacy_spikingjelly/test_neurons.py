@@ -320,7 +320,7 @@ class Unknown(base.MemoryModule):
 
 def test_what_cannot_be_held_is_refused_with_the_way_out():
     net = nn.ModuleDict({"good": clock_driven.LIFNode(), "own": NeverCharges(), "unknown": Unknown()})
-    with pytest.raises(ConversionError, match="Bring your code") as caught:
+    with pytest.raises(ConversionError, match="Published code") as caught:
         sltt_ext.convert(net)
     assert set(caught.value.reasons) == {"own", "unknown"}
     assert "declare_neuron(NeverCharges, ...)" in str(caught.value)
