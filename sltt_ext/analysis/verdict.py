@@ -15,6 +15,8 @@ KEPT = 0.9
 """With a smaller cosine similarity, SLTT's gradient is no longer close to BPTT's."""
 KEPT_BY_WINDOW = 0.95
 KEPT_BY_DRAWS = 0.9
+WORTH = 0.95
+"""K steps that take more of SLTT's time are not worth the difference."""
 LEAST = 0.7
 """A layer is named if it keeps less of its own gradient, in direction or in norm."""
 
@@ -32,7 +34,11 @@ def verdict(analysis: Analysis) -> list[str]:
             f"SLTT keeps only {number(cosine)} of the gradient's direction, at {saved}.",
             _window(analysis),
         ]
-    return [f"SLTT keeps {number(cosine)} of the gradient's direction, at {saved}.", *_k(analysis)]
+    return [
+        f"SLTT keeps {number(cosine)} of the gradient's direction, at {saved}.",
+        *_slower(analysis),
+        *_k(analysis),
+    ]
 
 
 def cautions(analysis: Analysis) -> list[str]:
@@ -71,11 +77,13 @@ def take(analysis: Analysis) -> str:
 
 
 def recommended_k(analysis: Analysis) -> int | None:
-    """The smallest K that keeps enough of SLTT's direction; None if it needs all steps or is not known."""
+    """The smallest K that keeps enough of SLTT's direction; None if it needs all steps, saves no time, or is not known."""
     draws = analysis.draws
     if draws is None or draws.smallest(KEPT_BY_DRAWS) == draws.time_steps:
         return None
-    return draws.smallest(KEPT_BY_DRAWS)
+    k = draws.smallest(KEPT_BY_DRAWS)
+    some, every = seconds(analysis, f"SLTT-{k}"), seconds(analysis, "SLTT")
+    return None if some is not None and every is not None and some > WORTH * every else k
 
 
 def number(value: float) -> str:
@@ -108,14 +116,23 @@ def _saved(analysis: Analysis) -> str:
     )
 
 
+def _slower(analysis: Analysis) -> list[str]:
+    time = seconds(analysis, "SLTT")
+    if time is None or time <= 1:
+        return []
+    return [
+        "It takes longer than BPTT here, which is usual for small networks and batches: use it for its memory."
+    ]
+
+
 def _k(analysis: Analysis) -> list[str]:
     k, draws = recommended_k(analysis), analysis.draws
-    if k is None or draws is None:
-        return (
-            []
-            if draws is None
-            else ["Back-propagate all steps: with fewer, the gradient would be too different."]
-        )
+    if draws is None:
+        return []
+    if k is None and draws.smallest(KEPT_BY_DRAWS) < draws.time_steps:
+        return ["Back-propagate all steps: fewer of them save no time here."]
+    if k is None:
+        return ["Back-propagate all steps: with fewer, the gradient would be too different."]
     time = seconds(analysis, f"SLTT-{k}")
     return [
         f"Take K = {k} to save time: {k} of {draws.time_steps} steps keep {number(draws.cosine(k))} of SLTT's direction"

@@ -22,20 +22,18 @@ def analysis(
     windows=((1, 0.998), (2, 0.999), (6, 1.0)),
     spread=0.5,
     dead=0,
+    costs=(("BPTT", 1.0), ("SLTT", 0.8), ("SLTT-2", 0.5)),
 ):
     alignments = [Alignment("network", "", None, cosine, 0.0, 0.9, 0.0)]
     alignments += [Alignment("layer", name, None, kept, 0.0, norm, 0.0) for name, kept, norm in layers]
     credit = [Credit(window, "", "network", "", kept, 1.0, 20 * window) for window, kept in windows]
-    costs = {"BPTT": 1.0, "SLTT": 0.8, "SLTT-2": 0.5}
     return Analysis(
         about={},
         notes=(),
         similarity=GradientSimilarity(tuple(alignments), T, 1, 0.0),
         credit=TemporalCredit(tuple(credit), T, 100),
         draws=DrawnSteps(T, spread),
-        timing=Benchmark(
-            tuple(IterationCost(name, s, s, 1, 1.0, s, s) for name, s in costs.items()), T, 5, "cpu"
-        ),
+        timing=Benchmark(tuple(IterationCost(name, s, s, 1, 1.0, s, s) for name, s in costs), T, 5, "cpu"),
         operations=(),
         memory=MemoryProfile((PeakMemory("BPTT", T, 100), PeakMemory("SLTT", T, 31)), (), False),
         activity=FiringRates(
@@ -58,6 +56,15 @@ def test_where_steps_differ_all_of_them_are_taken():
         "Back-propagate all steps: with fewer, the gradient would be too different."
     ]
     assert take(analysis(spread=30.0)) == "SLTT"
+
+
+def test_fewer_steps_that_save_no_time_are_not_advised():
+    found = analysis(spread=0.75, costs=(("BPTT", 1.0), ("SLTT", 2.2), ("SLTT-2", 2.1)))
+    assert verdict(found)[1:] == [
+        "It takes longer than BPTT here, which is usual for small networks and batches: use it for its memory.",
+        "Back-propagate all steps: fewer of them save no time here.",
+    ]
+    assert take(found) == "SLTT"
 
 
 def test_a_window_is_advised_where_sltt_keeps_too_little():
