@@ -50,6 +50,13 @@ class StatefulModule:
         """Make the carried state a constant, and so let go of the graph that computed it."""
         raise NotImplementedError
 
+    def instead_of_rest(self) -> dict[str, Callable[..., Any]]:
+        """What stands in for its framework's own methods that put it to rest, by name, if a network calls them in the middle of a sequence.
+
+        The state stays, and what the method returns of it is the state that is carried.
+        """
+        return {}
+
     def stores(self) -> Iterable[dict[str, Any]]:
         """Where it carries state, besides its buffers and plain attributes."""
         return ()

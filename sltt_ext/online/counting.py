@@ -27,7 +27,7 @@ __all__ = ["FirstCalls", "NeuronSteps"]
 
 _RUNS = (
     "runs {} time steps in a call of {}: if forward loops or repeats x over time, make it run one step (the trainer "
-    "does the rest), or use convert alone and your own backward; if a step uses the neuron at several places, this is "
+    "does the rest), or use over_time(time_inside=) or convert alone, and your own backward; if a step uses the neuron at several places, this is "
     "right"
 )
 _RESET = "is reset in the middle of a sequence: leave the reset out of forward, as the trainer resets before each sequence"

@@ -1,7 +1,8 @@
 """Networks that run over time inside their own forward: they read the number of steps from an attribute or a global variable.
 
 Such a network repeats its input T times, or loops over T, and often averages over time at the end. If that number is set to
-a smaller one, the network runs that many steps. In the first calls, the outputs of all steps are compared with what the
+a smaller one, the network runs that many steps. Many such networks put their neurons to rest first (``reset_net``, ``init_leaky``). In the
+middle of a sequence this does nothing, and returns the state that is carried. In the first calls, the outputs of all steps are compared with what the
 original network returns: whatever it computes from the average has to be linear.
 """
 
@@ -36,7 +37,7 @@ Run = Callable[[nn.Module, int, int], Any]
 """``(net, start, stop) -> `` what the network returns for these steps."""
 Convert = Callable[[Tensor], Tensor]
 _AVERAGED = -1
-_FRAMEWORKS = {"builtins", "torch", "spikingjelly", "snntorch", "sltt_ext"}
+_FRAMEWORKS = {"torch", "spikingjelly", "snntorch", "sltt_ext"}
 _COMPARISONS = 10  # at most, as long as all steps give the same
 
 
@@ -63,7 +64,9 @@ class TimeInside:
             places = {path: value for path, value in _numbers(net) if fnmatchcase(path, name)}
             self._paths |= places.keys()
             if not places:
-                places = {f"{place['__name__']}.{name}": value for place, value in _of_globals(net, [name])}
+                places = {
+                    f"{place.get('__name__', '')}.{name}": value for place, value in _of_globals(net, [name])
+                }
                 self._globals.add(name)
             if not places:
                 own = [path for path, _ in _numbers(net, of_the_user=True)]
@@ -87,9 +90,13 @@ class TimeInside:
         return {**vars(self), "_axes": None, "_comparisons": _COMPARISONS}
 
     @contextmanager
-    def steps(self, net: nn.Module, steps: int) -> Iterator[None]:
-        """Have the network run so many."""
+    def steps(self, net: nn.Module, steps: int, continues: bool) -> Iterator[None]:
+        """Have the network run so many; one that puts its neurons to rest at the beginning goes on, if it continues a sequence."""
         with Replacements() as replaced:
+            for neuron in net.modules() if continues else ():
+                if isinstance(neuron, StatefulModule):
+                    for name, instead in neuron.instead_of_rest().items():
+                        replaced.entry(vars(neuron), name, instead)
             for path, module in net.named_modules():
                 for name in vars(module):
                     if f"{path}.{name}".lstrip(".") in self._paths:
@@ -193,9 +200,9 @@ class TimeInside:
                     )
                 raise ConfigurationError(
                     "the network gives other outputs step by step than as it is: it computes something that is not "
-                    "linear in the average over time (put over_time on the part before it), mixes time steps, or resets its "
-                    "neurons in forward (if it calls snnTorch's init_leaky() there, let forward do one step, and use "
-                    "sltt_ext.snntorch.Stateful; otherwise use convert alone and your own loop)"
+                    "linear in the average over time (put over_time on the part before it), mixes time steps, resets its neurons between "
+                    "two steps (use convert alone and your own loop), or makes states itself (have forward take and return them, and use "
+                    "sltt_ext.snntorch.Stateful)"
                 )
         self._comparisons = self._comparisons - 1 if untold else 0
         if untold and not self._comparisons:
@@ -212,7 +219,7 @@ class TimeInside:
         neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
 
         def ran(start: int, stop: int) -> list[Tensor]:
-            with self.steps(net, stop - start), one_call(neurons, stop - start):
+            with self.steps(net, stop - start, start > 0), one_call(neurons, stop - start):
                 return flatten(run(net, start, stop))[0]
 
         reset(neurons)
@@ -241,7 +248,7 @@ class StepsInside(SpeedUp):
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Say how many they are."""
-        with self._inside.steps(self._net, call.steps):
+        with self._inside.steps(self._net, call.steps, call.start > 0):
             yield
 
 

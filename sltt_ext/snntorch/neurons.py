@@ -7,6 +7,7 @@ operator, and steps aside for any setting that operator does not cover.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import snntorch
@@ -62,6 +63,17 @@ class StepwiseNeuron(SLTTNeuron, snntorch.SpikingNeuron):
 
     def reset_state(self) -> None:
         self.reset_mem()
+
+    def instead_of_rest(self) -> dict[str, Callable[..., Any]]:
+        return {"reset_mem": self._state_as_at_rest}
+
+    def _state_as_at_rest(self) -> Any:
+        """The state that is carried, in the form in which ``reset_mem`` returns the one at rest."""
+        kept = self._kept()
+        at_rest = type(self).reset_mem(self)
+        names = {id(value): name for name, value in self._kept().items()}
+        self._keep(kept)
+        return tree_map(lambda value: kept[names[id(value)]] if id(value) in names else value, at_rest)
 
     def detach_state(self) -> None:
         self._keep(

@@ -410,13 +410,14 @@ def test_something_that_is_not_linear_after_the_average(after):
         sltt_ext.over_time(TimeInside(after=after), time_inside="T")(X)
 
 
-def test_a_network_that_resets_itself():
+def test_a_network_that_resets_itself_between_two_steps():
     class ResetsItself(TimeInside):
         def forward(self, x):
+            first = super().forward(x)
             functional.reset_net(self)
-            return super().forward(x)
+            return first + super().forward(x)
 
-    with pytest.raises(ConfigurationError, match="resets its neurons in forward"):
+    with pytest.raises(ConfigurationError, match="resets its neurons between two steps"):
         sltt_ext.over_time(ResetsItself(), time_inside="T")(X)
 
 

@@ -271,3 +271,99 @@ def test_what_to_do_if_nothing_holds_the_number_of_steps():
         ConfigurationError, match=r"no global variable .*numbers: T\): hold the number in an attribute"
     ):
         sltt_ext.over_time(Loop(spikingjelly_net(step_mode="s")), time_inside="num_steps")
+
+
+class Tutorial(nn.Module):
+    """A network of snnTorch's tutorials: it makes its states at the beginning, and passes them from step to step."""
+
+    def __init__(self, neuron, init, detaches=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.lif1, self.init = nn.Linear(6, 6), neuron(), init
+        self.fc2, self.lif2 = nn.Linear(6, 5), snntorch.Leaky(beta=0.8, threshold=0.3)
+        self.detaches = detaches
+
+    def forward(self, x):
+        at_rest = getattr(self.lif1, self.init)()
+        states = at_rest if isinstance(at_rest, tuple) else (at_rest,)
+        mem2 = self.lif2.init_leaky()
+        spikes, potentials = [], []
+        for _ in range(STEPS):
+            if self.detaches:
+                states, mem2 = [state.detach() for state in states], mem2.detach()
+            spk1, *states = self.lif1(self.fc1(x), *states)
+            if self.init == "init_rleaky":
+                states = [spk1, *states]
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            spikes.append(spk2)
+            potentials.append(mem2)
+        return torch.stack(spikes), torch.stack(potentials)
+
+
+TUTORIALS = {
+    "init_leaky": lambda: snntorch.Leaky(beta=0.9, threshold=0.3, learn_beta=True),
+    "init_synaptic": lambda: snntorch.Synaptic(alpha=0.8, beta=0.9, threshold=0.3),
+    "init_rleaky": lambda: snntorch.RLeaky(beta=0.8, linear_features=6, threshold=0.3),
+    "init_alpha": lambda: snntorch.Alpha(alpha=0.9, beta=0.8, threshold=0.1),
+    "init_lapicque": lambda: snntorch.Lapicque(beta=0.9, threshold=0.3),
+    "init_slstm": lambda: snntorch.SLSTM(6, 6, threshold=0.01),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 2}, {"memory_budget": "1GiB"}], ids=str)
+@pytest.mark.parametrize("init", TUTORIALS)
+def test_networks_of_tutorials_as_they_are(init, options):
+    net, expected = (Tutorial(TUTORIALS[init], init, detaches) for detaches in (False, True))
+    sltt_ext.over_time(net, time_inside="STEPS", **options)
+    for _ in range(3):
+        results = []
+        for one in (net, expected):
+            one.zero_grad()
+            spikes, potentials = one(X)
+            assert spikes.shape == potentials.shape == (T, 3, 5)
+            weights = torch.linspace(0.5, 1, T)[:, None, None]
+            F.cross_entropy((weights * potentials).sum(0) + spikes.mean(0), TARGET).backward()
+            results.append((spikes, potentials, oracle.gradients(one)))
+        (spikes, potentials, mine), (their_spikes, their_potentials, theirs) = results
+        assert torch.equal(spikes, their_spikes)
+        torch.testing.assert_close(potentials, their_potentials)
+        assert spikes.sum() > 0
+        assert oracle.relative_error(mine, theirs) < 1e-5
+    assert "reset_mem" not in vars(net.lif1)
+
+
+@pytest.mark.parametrize("multi_step", [False, True])
+def test_a_network_that_resets_itself_first(multi_step):
+    kind = Inside if multi_step else Loop
+
+    class ResetsItself(kind):
+        def forward(self, x):
+            functional.reset_net(self)
+            return super().forward(x)
+
+    net = ResetsItself(spikingjelly_net(step_mode="m" if multi_step else "s"))
+    wanted = oracle_gradients(copy.deepcopy(net.body))
+    sltt_ext.over_time(net, time_inside="T")
+    for _ in range(2):
+        net.zero_grad()
+        F.cross_entropy(net(X), TARGET).backward()
+        assert oracle.relative_error(oracle.gradients(net), wanted) < 1e-6
+    assert all("reset" not in vars(module) for module in net.modules())
+
+
+@pytest.mark.parametrize("init", TUTORIALS)
+def test_networks_of_tutorials_with_the_gradient_through_time(init):
+    net, expected = (Tutorial(TUTORIALS[init], init) for _ in range(2))
+    sltt_ext.over_time(net, time_inside="STEPS", temporal="call", chunk=T)
+    for one in (net, expected):
+        F.cross_entropy(one(X)[1].mean(0), TARGET).backward()
+    assert oracle.relative_error(oracle.gradients(net), oracle.gradients(expected)) < 1e-5
+
+
+def test_what_the_state_of_a_tutorials_network_is_after_a_call():
+    """A call of its own begins at rest, whatever the call before has left."""
+    net = sltt_ext.over_time(Tutorial(TUTORIALS["init_leaky"], "init_leaky"), time_inside="STEPS")
+    with torch.no_grad():
+        first, _ = net(X), net(5 * X)
+        assert all(map(torch.equal, net(X), first))
+        assert all(map(torch.equal, sltt_ext.revert(net)(X), first))
