@@ -26,6 +26,10 @@ TRACES_NEURONS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >
 """Whether `torch.compile` takes fused neurons apart into ordinary operators; with older releases they stay one operator each."""
 
 
+def _stay() -> None:
+    """Stands in for ``reset()`` in the middle of a sequence."""
+
+
 class StatefulModule:
     """What the time loop knows of a module that carries state, or of a network in which modules do.
 
@@ -102,6 +106,9 @@ class SLTTNeuron(StatefulModule):
     def through_time(self) -> bool:
         """Whether the gradient goes back through time, within a call of the network."""
         return self.sltt_temporal == "call"
+
+    def instead_of_rest(self) -> dict[str, Callable[..., Any]]:
+        return {"reset": _stay} if callable(getattr(self, "reset", None)) else {}
 
     @classmethod
     def check_backend(cls, module: nn.Module, backend: str) -> None:

@@ -6,7 +6,6 @@ It is right for any stateful module of SpikingJelly, in both release lines: 2.x 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -41,10 +40,6 @@ _LAYERS = tuple(  # they carry state and fire no spikes
 )
 
 
-def _stay() -> None:
-    """In the place of ``reset()``, in the middle of a sequence."""
-
-
 class StepwiseNode(SLTTNeuron, base.MemoryModule):
     """Any stateful SpikingJelly module, with SLTT's gradient.
 
@@ -65,9 +60,6 @@ class StepwiseNode(SLTTNeuron, base.MemoryModule):
 
     def reset_state(self) -> None:
         self.reset()
-
-    def instead_of_rest(self) -> dict[str, Callable[..., Any]]:
-        return {"reset": _stay}
 
     def detach_state(self) -> None:
         self._hold_state()
