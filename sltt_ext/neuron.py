@@ -108,6 +108,7 @@ class SLTTNeuron(StatefulModule):
         return self.sltt_temporal == "call"
 
     def instead_of_rest(self) -> dict[str, Callable[..., Any]]:
+        """Nothing in the place of its ``reset()``, if it has one."""
         return {"reset": _stay} if callable(getattr(self, "reset", None)) else {}
 
     @classmethod

@@ -197,7 +197,7 @@ def test_auto_runs_a_single_step_network_step_by_step():
 
 def test_a_budget_below_one_step_says_so():
     with pytest.warns(
-        SLTTWarning, match="less than the leanest plan needs, .* chunk 1 of 8, .*a smaller batch needs less"
+        SLTTWarning, match="less than the leanest plan needs, .* chunk 1 of 8.*a smaller batch needs less"
     ):
         iterations(wide_net(), memory_budget=12345, pack_spikes="auto")
 
