@@ -45,6 +45,9 @@ def lines(
                   linestyle=LINES[index % 4])  # fmt: skip
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if from_zero:
+        # The margin above the points is then a part of the whole axis, even where all of them are equal.
+        axes.update_datalim([(axes.dataLim.x0, 0)])
+        axes.autoscale_view()
         axes.set_ylim(0, None)
     marked = sorted({place for places in x.values() for place in places})
     if len(marked) <= MOST_MARKS:
