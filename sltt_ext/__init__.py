@@ -1,5 +1,10 @@
 """sltt-ext: Spatial Learning Through Time for SpikingJelly and snnTorch networks."""
 
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
 from sltt_ext.conversion import convert, is_converted, revert
 from sltt_ext.declared import declare_neuron
 from sltt_ext.errors import ConversionError, SLTTError
@@ -20,3 +25,16 @@ __all__ = [
     "over_time",
     "revert",
 ]
+
+_ROOMS = ("analysis", "bptt", "checkpoint", "data", "lightning", "models", "snntorch", "spikingjelly")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """What needs more than torch is imported when it is first used, as in ``sltt_ext.snntorch.Stateful``."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

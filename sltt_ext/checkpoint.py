@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from sltt_ext.errors import CheckpointError, SLTTWarning
+from sltt_ext.errors import CheckpointError, warn
 from sltt_ext.files import replaced, writing
 
 __all__ = ["Checkpoints", "read_checkpoint"]
@@ -113,11 +112,7 @@ class Checkpoints:
                 problems.append(error)
                 continue
             if problems:
-                warnings.warn(
-                    f"{problems[0]}; continuing from {path}, step {content['step']}",
-                    SLTTWarning,
-                    stacklevel=2,
-                )
+                warn(f"{problems[0]}; continuing from {path}, step {content['step']}")
             self._load(path, content)
             return int(content["step"])
         if problems:

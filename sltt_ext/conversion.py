@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -20,9 +19,9 @@ from sltt_ext.errors import (
     BackendError,
     ConfigurationError,
     ConversionError,
-    SLTTWarning,
     UnsupportedModuleError,
     listed,
+    warn,
 )
 from sltt_ext.forwards import Replacements
 from sltt_ext.kernels import check_backend
@@ -107,7 +106,7 @@ def convert(
     Warns:
         SLTTWarning: Once, with every module that was left as it is or that SLTT's gradient does not pass.
     """
-    _check_is_module(net)
+    _check_is_module(net, "convert")
     if temporal not in (None, "step", "call"):
         raise ConfigurationError(f"temporal must be None, 'step' or 'call', got {temporal!r}")
     check_backend(backend)
@@ -150,11 +149,11 @@ def convert(
                 neuron.sltt_temporal = temporal
     messages = [listed(_LEFT, refused)] * bool(refused) + [listed(_CONVERTED_BUT, caveats)] * bool(caveats)
     if messages:
-        warnings.warn("\n".join(messages), SLTTWarning, stacklevel=2)
+        warn("\n".join(messages))
     return net
 
 
-def _check_is_module(net: Any) -> None:
+def _check_is_module(net: Any, function: str) -> None:
     if not isinstance(net, nn.Module):
         got = (
             f"the class {net.__name__}: make one first"
@@ -162,7 +161,9 @@ def _check_is_module(net: Any) -> None:
             else f"a {type(net).__name__}"
         )
         cure = ": give it as nn.Sequential(*layers)" if isinstance(net, (list, tuple)) else ""
-        raise ConversionError(f"convert takes a torch.nn.Module, got {got}{cure}")
+        if isinstance(getattr(net, "net", None), nn.Module):
+            cure = ": give its network, .net"
+        raise ConversionError(f"{function} takes a torch.nn.Module, got {got}{cure}")
 
 
 def revert(net: Module) -> Module:
@@ -170,7 +171,11 @@ def revert(net: Module) -> Module:
 
     Returns:
         ``net`` itself. A network that is not converted is returned as it is.
+
+    Raises:
+        ConversionError: If ``net`` is no module, or its class was exchanged by something else since then.
     """
+    _check_is_module(net, "revert")
     for module in net.modules():
         if isinstance(module, Reclassed):
             module.give_back_class()

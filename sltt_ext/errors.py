@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -101,3 +103,14 @@ def listed(message: str, reasons: Mapping[str, str]) -> str:
     """A message with one line for each module path and its reason."""
     lines = [f"  {path or '(the module itself)'}: {reason}" for path, reason in reasons.items()]
     return "\n".join([message, *lines])
+
+
+def warn(message: str, category: type[SLTTWarning] = SLTTWarning) -> None:
+    """Warn at the line that has called this package, whatever of torch or of this package lies in between."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+_INNER = ("sltt_ext", "torch", "contextlib")  # not the code whose warning it is

@@ -7,7 +7,6 @@ manual, because the time loop runs the T backward passes of an iteration.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Sized
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, InputError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, InputError, warn
 from sltt_ext.methods import GradientTrainer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online import OnlineTrainer
@@ -149,11 +148,9 @@ class OnlineModule(LightningModule):
             return
         states = checkpoint.get("sltt_ext random")
         if states is None or len(states["cpu"]) != self.trainer.world_size:
-            warnings.warn(
+            warn(
                 "the checkpoint has no random numbers for this run (it is from an earlier version, or from another number "
-                "of processes): the order of the data and everything else that is random differ from an uninterrupted run",
-                SLTTWarning,
-                stacklevel=2,
+                "of processes): the order of the data and everything else that is random differ from an uninterrupted run"
             )
             return
         self._resumed = checkpoint["global_step"], states
@@ -167,11 +164,9 @@ class OnlineModule(LightningModule):
         """
         loaders = _loaders(self.trainer.train_dataloader)
         if self._resumed is not None and any(map(_draws_on_its_own, loaders)):
-            warnings.warn(
+            warn(
                 "a DataLoader has persistent_workers=True, or shuffles with its own generator=: no checkpoint has "
-                "its random numbers, so this run differs from an uninterrupted one. Leave both out",
-                SLTTWarning,
-                stacklevel=2,
+                "its random numbers, so this run differs from an uninterrupted one. Leave both out"
             )
 
     def _random_states(self) -> dict[str, Any]:

@@ -78,8 +78,9 @@ def over_time(
             ``[N, T, ...]``. A dict gives the time axis of arguments by name; all others are passed as they are. An argument
             may be a tensor or any structure of tensors.
         time_inside: For a network that runs T steps in its own forward: the name of what holds T. That is an attribute, ``"T"``,
-            ``"*.T"``, or a global variable that its code reads, ``"num_steps"``. The network then runs ``chunk`` steps at a time
-            and returns what it returned before. The first calls check this.
+            ``"*.T"``, or a global variable that its code reads, ``"num_steps"``. If the network goes through all steps that its
+            input has, name that argument of ``forward``, ``"x"``, and give ``time_dim``. The network then runs ``chunk`` steps
+            at a time and returns what it returned before. The first calls check this.
         returns: ``"mean"`` gives the mean over time of each tensor that the network returns, ``"sequence"`` all steps
             ``[T, N, ...]``. None is the mean, or with ``time_inside`` what the network itself returns.
         carry: Start from the state of the last call and not from rest. That state is a constant for the gradient.
@@ -116,7 +117,7 @@ def over_time(
     _check(net)
     inside = None
     if time_inside is not None:
-        inside = TimeInside(net, time_inside)
+        inside = TimeInside(net, time_inside, options.axes("time_dim", time_dim))
         time_steps = inside.time_steps if time_steps is None else time_steps
     steps = None if time_steps is None else options.count("time_steps", time_steps)
     chunk = options.count("chunk", chunk)

@@ -1,4 +1,6 @@
+import os
 import sys
+import tempfile
 from contextlib import suppress
 
 import pytest
@@ -15,6 +17,14 @@ with suppress(ImportError):  # which some environments are without
 
     settings.register_profile("untimed", deadline=None)
     settings.load_profile("untimed")
+
+
+def pytest_configure(config):
+    """One folder for what the processes of a session build."""
+    if "SLTT_BUILT" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="sltt-built-")
+        os.environ["SLTT_BUILT"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -103,7 +102,10 @@ def build(kernels: list[Kernel]) -> None:
 
 def built_library(source: str, options: list[str]) -> Path:
     """A library built by g++, once a session."""
-    library = _folder() / f"{hashlib.sha256((source + str(options)).encode()).hexdigest()[:24]}.so"
+    library = (
+        Path(os.environ["SLTT_BUILT"])
+        / f"{hashlib.sha256((source + str(options)).encode()).hexdigest()[:24]}.so"
+    )
     if not library.exists():
         made = library.with_suffix(f".{os.getpid()}")
         command = ["g++", *options, "-x", "c++", "-", "-o", str(made)]
@@ -118,12 +120,3 @@ def _groups() -> list[list[Kernel]]:
     """What is built together: g++ takes hardly longer for a group than for one kernel."""
     leaky = [variants.leaky_kernels(dtype, 4, name) for dtype in variants.DTYPES for name in SURROGATES]
     return [*variants.groups().values(), *leaky]
-
-
-@functools.cache
-def _folder() -> Path:
-    """One folder for the processes of a test session, which share the parent process."""
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    folder = Path(tempfile.gettempdir()) / f"sltt-host-{session}"
-    folder.mkdir(exist_ok=True)
-    return folder

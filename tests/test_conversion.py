@@ -236,3 +236,11 @@ def test_other_stateful_modules(stateful, step_mode):
     output = converted(x_seq) if step_mode == "m" else torch.stack([converted(x) for x in x_seq])
     (output * weight).sum().backward()
     assert oracle.relative_error(oracle.gradients(converted), oracle.gradients(net)) < 1e-6
+
+
+def test_a_trainer_is_no_network():
+    net = sltt_ext.convert(nn.Sequential(nn.Linear(2, 2), neuron.LIFNode()))
+    online = sltt_ext.OnlineTrainer(net, nn.functional.cross_entropy, 2)
+    with pytest.raises(ConversionError, match=r"revert takes a torch.nn.Module, .*: give its network, .net"):
+        sltt_ext.revert(online)
+    assert not sltt_ext.is_converted(sltt_ext.revert(online.net))

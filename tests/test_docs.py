@@ -404,6 +404,15 @@ def test_memory_block_by_block_is_as_counted():
         assert re.search(pattern, page), network
 
 
+def test_the_counts_of_the_fuzzer_are_the_measured_ones():
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = [row for row in results("fuzz") if row["state"] == "trainer and over_time and windows"]
+    cases = sum(int(row["cases"]) for row in rows)
+    wrong = sum(int(row[name]) for row in rows for name in row if name.startswith("wrong_"))
+    assert f"compared {cases:,} random networks" in readme
+    assert f"It found {wrong} that differed" in readme
+
+
 def test_times_of_plans_are_the_measured_ones():
     pages = {
         name: " ".join((ROOT / "docs" / f"{name}.md").read_text().split())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from sltt_ext.errors import DataError, SLTTError, SLTTWarning
+from sltt_ext.errors import DataError, SLTTError, warn
 
 __all__ = ["CheckedDataset", "CheckedLoader", "NamedReader", "collate"]
 
@@ -116,5 +115,5 @@ class CheckedLoader(DataLoader[Any]):
                 raise DataError("nothing of this batch can be read:\n  " + "\n  ".join(reasons))
             for reason in sorted(set(reasons) - dataset.warned):
                 dataset.warned.add(reason)
-                warnings.warn(f"skipped: {reason}", SLTTWarning, stacklevel=2)
+                warn(f"skipped: {reason}")
             yield batch

@@ -15,7 +15,6 @@ is named: 0.0.0.0.14 leaves it out without a word, and 2.0.0 stops at it without
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,7 +26,7 @@ import numpy as np
 from sltt_ext.data.aedat import Events, read_aedat2, read_aedat3
 from sltt_ext.data.archives import CIFAR10_DVS, ArchivedSet, extracted
 from sltt_ext.data.corrupt import NamedReader
-from sltt_ext.errors import DataError, SLTTWarning
+from sltt_ext.errors import DataError, warn
 from sltt_ext.files import writing
 
 __all__ = [
@@ -96,7 +95,7 @@ def check_frames(root: Path, time_steps: int, *, on_corrupt: str) -> Path:
         advice = f"restore them and delete {events} and {frames}, or pass on_corrupt='skip'"
         raise DataError("\n  ".join([f"recordings were skipped as they cannot be read; {advice}:", *skipped]))
     for line in skipped:
-        warnings.warn(f"skipped: {line}", SLTTWarning, stacklevel=2)
+        warn(f"skipped: {line}")
     return frames
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sltt_ext.errors import BackendError
+from sltt_ext.errors import BackendError, warn
 from sltt_ext.kernels.backend import Backend, FusedNeuron
 from sltt_ext.kernels.cuda_backend import CupyBackend, NvrtcBackend
 from sltt_ext.kernels.inductor_backend import InductorBackend
@@ -125,8 +124,7 @@ def _select_by_default(neuron: FusedNeuron[Any], x: Tensor) -> Backend:
 
 @functools.cache
 def _warn_once(problem: str) -> None:
-    warnings.warn(
+    warn(
         f"the neurons run as PyTorch operators, slower than sltt_ext's CUDA kernels: {problem}. "
-        "Set backend='torch' or SLTT_BACKEND=torch if you want this; the warning then ends.",
-        stacklevel=2,
+        "Set backend='torch' or SLTT_BACKEND=torch if you want this; the warning then ends."
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import types
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import CompilationError, SLTTWarning
+from sltt_ext.errors import CompilationError, warn
 from sltt_ext.forwards import Layer, has_own_forward
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.online.capture import capturing
@@ -83,10 +82,9 @@ class CompiledCode:
 
     def function(self, modules: Sequence[nn.Module]) -> Callable[..., Any]:
         """The compiled function that runs ``modules`` one after the other; one for all of the same kind."""
-        on_cpu = _is_on_cpu(modules)
-        kind = (on_cpu, *map(self._kind, modules))
+        kind = tuple(map(self._kind, modules))
         if kind not in self._functions:
-            self._functions[kind] = _compiled(keeps_layout=on_cpu)
+            self._functions[kind] = _compiled(keeps_layout=_is_on_cpu(modules))
         return self._functions[kind]
 
     def failed(self, path: str, module: nn.Module, error: Exception) -> None:
@@ -101,17 +99,21 @@ class CompiledCode:
                 f"the network cannot be compiled: {what}. Say compile='try' to run it as it is instead, or leave compile out"
             ) from error
         self.on = False
-        warnings.warn(f"the network cannot be compiled: {what}. It runs as it is", SLTTWarning, stacklevel=2)
+        warn(f"the network cannot be compiled: {what}. It runs as it is")
 
     def _kind_of_pass(self, one: Pass) -> tuple[Any, ...]:
         return one.learns, one.differentiable, one.again, one.net.training
 
     def _kind(self, module: nn.Module) -> tuple[Any, ...]:
-        """The same for modules that may share a compilation: what they print, and the shapes of what they hold."""
+        """The same for modules that may share a compilation: what they print, and the shapes and devices of what they hold."""
         if module not in self._kinds:
             held = [*module.named_parameters(), *module.named_buffers()]
             classes = tuple(map(type, module.modules()))
-            self._kinds[module] = (classes, repr(module), *((name, tensor.shape) for name, tensor in held))
+            self._kinds[module] = (
+                classes,
+                repr(module),
+                *((name, tensor.shape, tensor.device) for name, tensor in held),
+            )
         return self._kinds[module]
 
 

@@ -7,7 +7,6 @@ this. Afterwards only the steps of calls that stand for several are counted.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,19 +15,24 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
+from sltt_ext.errors import ConfigurationError, listed, warn
 from sltt_ext.forwards import Layer
 from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.online.silent import Silence
 
-__all__ = ["FirstCalls", "NeuronSteps"]
+__all__ = ["CallsAround", "FirstCalls", "NeuronSteps"]
 
 _RUNS = (
     "runs {} time steps in a call of {}: if forward loops or repeats x over time, make it run one step (the trainer "
-    "does the rest), or use over_time(time_inside=) or convert alone, and your own backward; if a step uses the neuron at several places, this is "
-    "right"
+    "does the rest), or use over_time(net, time_inside=) with the name of what holds the number of steps: an attribute 'T', or "
+    "the argument 'x' if forward goes through all steps that x has; or use convert alone, and your own backward; if a step uses "
+    "the neuron at several places, this is right"
+)
+_SINGLE = (
+    "has step_mode 's' and is given [T, N, ...], and so takes time for the batch: set the step mode of the whole network, "
+    "functional.set_step_mode(net, 'm')"
 )
 _RESET = "is reset in the middle of a sequence: leave the reset out of forward, as the trainer resets before each sequence"
 
@@ -41,6 +45,7 @@ class FirstCalls:
 
     Attributes:
         runs: Whether the network runs: a call has begun, and nothing has been returned.
+        batch: How many samples the network is called with, if all tensors that it is called with have the same number of them.
         other_batch: What is to be said of the batch of the output, if anything.
         silence: Which layers have not fired.
     """
@@ -51,7 +56,7 @@ class FirstCalls:
         self.other_batch = ""
         self._watched: set[bool] = set()  # passes that learn, and others
         self._said: set[str] = set()
-        self._batch: int | None = None
+        self.batch: int | None = None
         self._axis = 0
 
     def watches(self, one: Pass) -> bool:
@@ -67,13 +72,11 @@ class FirstCalls:
         new = {path: text for path, text in found.items() if path not in self._said}
         if new:
             self._said |= new.keys()
-            warnings.warn(
+            warn(
                 listed(
                     "the trainer calls the network for each time step, but a call does something else than that step:",
                     new,
-                ),
-                SLTTWarning,
-                stacklevel=2,
+                )
             )
 
     def shown(self, frame: Any, multi_step: bool) -> None:
@@ -81,7 +84,7 @@ class FirstCalls:
         self._axis = int(multi_step)
         leaves = [leaf for leaf in tree_leaves(frame) if isinstance(leaf, Tensor)]
         batches = {leaf.shape[self._axis] for leaf in leaves if leaf.dim() > self._axis}
-        self._batch = batches.pop() if len(batches) == 1 else None
+        self.batch = batches.pop() if len(batches) == 1 else None
 
     def reading(self, output: Callable[[Any, int], Any], looks: bool = True) -> Callable[[Any, int], Any]:
         """``output`` of a pass, which looks at the batch, if it is known where that is, and at what is read."""
@@ -98,7 +101,7 @@ class FirstCalls:
 
     def _look(self, output_seq: Any) -> None:
         """Note outputs ``[C, N, ...]`` of another batch, over which a loss may broadcast."""
-        batch, self._batch = self._batch, None
+        batch, self.batch = self.batch, None
         for leaf in tree_leaves(output_seq) if batch is not None else ():
             if leaf.dim() < 2 or leaf.shape[1] == batch:
                 continue
@@ -135,6 +138,8 @@ class NeuronSteps(SpeedUp):
         self._steps: dict[nn.Module, int] = {}  # of this call
         self._left: dict[nn.Module, _Left] = {}  # what neurons carried after the last call
         self._resets: list[nn.Module] = []  # of this call
+        self._single: list[nn.Module] = []  # neurons that take time for the batch
+        self._call: Call | None = None
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
@@ -157,7 +162,8 @@ class NeuronSteps(SpeedUp):
         Raises:
             ConfigurationError: If they differ in a call that stands for several, or nothing is carried between two calls.
         """
-        self._steps, self._resets, self._first.runs = {}, [], True
+        self._steps, self._resets, self._single, self._first.runs = {}, [], [], True
+        self._call = call
         if self._watches and self._one is not None:
             self._first.shown(call.frame, self._one.multi_step)
         yield
@@ -191,6 +197,7 @@ class NeuronSteps(SpeedUp):
             )
         for neuron in self._resets:
             found.setdefault(self._paths[neuron], f"a {_name(neuron)} {_RESET}")
+        found |= {self._paths[neuron]: f"a {_name(neuron)} {_SINGLE}" for neuron in self._single}
         if self._first.other_batch:
             found[""] = self._first.other_batch
         self._first.says(found)
@@ -201,8 +208,76 @@ class NeuronSteps(SpeedUp):
         left = self._left.get(module)
         if self._watches and left and module not in self._steps and _is_reset(left, module.carried()):
             self._resets.append(module)
+        if self._watches:
+            self._look_at_arguments(module, args, kwargs)
         self._steps[module] = self._steps.get(module, 0) + (module.steps_of(*args) if args else 1)
         return forward(*args, **kwargs)
+
+    def _look_at_arguments(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See that a neuron is not given the same state at each step, nor a sequence for a batch.
+
+        Raises:
+            ConfigurationError: If a state is what the network was called with, at a later step as well.
+        """
+        one, call, batch = self._one, self._call, self._first.batch
+        assert one is not None
+        assert call is not None
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        x, states = tensors[0] if tensors else None, tensors[1:]
+        runs_steps = call.steps > 1 and not one.multi_step and module in self._steps
+        if states and (module in self._left or runs_steps):
+            shown = {id(leaf) for leaf in tree_leaves(call.frame)}
+            if any(id(state) in shown for state in states):
+                raise ConfigurationError(
+                    f"{self._paths[module]!r} is given a state that the network was called with, the same one at every time step: "
+                    "states that forward takes and returns have to go from step to step, so wrap the network, "
+                    "sltt_ext.snntorch.Stateful(net), and call it with the input alone; or leave them to the neurons (init_hidden=True)"
+                )
+        takes_steps = one.multi_step and not module.multi_step and batch != call.steps
+        if takes_steps and x is not None and tuple(x.shape[:2]) == (call.steps, batch):
+            self._single.append(module)
+
+
+class CallsAround:
+    """Sees calls that look like the user's own loop over time, around a network that runs over time already."""
+
+    def __init__(self) -> None:
+        self._calls = self._alike = 0
+        self._offsets: set[int] = set()  # of these inputs, in their storage
+        self._last: Callable[[], Tensor | None] = lambda: None
+        self._since: tuple[Any, ...] = ()
+
+    def look(self, net: nn.Module, x: Tensor | None, time_steps: int, backwards: int) -> None:
+        """Warn, once, of T calls in a row with the same input, or with one step after the other of a sequence.
+
+        Args:
+            net: The network.
+            x: What it is called with.
+            time_steps: T.
+            backwards: How many backward passes there were so far.
+        """
+        self._calls += 1
+        if self._calls > 4 * time_steps or time_steps < 3 or x is None or x.is_inference():
+            return
+        base = x._base
+        whole, is_step = x, False
+        if base is not None and tuple(base.shape) == (time_steps, *x.shape):
+            whole, is_step = base, True
+        weights = sum(weight._version for weight in net.parameters())
+        since = (whole._version, is_step, backwards, weights)
+        if self._last() is not whole or self._since != since:
+            self._alike, self._offsets = 0, set()
+        self._last, self._since = ref(whole), since
+        self._alike += 1
+        self._offsets.add(x.storage_offset())
+        if self._alike == time_steps and len(self._offsets) in (1, time_steps):
+            is_step = len(self._offsets) > 1
+            given = f"the {time_steps} steps of a sequence" if is_step else "the same input"
+            warn(
+                f"the network was called {time_steps} times in a row with {given}, and runs over {time_steps} time steps in each of these "
+                f"calls: if this is your own loop over time, call the network once instead{', with time_dim=0' * is_step}; or use "
+                "sltt_ext.convert alone, and keep the loop"
+            )
 
 
 def _name(neuron: Any) -> str:

@@ -8,7 +8,6 @@ the graph. The first iterations run without graphs, on the stream that captures.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from sltt_ext.errors import ConfigurationError, SLTTError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, SLTTError, warn
 from sltt_ext.online.capture import recording
 from sltt_ext.online.frozen import Frozen, Iteration, Watch, described, generators, refuse, surroundings
 from sltt_ext.online.objective import IterationLoss
@@ -176,12 +175,10 @@ class IterationGraphs:
         self._in_a_row += 1
         if self._in_a_row == _IN_A_ROW and not self._has_said:
             self._has_said = True
-            warnings.warn(
+            warn(
                 f"graph=True: {_IN_A_ROW} iterations in a row had no graph, as each was of another kind, or of one more than the "
                 f"{AT_MOST} that are kept. The kind depends on the shape of the data, the mode, plain attributes of modules, and the "
-                "steps that SLTT-K has drawn: k=1, or data of one shape, has fewer kinds",
-                SLTTWarning,
-                stacklevel=4,
+                "steps that SLTT-K has drawn: k=1, or data of one shape, has fewer kinds"
             )
 
     def _capture(

@@ -41,6 +41,11 @@ def explaining_steps(
         if is_out_of_memory(error) or not _OF_SHAPES.search(str(error)) or _OF_ONE_SAMPLE in str(error):
             raise
         causes = [*_axis_of_time(x, time_steps, time_dim), *(_one_step_layers(net) if multi_step else [])]
+        if time_dim is not None and isinstance(x, Tensor) and x.dim() < 5 and not causes:
+            causes = [
+                f"time_dim={time_dim} takes axis {time_dim} of x {list(x.shape)} for time: if x has no axis of time, as images [N, C, H, W], "
+                "leave time_dim out, and give time_steps"
+            ]
         if multi_step and time_dim is None and not causes:
             causes = [
                 "the trainer calls a multi-step network with [T, N, ...], time first: a forward that repeats x over time "
@@ -56,7 +61,7 @@ def explaining_losses(output: Any, target: Any) -> Iterator[None]:
     """Say why a loss may have failed on the output of one step.
 
     Raises:
-        LossError: In the place of its error, where the batch is not in front.
+        LossError: In the place of its error, where the batch is not in front, or the target has an axis of time.
     """
     try:
         yield
@@ -65,6 +70,11 @@ def explaining_losses(output: Any, target: Any) -> Iterator[None]:
     except (RuntimeError, ValueError, IndexError) as error:
         if is_out_of_memory(error) or not (isinstance(output, Tensor) and isinstance(target, Tensor)):
             raise
+        if output.dim() and target.dim() > 1 and target.shape[0] != len(output) == target.shape[1]:
+            raise LossError(
+                f"the loss failed ({one_line(error)}), and the target {list(target.shape)} has the batch on axis 1: if its first axis is "
+                "time, say target_time_dim=0"
+            ) from error
         if not target.dim() or output.dim() < 2 or output.shape[1] != len(target):
             raise
         raise LossError(

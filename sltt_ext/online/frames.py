@@ -48,6 +48,8 @@ def frames(x: Any, time_steps: int, time_dim: int | None, multi_step: bool) -> F
         raise InputError(
             f"time_dim={time_dim} needs a tensor, got {type(x).__name__}: leave time_dim out for frames"
         )
+    if type(x).__module__ == "numpy":
+        raise InputError("x is a NumPy array: give a tensor, torch.from_numpy(x)")
     if not isinstance(x, Iterable):
         raise InputError(f"x must be a tensor or an iterable of frames, got {type(x).__name__}")
     if isinstance(x, (list, tuple)) and not all(_alike(x[0], frame) for frame in x):

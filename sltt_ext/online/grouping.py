@@ -12,7 +12,6 @@ norms take their statistics over those calls, however many steps share a call (`
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, warn
 from sltt_ext.online.gradient_hooks import has_gradient_hooks
 from sltt_ext.online.memory import ActivationMeter
 from sltt_ext.online.norms import untold_norm
@@ -135,11 +134,9 @@ class Grouping:
             reason = "a hook on a gradient would run once for all of them"
         if reason is not None and self._asked and not quietly:
             self._asked = False
-            warnings.warn(
+            warn(
                 f"chunk='auto' keeps to one step a call, since several steps in one call would give another result than one "
-                f"by one: {reason}",
-                SLTTWarning,
-                stacklevel=2,
+                f"by one: {reason}"
             )
         return reason is not None
 

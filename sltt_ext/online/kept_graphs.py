@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from sltt_ext.errors import LossError, SLTTWarning
+from sltt_ext.errors import LossError, warn
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.outputs import Outputs
 from sltt_ext.online.packing import leave_saving_contexts
@@ -194,12 +193,10 @@ class Compared(Outputs):
                 continue
             tolerance = 1e-3 * float(first.abs().nan_to_num(0.0, 0.0, 0.0).max()) if first.numel() else 0.0
             if not torch.allclose(first, second.detach(), atol=tolerance, rtol=0.0, equal_nan=True):
-                warnings.warn(
+                warn(
                     "the network computes something else when its time steps run again in backward, so the gradient is "
                     "that of other outputs: draw random numbers from the global generators of torch, NumPy or Python, and keep no "
-                    "state outside of the network",
-                    SLTTWarning,
-                    stacklevel=2,
+                    "state outside of the network"
                 )
                 self._first_run = iter(())
                 return

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch.nn.parallel import DistributedDataParallel
 
-from sltt_ext.errors import SLTTWarning
+from sltt_ext.errors import warn
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.capture import capturing
 from sltt_ext.online.compiled import is_compiled
@@ -74,8 +73,6 @@ class PartsTried(SpeedUp):
             )
 
     def _say(self, what: str) -> None:
-        warnings.warn(
-            f"{what}. Give all steps in one call, chunk=time_steps without k; or use convert alone, and your own backward",
-            SLTTWarning,
-            stacklevel=2,
+        warn(
+            f"{what}. Give all steps in one call, chunk=time_steps without k; or use convert alone, and your own backward"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
@@ -13,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
-from sltt_ext.neuron import OLDEST_THAT_TRACES, TRACES_NEURONS
+from sltt_ext.errors import ConfigurationError, listed, warn
+from sltt_ext.neuron import OLDEST_THAT_TRACES, TRACES_NEURONS, SLTTNeuron
 from sltt_ext.online.draws import DRAWS, Draws
 from sltt_ext.online.schedule import Schedule, in_windows
 
@@ -130,11 +129,9 @@ def window(chunk: int | Literal["auto"], time_steps: int | None) -> int:
             f"use chunk={time_steps} for all of them"
         )
     if time_steps % chunk:
-        warnings.warn(
+        warn(
             f"chunk={chunk} does not divide time_steps={time_steps}: the gradient goes back through {chunk} steps, and in the "
-            f"last window through {time_steps % chunk}",
-            SLTTWarning,
-            stacklevel=3,
+            f"last window through {time_steps % chunk}"
         )
     return chunk
 
@@ -208,6 +205,25 @@ def compiles(value: Any) -> Any:
     return value
 
 
+def network(net: Any, loss_fn: Any) -> nn.Module:
+    """The network, in its place, and not one that runs over time by itself."""
+    if not isinstance(net, nn.Module) or (_has_neurons(loss_fn) and not _has_neurons(net)):
+        raise ConfigurationError(
+            f"OnlineTrainer takes (net, loss_fn, time_steps), got a {type(net).__name__} in the place of the network"
+            f"{': give the network first, and the loss second' * isinstance(loss_fn, nn.Module)}"
+        )
+    if any("_sltt_time_loop" in vars(module) for module in net.modules()):
+        raise ConfigurationError(
+            "the network runs over T time steps in each call already, after over_time, and OnlineTrainer would call it for each step: "
+            "use one of the two; sltt_ext.revert(net) undoes over_time"
+        )
+    return net
+
+
+def _has_neurons(net: Any) -> bool:
+    return isinstance(net, nn.Module) and any(isinstance(module, SLTTNeuron) for module in net.modules())
+
+
 def loss_of_a_step(value: Any) -> Any:
     """``loss_fn``: a loss of the output of one step."""
     if not callable(value) or isinstance(value, type):
@@ -232,8 +248,9 @@ def called_with_one_input(net: nn.Module) -> None:
     if len(needed) > 1:
         raise ConfigurationError(
             f"forward({', '.join(needed)}) of {type(net).__name__} needs {' and '.join(needed[1:])}, and the trainer calls it with "
-            "the input alone: if that is the state of the step before, wrap the network, sltt_ext.snntorch.Stateful(net); "
-            "give several inputs in one dict or tuple"
+            "one input alone. If these are states of the step before, which forward returns behind its output, wrap the network: "
+            "sltt_ext.snntorch.Stateful(net). If they are inputs, have forward take one dict of all inputs; or call the network "
+            "yourself, sltt_ext.over_time(net, time_steps=T)"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning, listed
+from sltt_ext.errors import ConfigurationError, listed, warn
 from sltt_ext.forwards import Looking
 from sltt_ext.neuron import StatefulModule, is_unconverted
 from sltt_ext.online.attributes import (
@@ -47,14 +46,14 @@ class UnknownNeurons:
         self._who = who
         self._said: dict[str, str] = {}
 
-    def say(self, net: nn.Module, stacklevel: int) -> None:
+    def say(self, net: nn.Module) -> None:
         """Warn of those in ``net`` that are new."""
         found = _unknown_neurons(net)
         if found.keys() - self._said.keys():
             message = (
                 f"neurons carry their state on from batch to batch, because {self._who} does not know them:"
             )
-            warnings.warn(listed(message, found), SLTTWarning, stacklevel=stacklevel)
+            warn(listed(message, found))
         self._said |= found
 
 
@@ -236,15 +235,13 @@ class KeptTensors(SpeedUp):
         if not carried:
             return
         kept = {path_of(self._net, key): f"of a {type(key[0]).__name__}" for key in carried}
-        warnings.warn(
+        warn(
             listed(
                 "tensors are kept from step to step as plain attributes, so they are taken for state: no gradient goes "
                 "through them to an earlier step, and each iteration starts from their values before the first one. Register "
                 "what has to outlast an iteration as a buffer (register_buffer):",
                 kept,
-            ),
-            SLTTWarning,
-            stacklevel=2,
+            )
         )
 
 

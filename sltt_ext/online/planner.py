@@ -12,14 +12,13 @@ and processes that have exchanged their measurements agree without more messages
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, warn
 from sltt_ext.forwards import Replacements
 from sltt_ext.online.capture import capturing
 from sltt_ext.online.choices import Choices
@@ -163,10 +162,8 @@ class Planner:
     def keep_whole(self, reason: str) -> None:
         """Run the network as a whole from now on, and never block by block."""
         if self._is_decided and self._choices().chosen().blocks:
-            warnings.warn(
-                f"memory_budget='least' runs the network as a whole again, which needs more memory than block by block: {reason}",
-                SLTTWarning,
-                stacklevel=2,
+            warn(
+                f"memory_budget='least' runs the network as a whole again, which needs more memory than block by block: {reason}"
             )
         self._kept_whole = reason
 
@@ -417,9 +414,7 @@ class Planner:
             return
         self._warned = True
         bits = ", spikes as bits" * (way.packs and self._measured.packed)
-        warnings.warn(
+        warn(
             f"memory_budget={asked!r} ({size_of(budget)}) is less than the leanest plan needs, {size_of(need.of(way.chunk))} for "
-            f"chunk {way.chunk} of {self._time_steps}{bits}. The leanest plan is taken; a smaller batch needs less",
-            SLTTWarning,
-            stacklevel=2,
+            f"chunk {way.chunk} of {self._time_steps}{bits}. The leanest plan is taken; a smaller batch needs less"
         )

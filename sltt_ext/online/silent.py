@@ -8,8 +8,6 @@ left alone, and after the tenth all are.
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import SilentLayersWarning, listed
+from sltt_ext.errors import SilentLayersWarning, listed, warn
 from sltt_ext.forwards import Layer
 from sltt_ext.neuron import SLTTNeuron, tensors_in
 from sltt_ext.online.capture import capturing
@@ -31,7 +29,6 @@ ITERATIONS = 10  # before silence is said
 STEPS_OF_A_STREAM = 100  # before it is said where the state is kept from call to call
 READ_OUT = 100.0  # a threshold that is not meant to be reached
 
-_INNER = ("sltt_ext", "torch", "contextlib")  # not the code whose warning it is
 _Edge = tuple[Any, int]  # of a graph: a node, and which of its outputs
 
 
@@ -135,7 +132,7 @@ class Silence:
                 "initial weights make neurons fire; begin with the first of these layers. If the silence is intended: "
                 "warnings.simplefilter('ignore', sltt_ext.errors.SilentLayersWarning)"
             )
-            warnings.warn(listed(message, found), SilentLayersWarning, stacklevel=_level_of_caller())
+            warn(listed(message, found), SilentLayersWarning)
 
 
 class SilentLayers(SpeedUp):
@@ -179,14 +176,6 @@ class SilentLayers(SpeedUp):
         output = forward(*args, **kwargs)
         self._silence.note(self._paths[neuron], neuron, output)
         return output
-
-
-def _level_of_caller() -> int:
-    """How far from `warnings.warn` the code is that called this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _is_layer(module: nn.Module) -> bool:

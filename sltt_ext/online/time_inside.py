@@ -1,19 +1,19 @@
-"""Networks that run over time inside their own forward: they read the number of steps from an attribute or a global variable.
+"""Networks that run over time inside their own forward: an attribute, a global variable or their input has the number of steps.
 
 Such a network repeats its input T times, or loops over T, and often averages over time at the end. If that number is set to
-a smaller one, the network runs that many steps. Many such networks put their neurons to rest first (``reset_net``, ``init_leaky``). In the
-middle of a sequence this does nothing, and returns the state that is carried. In the first calls, the outputs of all steps are compared with what the
-original network returns: whatever it computes from the average has to be linear.
+a smaller one, or the input has fewer steps, the network runs that many. Many such networks put their neurons to rest first (``reset_net``, ``init_leaky``).
+In the middle of a sequence this does nothing, and returns the state that is carried. In the first calls, the outputs of all steps
+are compared with what the original network returns: whatever it computes from the average has to be linear.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any, TypeGuard
 
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, LossError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, LossError, warn
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
-from sltt_ext.online.passes import Call, SpeedUp
+from sltt_ext.online.inputs import TimeDims
+from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.online.snapshot import random_numbers
 from sltt_ext.online.stand_ins import is_leaf
 from sltt_ext.online.states import one_call, reset
@@ -46,35 +47,42 @@ class TimeInside:
 
     Args:
         net: The network.
-        names: Attributes, ``"T"``, also of submodules, ``"*.T"`` or ``"encoder.T"``; or a global variable that its code reads.
+        names: Attributes, ``"T"``, also of submodules, ``"*.T"`` or ``"encoder.T"``; a global variable that its code reads; or an
+            argument of forward, whose axis of time has so many steps.
+        time_dim: See `over_time`.
 
     Attributes:
-        time_steps: T, as the network has it.
+        time_steps: T, as the network has it; None if its input alone has it.
+        arguments: The arguments that have it.
 
     Raises:
         ConfigurationError: If there is nothing of a name, or if it does not hold a number of steps.
     """
 
-    def __init__(self, net: nn.Module, names: str | Sequence[str]) -> None:
+    def __init__(self, net: nn.Module, names: str | Sequence[str], time_dim: TimeDims) -> None:
         self.names = _names(names)
         self._paths: set[str] = set()
         self._globals: set[str] = set()
         found: dict[str, int] = {}
+        self.arguments: set[str] = set()
+        forward = list(inspect.signature(net.forward).parameters)
         for name in self.names:
             places = {path: value for path, value in _numbers(net) if fnmatchcase(path, name)}
             self._paths |= places.keys()
             if not places:
-                places = {
-                    f"{place.get('__name__', '')}.{name}": value for place, value in _of_globals(net, [name])
-                }
+                places = {f"{store.get('__name__', '')}.{name}": store[name] for store in _globals(net, name)}
                 self._globals.add(name)
-            if not places:
+            if not places and name in forward:
+                _check_axis(name, forward, time_dim)
+                self.arguments.add(name)
+            elif not places:
                 own = [path for path, _ in _numbers(net, of_the_user=True)]
                 numbers = f" (its attributes that are numbers: {', '.join(sorted(own)[:10])})" * bool(own)
                 raise ConfigurationError(
-                    f"time_inside={name!r} names no attribute of {type(net).__name__} that is a number of steps, and no global variable "
-                    f"that its code reads{numbers}: hold the number in an attribute, self.T, read it from there in forward, and "
-                    "name it: time_inside='T'"
+                    f"time_inside={name!r} names no attribute of {type(net).__name__} that is a number of steps, no global variable "
+                    f"that its code reads, and no argument of forward{numbers}: hold the number in an attribute, self.T, read it from "
+                    "there in forward, and name it: time_inside='T'. If forward goes through all steps that x has, say "
+                    "time_inside='x', time_dim=0"
                 )
             found |= places
         if len(set(found.values())) > 1:
@@ -82,7 +90,7 @@ class TimeInside:
             raise ConfigurationError(
                 f"time_inside names attributes that differ, {listed}: name those that hold T"
             )
-        self.time_steps = next(iter(found.values()))
+        self.time_steps = next(iter(found.values()), None)
         self._axes: list[int] | None = None
         self._comparisons = _COMPARISONS
 
@@ -90,20 +98,22 @@ class TimeInside:
         return {**vars(self), "_axes": None, "_comparisons": _COMPARISONS}
 
     @contextmanager
-    def steps(self, net: nn.Module, steps: int, continues: bool) -> Iterator[None]:
-        """Have the network run so many; one that puts its neurons to rest at the beginning goes on, if it continues a sequence."""
-        with Replacements() as replaced:
+    def steps(self, net: nn.Module, steps: int, continues: bool, replaced: Replacements) -> Iterator[None]:
+        """Have the network run so many steps.
+
+        Args:
+            net: The network.
+            steps: How many.
+            continues: Whether they continue a sequence: a network that puts its neurons to rest at the beginning then goes on.
+            replaced: What puts everything back; an interrupt may leave this to the block around all calls.
+        """
+        with replaced:
+            for store, name in self._places(net):
+                replaced.entry(store, name, steps)
             for neuron in net.modules() if continues else ():
                 if isinstance(neuron, StatefulModule):
                     for name, instead in neuron.instead_of_rest().items():
                         replaced.entry(vars(neuron), name, instead)
-            for path, module in net.named_modules():
-                for name in vars(module):
-                    if f"{path}.{name}".lstrip(".") in self._paths:
-                        replaced.entry(vars(module), name, steps)
-            for name in self._globals:
-                for variables, _ in _of_globals(net, [name]):
-                    replaced.entry(variables, name, steps)
             yield
 
     def check_unchanged(self, net: nn.Module) -> None:
@@ -112,13 +122,22 @@ class TimeInside:
         Raises:
             ConfigurationError: If it would run another number of them.
         """
-        own = [value for path, value in _numbers(net) if path in self._paths]
-        for value in (*own, *(value for _, value in _of_globals(net, self._globals))):
-            if value != self.time_steps:
+        for store, name in self._places(net):
+            if store[name] != self.time_steps:
                 raise ConfigurationError(
-                    f"time_inside={', '.join(self.names)} was {self.time_steps} when over_time was called, and is {value} now: call "
+                    f"time_inside={', '.join(self.names)} was {self.time_steps} when over_time was called, and is {store[name]} now: call "
                     "over_time again after such a change"
                 )
+
+    def _places(self, net: nn.Module) -> list[tuple[dict[str, Any], str]]:
+        """The dicts that hold the number of steps, and its name in each."""
+        attributes = [
+            (vars(module), name)
+            for path, module in net.named_modules()
+            for name in vars(module)
+            if f"{path}.{name}".lstrip(".") in self._paths
+        ]
+        return attributes + [(store, name) for name in self._globals for store in _globals(net, name)]
 
     def tensors(self, returned: Any, steps: int) -> tuple[list[Tensor], Rebuild]:
         """All tensors that the network returns for C steps, each ``[C, N, ...]``; an average counts C times."""
@@ -206,31 +225,32 @@ class TimeInside:
                 )
         self._comparisons = self._comparisons - 1 if untold else 0
         if untold and not self._comparisons:
-            warnings.warn(
+            warn(
                 f"in its first {_COMPARISONS} calls the network has given the same at all time steps (do its neurons fire?), so "
                 "it could not be checked whether it averages them: if it adds them up, or computes something that is not linear "
-                "in the average, the gradient is wrong",
-                SLTTWarning,
-                stacklevel=5,
+                "in the average, the gradient is wrong"
             )
 
     def _both(self, net: nn.Module, time_steps: int, run: Run) -> tuple[list[Tensor], list[list[Tensor]]]:
         """What the network returns for all steps at once, and for one after the other."""
         neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
 
+        replaced = Replacements()
+
         def ran(start: int, stop: int) -> list[Tensor]:
-            with self.steps(net, stop - start, start > 0), one_call(neurons, stop - start):
+            with self.steps(net, stop - start, start > 0, replaced), one_call(neurons, stop - start):
                 return flatten(run(net, start, stop))[0]
 
-        reset(neurons)
-        net.train()
-        with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
-            ran(0, time_steps)
-        net.eval()
-        reset(neurons)
-        whole = ran(0, time_steps)
-        reset(neurons)
-        parts = [ran(t, t + 1) for t in range(time_steps)]
+        with replaced, replaced:  # twice, for interrupts
+            reset(neurons)
+            net.train()
+            with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
+                ran(0, time_steps)
+            net.eval()
+            reset(neurons)
+            whole = ran(0, time_steps)
+            reset(neurons)
+            parts = [ran(t, t + 1) for t in range(time_steps)]
         if not whole or len(whole) != len(parts[0]):
             raise LossError(
                 f"the network returned a {type(net).__name__} without a tensor: return what the loss reads"
@@ -244,11 +264,18 @@ class StepsInside(SpeedUp):
     def __init__(self, inside: TimeInside, net: nn.Module) -> None:
         self._inside = inside
         self._net = net
+        self._replaced = Replacements()
+
+    @contextmanager
+    def around_pass(self, one: Pass) -> Iterator[None]:
+        """Put back what an interrupt of a call has left."""
+        one.replaced.at_end(self._replaced.undo)
+        yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Say how many they are."""
-        with self._inside.steps(self._net, call.steps, call.start > 0):
+        with self._inside.steps(self._net, call.steps, call.start > 0, self._replaced):
             yield
 
 
@@ -267,6 +294,21 @@ def _names(names: Any) -> tuple[str, ...]:
     return tuple(given)
 
 
+def _check_axis(name: str, forward: Sequence[str], time_dim: TimeDims) -> None:
+    """See that it is known where an argument of ``forward`` has its time.
+
+    Raises:
+        ConfigurationError: If it is not.
+    """
+    axes = time_dim if isinstance(time_dim, Mapping) else {forward[0]: time_dim}
+    if axes.get(name) is None:
+        wanted = "0" if name == forward[0] else f"{{{name!r}: 0}}"
+        raise ConfigurationError(
+            f"time_inside={name!r} takes the number of steps from that argument of forward: say which of its axes is time, "
+            f"time_dim={wanted} for [T, N, ...]"
+        )
+
+
 def _numbers(net: nn.Module, of_the_user: bool = False) -> Iterator[tuple[str, int]]:
     """Whole numbers that modules hold, by path; of the frameworks' own modules, too, or not."""
     for path, module in net.named_modules():
@@ -281,17 +323,19 @@ def _is_number(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _of_globals(net: nn.Module, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Global variables of these names that hold a number and that the network's own code reads: where they are, and the number."""
+def _globals(net: nn.Module, name: str) -> list[dict[str, Any]]:
+    """The global variables among which the network's own code reads a number of this name."""
     own = {base for module in net.modules() for base in type(module).__mro__ if _is_of_the_user(base)}
-    methods = [inspect.unwrap(value) for cls in own for value in vars(cls).values() if callable(value)]
+    found = {id(store): store for cls in own for store in _globals_read(cls, name)}
+    return [store for store in found.values() if _is_number(store.get(name))]
+
+
+@lru_cache(maxsize=256)
+def _globals_read(cls: type, name: str) -> list[dict[str, Any]]:
+    """The global variables of the functions of a class that read something of this name."""
+    methods = [inspect.unwrap(value) for value in vars(cls).values() if callable(value)]
     functions = [method for method in methods if isinstance(method, FunctionType)]
-    for name in names:
-        places = {id(f.__globals__): f.__globals__ for f in functions if _reads(f.__code__, name)}
-        for variables in places.values():
-            value = variables.get(name)
-            if _is_number(value):
-                yield variables, value
+    return [function.__globals__ for function in functions if _reads(function.__code__, name)]
 
 
 def _reads(code: CodeType, name: str) -> bool:

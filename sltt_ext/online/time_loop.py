@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sltt_ext.errors import ConfigurationError, InputError, SLTTWarning, listed
+from sltt_ext.errors import ConfigurationError, InputError, listed, warn
 from sltt_ext.online import options
-from sltt_ext.online.counting import FirstCalls
+from sltt_ext.online.counting import CallsAround, FirstCalls
 from sltt_ext.online.distributed import (
     Sharded,
     by_autograd,
@@ -94,8 +93,9 @@ class TimeLoop:
         self._common: torch.Generator | None = None
         self._tried = PartsTried(lambda reason: None)
         self._first = FirstCalls()
+        self._around_it = CallsAround()
         self._unknown = UnknownNeurons("the time loop")
-        self._told = False
+        self._told: set[str] = set()
 
     def __reduce__(self) -> Any:
         """Copies and files have the settings; what was found out about the network is found out again."""
@@ -119,7 +119,7 @@ class TimeLoop:
         settings, inside = self.settings, self.settings.time_inside
         if (ddp := replica(net)) is not None:
             keep_states_apart(ddp)
-        self._unknown.say(net, stacklevel=5)
+        self._unknown.say(net)
         if goes_through_time(net.modules()) != (settings.window is not None):
             raise ConfigurationError(
                 "the network was converted with another temporal= after over_time: call over_time again"
@@ -167,6 +167,8 @@ class TimeLoop:
             weights=_weights(lengths, time_steps, returns),
         )
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
+        if wanting and inside is None and not settings.carry:
+            self._around_it.look(net, _first(arguments.tensors), time_steps, found.again)
         one = Pass(
             net, call_of(net), neurons, multi_step, source(arguments.tensors), time_steps, steps, False,
             CallSizes(part, part, part), self._first.reading(heads.of_call, looks=inside is None), from_rest=not settings.carry, differentiable=bool(wanting),
@@ -183,6 +185,8 @@ class TimeLoop:
             outputs = recorded(one, heads, arguments.tensors, source, speed_ups, wanting, found)
         if inside and settings.returns is None:
             outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
+        elif inside is None and settings.time_dim is None:
+            self._say_where_time_may_be(arguments, time_steps, outputs, returns)
         return heads.rebuild(outputs)
 
     def _compare(
@@ -195,7 +199,7 @@ class TimeLoop:
         call_of: Callable[[nn.Module], Callable[[Any], Any]],
     ) -> None:
         """See that a network with its time inside can run step by step; one step alone does not tell where its time is."""
-        told = self.settings.returns is None or time_steps > 1
+        told = time_steps > 1 or (self.settings.returns is None and not inside.arguments)
         tensors = arguments.tensors if told else arguments.twice()
 
         def shown(convert: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, int, int], Any]:
@@ -274,17 +278,32 @@ class TimeLoop:
         )  # fmt: skip
         return (*self._around(net), *norms, *speed_ups), once
 
+    def _say_where_time_may_be(
+        self, arguments: Arguments, time_steps: int, outputs: Sequence[Tensor], returns: Returns
+    ) -> None:
+        """Warn, once, of an input that looks like a sequence and is taken for a batch of T samples."""
+        x = _first(arguments.tensors)
+        if x is None or x.dim() < 3 or x.shape[0] != time_steps or time_steps == 1 or "time" in self._told:
+            return
+        shapes = [output.shape[returns == "sequence" :] for output in outputs]
+        if all(len(shape) > 2 and shape[:2] == x.shape[:2] for shape in shapes):
+            self._told.add("time")
+            warn(
+                f"x {list(x.shape)} is taken for a batch of {time_steps} samples, each shown for {time_steps} time steps. If its first axis is "
+                "time, say time_dim=0 instead of time_steps; and returns='sequence' if you need the output of each step"
+            )
+
     def _say_what_norms_see(self, net: nn.Module, part: int) -> None:
         """Warn, once, of norms whose statistics are of fewer steps than the network had in one call."""
-        norms = norms_over_time(net) if net.training and not self._told else {}
+        norms = norms_over_time(net) if net.training and "norms" not in self._told else {}
         if norms:
-            self._told = True
+            self._told.add("norms")
             message = (
                 f"batch norms take their statistics over {part} step{'s' * (part > 1)} at a time, and not over all T steps at once, "
                 "as in a call with the whole sequence. norms='sequence' keeps the statistics of all steps, with one more pass "
                 "without a graph; chunk=T keeps the gradient through them, too, with the memory of T steps:"
             )
-            warnings.warn(listed(message, norms), SLTTWarning, stacklevel=5)
+            warn(listed(message, norms))
 
 
 def _without_lengths(net: nn.Module, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None]:

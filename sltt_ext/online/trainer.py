@@ -174,7 +174,7 @@ class OnlineTrainer(Iterations):
         wrapper: nn.Module | None = None,
         compile: bool | Literal["try"] = False,
     ) -> None:
-        self.net = net
+        self.net = options.network(net, loss_fn)
         self.loss_fn = options.loss_of_a_step(loss_fn)
         self.time_steps = options.count("time_steps", time_steps)
         self._through_time = goes_through_time(net.modules())
@@ -268,7 +268,7 @@ class OnlineTrainer(Iterations):
         After any exception the gradients are what they were before the call, and the state is reset.
         """
         neurons, _ = self._neurons()
-        self._unknown.say(self.net, stacklevel=3)
+        self._unknown.say(self.net)
         if not torch.is_grad_enabled():
             raise LossError("gradients are disabled: call forward_backward outside of torch.no_grad()")
         counts = self._steps()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sltt_ext.errors import ConfigurationError, InputError, SLTTError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, InputError, SLTTError, warn
 from sltt_ext.forwards import Layer, Replacements
 from sltt_ext.neuron import SLTTNeuron, StatefulModule
 from sltt_ext.snntorch.neurons import StepwiseNeuron
@@ -140,11 +139,9 @@ class MultiStep(StatefulModule, nn.Module):
             self._folds = True
             if trial is not None and (reason := _against_folding(trial, x_seq)):
                 self._folds = False
-                warnings.warn(
+                warn(
                     f"MultiStep runs the time steps one by one, since {reason}. The result is that of a loop over time; "
-                    "call the network without MultiStep to save the folding",
-                    SLTTWarning,
-                    stacklevel=3,
+                    "call the network without MultiStep to save the folding"
                 )
         return self._folds is not False
 
@@ -243,12 +240,10 @@ class _Unfolding:
         if self._in_step or len(x) == self._batch != self._time_steps * self._batch:  # the network's own loop
             return forward(x)
         if norm in self._seen and self._time_steps > 1 and norm.training and norm.running_mean is not None:
-            warnings.warn(
+            warn(
                 f"a {type(norm).__name__} runs more than once in a step: MultiStep runs all steps of the first time before the "
                 "second time, so that running statistics count them in another order than a loop over time. Give each place "
-                "a norm of its own, or use chunk=1",
-                SLTTWarning,
-                stacklevel=2,
+                "a norm of its own, or use chunk=1"
             )
         self._seen.add(norm)
         return torch.cat([forward(x_t) for x_t in self._steps(norm, x)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from sltt_ext.errors import InputError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule, constant
 
-__all__ = ["Stateful"]
+__all__ = ["Stateful", "states_of"]
 
 Step = Callable[[nn.Module, Any, Any], tuple[Any, Any]]
 
@@ -19,8 +20,9 @@ class Stateful(StatefulModule, nn.Module):
     """A network that takes and returns its states, as one that keeps them from step to step.
 
     The step interface is that of a PyTorch RNN cell: ``net(x, state)`` returns ``(output, state)``. The
-    state is anything the network likes, tensors in tuples, lists or dicts, also the number of the step;
-    it is None in the first step of a sequence. It enters each step as a constant; where a neuron in the network goes through
+    state is anything the network likes, tensors in tuples, lists or dicts, also the number of the step. A network may also take
+    several states, ``net(x, mem1, mem2)``, and return ``(output, mem1, mem2)``. States are None in the first step of a sequence,
+    from which snnTorch's neurons start at rest. They enter each step as constants; where a neuron in the network goes through
     time (``convert(..., temporal="call")``), each call.
 
     Args:
@@ -28,7 +30,7 @@ class Stateful(StatefulModule, nn.Module):
         step: Runs one step, ``(net, x, state) -> (output, state)``, for a network with another interface.
 
     Raises:
-        InputError: In forward, if a step does not return a pair.
+        InputError: In forward, if a step does not return its output and all states.
 
     >>> import sltt_ext, snntorch, torch
     >>> class Net(torch.nn.Module):
@@ -49,6 +51,7 @@ class Stateful(StatefulModule, nn.Module):
         self.net = net
         self.step = step
         self.state: Any = None
+        self._names = states_of(net) if step is None else ()
 
     @property
     def multi_step(self) -> bool:
@@ -64,16 +67,35 @@ class Stateful(StatefulModule, nn.Module):
         """The output of one step for its input ``[N, ...]``."""
         if not self._goes_on():
             self.detach_state()
-        returned = self.net(x, self.state) if self.step is None else self.step(self.net, x, self.state)
-        if not isinstance(returned, tuple) or len(returned) != 2:
+        names = self._names if self.step is None else ()
+        if self.step is not None:
+            returned = self.step(self.net, x, self.state)
+        elif names:
+            returned = self.net(x, **dict(zip(names, self.state or [None] * len(names))))
+        else:
+            returned = self.net(x, self.state)
+        if not isinstance(returned, tuple) or len(returned) != 1 + max(len(names), 1):
+            wanted = ", ".join(["output", *(names or ["state"])])
+            given = f" of {len(returned)}" if isinstance(returned, tuple) else ""
             raise InputError(
-                "one step has to return (output, state), as an RNN cell does: change the network's forward, or give "
-                f"Stateful a step function; got a {type(returned).__name__}"
+                f"one step has to return ({wanted}), as an RNN cell does: change the network's forward, or give "
+                f"Stateful a step function; got a {type(returned).__name__}{given}"
             )
-        output, self.state = returned
+        output, *states = returned
+        self.state = tuple(states) if names else states[0]
         return output
 
     def _goes_on(self) -> bool:
         """Whether the gradient goes on into the state, which becomes a constant after the call of several steps."""
         neurons = [module for module in self.net.modules() if isinstance(module, SLTTNeuron)]
         return any(neuron.through_time and neuron.told_steps is not None for neuron in neurons)
+
+
+def states_of(net: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of forward that are states, if there are several: those behind the first without another default."""
+    _, *others = inspect.signature(net.forward).parameters.values()
+    names = [one.name for one in others if one.kind in _NAMED and one.default in (one.empty, None)]
+    return tuple(names) if len(names) > 1 else ()
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import sltt_ext
 from sltt_ext.bptt import BPTTTrainer
-from sltt_ext.errors import ConfigurationError, InputError, LossError
+from sltt_ext.errors import ConfigurationError, InputError, LossError, SLTTError
 from sltt_ext.snntorch import Stateful, step_loss
 
 T, N = 4, 3
@@ -176,3 +176,54 @@ def test_errors_that_nothing_explains_stay_what_they_are(error, step_mode):
         with pytest.raises(type(error)) as raised:
             online.forward_backward(X_SEQ[0], TARGET)
         assert raised.value is error
+
+
+def test_an_input_without_time_where_time_dim_is_given():
+    images = torch.rand(T, 1, 8, 8)
+    with pytest.raises(InputError, match=rf"time_dim=0 takes axis 0 of x \[{T}, 1, 8, 8\] for time"):
+        trainer(networks.conv_net(), time_dim=0).forward_backward(images, torch.zeros(T, dtype=torch.long))
+    with pytest.raises(InputError, match="leave time_dim out, and give time_steps"):
+        sltt_ext.over_time(networks.conv_net(), time_dim=0)(images)
+
+
+def test_a_target_over_time():
+    target = torch.stack([TARGET] * T)
+    with pytest.raises(LossError, match=rf"target \[{T}, 3\] has the batch on axis 1.*target_time_dim=0"):
+        trainer(networks.conv_net()).forward_backward(X_SEQ[0], target)
+    trainer(networks.conv_net(), target_time_dim=0).forward_backward(X_SEQ[0], target)
+
+
+def test_a_numpy_array():
+    with pytest.raises(InputError, match=r"x is a NumPy array: give a tensor, torch.from_numpy"):
+        trainer(networks.conv_net()).forward_backward(X_SEQ[0].numpy(), TARGET)
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, nn.CrossEntropyLoss()])
+def test_swapped_arguments(loss_fn):
+    net = sltt_ext.convert(networks.conv_net())
+    with pytest.raises(ConfigurationError, match=r"in the place of the network: give the network first"):
+        sltt_ext.OnlineTrainer(loss_fn, net, time_steps=T)
+    with pytest.raises(SLTTError, match="is not converted"):
+        sltt_ext.OnlineTrainer(networks.conv_net(), nn.CrossEntropyLoss(), time_steps=T)
+
+
+@pytest.mark.parametrize("around", [lambda net: net, nn.Sequential])
+def test_a_network_that_runs_over_time_already(around):
+    net = sltt_ext.over_time(networks.conv_net(), time_steps=T)
+    with pytest.raises(ConfigurationError, match=r"in each call already.*sltt_ext.revert"):
+        sltt_ext.OnlineTrainer(around(net), F.cross_entropy, T)
+    assert works(trainer(sltt_ext.revert(net)))
+
+
+def test_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = networks.conv_net()
+
+        def forward(self, a, b):
+            return self.net(a + b)
+
+    with pytest.raises(ConfigurationError, match=r"forward\(a, b\) of Two needs b.*one dict of all inputs"):
+        trainer(Two())
+    F.cross_entropy(sltt_ext.over_time(Two(), T)(X_SEQ[0], X_SEQ[1]), TARGET).backward()  # as it says

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import sltt_ext
 from sltt_ext import forwards
+from sltt_ext.online import time_inside
 from sltt_ext.online.packing import PackedSpikes
 
 snntorch = pytest.importorskip("snntorch")
@@ -300,3 +301,39 @@ def test_an_interrupt_of_a_conversion(case, call):
             kinds = [type(module) for module in net.modules()]
             is_over = kinds == [type(module) for module in whole.modules()]
             assert is_over or picture(net) == before, seen.moments[at - 1]
+
+
+STEPS = 3
+
+
+class RunsOverTime(nn.Module):
+    """Reads the number of its steps from a global variable and from an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.T, self.body = STEPS, snntorch_net()
+
+    def forward(self, x):
+        return sum(self.body(x) for _ in range(STEPS)) / self.T
+
+
+def test_an_interrupt_leaves_the_number_of_steps_as_it_was():
+    x, target = images()
+
+    def made():
+        net = sltt_ext.over_time(RunsOverTime(), time_inside=["STEPS", "T"])
+        return net, lambda: F.cross_entropy(net(x), target).backward()
+
+    whole, call = made()
+    seen = Interrupt().during(call)
+    lines = [at for at in seen.lines() if seen.moments[at - 1][0] == time_inside.__file__]
+    assert len(lines) > 50
+    for at in lines:
+        net, call = made()
+        before = picture(net)
+        Interrupt(at).during(call)
+        assert STEPS == 3, seen.moments[at - 1]
+        assert picture(net) == before, seen.moments[at - 1]
+        net.zero_grad()
+        call()
+        assert oracle.relative_error(oracle.gradients(net), oracle.gradients(whole)) < 1e-6

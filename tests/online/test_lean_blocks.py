@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import sltt_ext
 from sltt_ext.analysis import peak_activation_bytes
 from sltt_ext.errors import LossError, SLTTWarning
+from sltt_ext.online import block_plan
 
 T = 4
 WHOLE = {"chunk": 1, "pack_spikes": True, "cache_invariant": False}
@@ -275,6 +276,23 @@ def test_snntorch():
     number = 1 + len([*online.net.parameters()])  # and no buffers: states are at rest, block by block
     pairs = [(mine[:number], theirs[:number]) for mine, theirs in zip(found, expected, strict=True)]
     assert all(oracle.relative_error(*pair) < 1e-5 for pair in pairs)
+
+
+def test_no_part_of_a_smaller_batch_has_fewer_than_four_samples(monkeypatch):
+    """Such as the last one of an epoch, with the parts that were chosen for a larger one."""
+    x, target = (tensor.repeat(4, *[1] * (tensor.dim() - 1)) for tensor in data())
+    net = deep().eval()  # norms that read a sample at a time
+    _, online = trained(net, data=lambda: (x, target), memory_budget="least")
+    sizes = []
+    samples = block_plan.Samples
+    monkeypatch.setattr(
+        block_plan, "Samples", lambda *given: sizes.append(given[2] - given[1]) or samples(*given)
+    )
+    online.forward_backward(x, target)
+    assert 4 in sizes  # of 32, in eight parts
+    sizes.clear()
+    online.forward_backward(x[:9], target[:9])
+    assert sorted(set(sizes)) == [4, 5]
 
 
 def test_against_the_oracle():

@@ -367,3 +367,73 @@ def test_what_the_state_of_a_tutorials_network_is_after_a_call():
         first, _ = net(X), net(5 * X)
         assert all(map(torch.equal, net(X), first))
         assert all(map(torch.equal, sltt_ext.revert(net)(X), first))
+
+
+class Sequence(nn.Module):
+    """Goes through all steps that its input has."""
+
+    def __init__(self, body, averages=False, time_dim=0):
+        super().__init__()
+        self.body, self.averages, self.time_dim = body, averages, time_dim
+
+    def forward(self, x, scale=1.0):
+        s = torch.stack([self.body(scale * x_t) for x_t in x.unbind(self.time_dim)], self.time_dim)
+        return s.mean(self.time_dim) if self.averages else s
+
+
+@pytest.mark.parametrize("make", [lambda: spikingjelly_net(step_mode="s"), snntorch_net], ids=["sj", "snn"])
+@pytest.mark.parametrize("averages", [False, True])
+@pytest.mark.parametrize("time_dim", [0, 1])
+def test_steps_of_the_input(make, averages, time_dim):
+    plain, net = make(), sltt_ext.over_time(
+        Sequence(make(), averages, time_dim), time_inside="x", time_dim=time_dim
+    )  # fmt: skip
+    for time_steps in (T, 1, T + 2):
+        x_seq = 2 * torch.rand(time_steps, 3, 6)
+        outputs = []
+        for x in x_seq:
+            outputs.append(plain(x))
+            oracle.detach_memories(plain)
+            networks_snntorch.detach(plain)
+        functional.reset_net(plain)
+        snntorch.utils.reset(plain)
+        wanted = torch.stack(outputs)
+        wanted = wanted.mean(0) if averages else wanted.movedim(0, time_dim)
+        found = net(x_seq.movedim(0, time_dim).contiguous(), scale=1.0)
+        torch.testing.assert_close(found, wanted)
+        for one in (plain, net):
+            one.zero_grad()
+        wanted.pow(2).mean().backward()
+        found.pow(2).mean().backward()
+        assert oracle.relative_error(oracle.gradients(net), oracle.gradients(plain)) < 1e-6
+
+
+def test_one_step_of_the_input_first():
+    """It does not tell whether the network averages, and the next sequence may be longer."""
+    net = sltt_ext.over_time(Sequence(snntorch_net()), time_inside="x", time_dim=0)
+    assert net(X.unsqueeze(0)).shape == (1, 3, 5)
+    assert net(torch.stack([X] * T)).shape == (T, 3, 5)
+
+
+def test_where_time_is_in_the_input():
+    with pytest.raises(
+        ConfigurationError, match=r"which of its axes is time, time_dim=0 for \[T, N, \.\.\.\]"
+    ):
+        sltt_ext.over_time(Sequence(snntorch_net()), time_inside="x")
+    with pytest.raises(ConfigurationError, match=r"time_dim=\{'scale': 0\} for"):
+        sltt_ext.over_time(Sequence(snntorch_net()), time_inside="scale", time_dim=0)
+    with pytest.raises(ConfigurationError, match=r"no argument of forward.*time_inside='x', time_dim=0"):
+        sltt_ext.over_time(Sequence(snntorch_net()), time_inside="x.size(0)")
+
+
+def test_windows_of_the_steps_of_the_input():
+    x_seq, wanted = 2 * torch.rand(T, 3, 6), snntorch_net()
+    outputs = []
+    for t, x in enumerate(x_seq):
+        outputs.append(wanted(x))
+        if t % 2:
+            networks_snntorch.detach(wanted)
+    torch.stack(outputs).pow(2).mean().backward()
+    net = sltt_ext.over_time(Sequence(snntorch_net()), time_inside="x", time_dim=0, temporal="call", chunk=2)
+    net(x_seq).pow(2).mean().backward()
+    assert oracle.relative_error(oracle.gradients(net), oracle.gradients(wanted)) < 1e-6
