@@ -55,14 +55,15 @@ class Checkpoints:
     Raises:
         WriteError: If the folder cannot be made.
 
-    >>> import tempfile
-    >>> net = torch.nn.Linear(2, 1)
-    >>> checkpoints = Checkpoints(tempfile.mkdtemp(), net=net)
-    >>> checkpoints.resume()
-    0
-    >>> checkpoints.save(10)
-    >>> checkpoints.resume()
-    10
+    Examples:
+        >>> import tempfile
+        >>> net = torch.nn.Linear(2, 1)
+        >>> checkpoints = Checkpoints(tempfile.mkdtemp(), net=net)
+        >>> checkpoints.resume()
+        0
+        >>> checkpoints.save(10)
+        >>> checkpoints.resume()
+        10
     """
 
     def __init__(self, folder: str | Path, **parts: Any) -> None:

@@ -66,19 +66,20 @@ class Layer(IntEnum):
 class Replacements:
     """What is changed inside of a ``with`` block; all of it is put back at the end, in reverse order.
 
-    >>> import torch
-    >>> double = torch.nn.Identity()
-    >>> with Replacements() as replaced:
-    ...     replaced.forward(double, Layer.OWN, lambda module, forward, x: 2 * forward(x))
-    ...     double(3)
-    6
-    >>> double(3)
-    3
+    Examples:
+        >>> import torch
+        >>> double = torch.nn.Identity()
+        >>> with Replacements() as replaced:
+        ...     replaced.forward(double, Layer.OWN, lambda module, forward, x: 2 * forward(x))
+        ...     double(3)
+        6
+        >>> double(3)
+        3
 
-    Ctrl-C may strike at any moment: between a change and the block that undoes it, or while things are put back. So what
-    undoes a change is written down before the change is made, and a block of the time loop is entered twice, ``with replaced,
-    replaced:``. What the inner end is kept from, the outer one does; and what even that one is kept from (by a second
-    Ctrl-C), the next block that `begins_at` the same modules does.
+        Ctrl-C may strike at any moment: between a change and the block that undoes it, or while things are put back. So what
+        undoes a change is written down before the change is made, and a block of the time loop is entered twice, ``with replaced,
+        replaced:``. What the inner end is kept from, the outer one does; and what even that one is kept from (by a second
+        Ctrl-C), the next block that `begins_at` the same modules does.
     """
 
     def __init__(self) -> None:

@@ -165,8 +165,9 @@ def method_named(name: str) -> Method:
     Raises:
         ConfigurationError: If there is none of that name.
 
-    >>> method_named("sltt-2").k
-    2
+    Examples:
+        >>> method_named("sltt-2").k
+        2
     """
     match = re.fullmatch(r"bptt|sltt(?:-([1-9]\d{0,8}))?", str(name).lower())
     if match is None:

@@ -107,12 +107,13 @@ def over_time(
             what it returns as it is.
         ConversionError: If the network cannot be converted.
 
-    >>> import snntorch, torch
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
-    >>> output = over_time(net, time_steps=5)(torch.rand(8, 4))
-    >>> output.sum().backward()
-    >>> output.shape, net[0].weight.grad.shape
-    (torch.Size([8, 2]), torch.Size([2, 4]))
+    Examples:
+        >>> import snntorch, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
+        >>> output = over_time(net, time_steps=5)(torch.rand(8, 4))
+        >>> output.sum().backward()
+        >>> output.shape, net[0].weight.grad.shape
+        (torch.Size([8, 2]), torch.Size([2, 4]))
     """
     _check(net)
     inside = None

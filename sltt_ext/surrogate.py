@@ -43,8 +43,9 @@ class Surrogate:
     Raises:
         ConfigurationError: If the name or the number of parameters is not in the table.
 
-    >>> Surrogate("sigmoid", (4.0,))
-    Surrogate(name='sigmoid', parameters=(4.0,))
+    Examples:
+        >>> Surrogate("sigmoid", (4.0,))
+        Surrogate(name='sigmoid', parameters=(4.0,))
     """
 
     name: str = "sigmoid"

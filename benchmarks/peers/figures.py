@@ -27,6 +27,10 @@ COMPARED = {
     "SLTT-1, tail skipped, sltt_ext, cache_invariant, pack_spikes": "SLTT-1, spikes as bits, tail skipped",
 }
 """Those of the contenders that one picture has room for, and their names in it."""
+NAMES = {
+    **COMPARED,
+    "SLTT-1, tail skipped, sltt_ext, cache_invariant, chunk=T": "SLTT-1, all steps in one call, tail skipped",
+}
 
 
 def draw(folder: Path) -> None:
@@ -74,7 +78,8 @@ def over_time(rows: Rows) -> Any:
     ):
         for index, name in enumerate(dict.fromkeys(row["contender"] for row in rows)):
             own = [row for row in rows if row["contender"] == name]
-            axes.plot([int(row["time_steps"]) for row in own], [float(row[column]) for row in own], label=name,
+            axes.plot([int(row["time_steps"]) for row in own], [float(row[column]) for row in own],
+                      label=NAMES[name],
                       color=COLORS[index % 5], marker=MARKERS[index % 5], linestyle=LINES[index % 4],
                       fillstyle="full" if index < 5 else "none")  # fmt: skip
         axes.set(xscale="log", yscale="log", ylabel=label, title=rows[0][size])

@@ -115,11 +115,12 @@ def firing_rates(
         time_dim: As in `OnlineTrainer`.
         output: Which part of the network's return value is its output, as in `OnlineTrainer`.
 
-    >>> import torch
-    >>> from spikingjelly.activation_based import neuron
-    >>> net = torch.nn.Sequential(neuron.IFNode())
-    >>> firing_rates(net, torch.tensor([[0.0, 0.5, 1.0]]), time_steps=4).rows[0]
-    LayerActivity(layer='0', neurons=3, rate=0.5, dead=1, saturated=1)
+    Examples:
+        >>> import torch
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = torch.nn.Sequential(neuron.IFNode())
+        >>> firing_rates(net, torch.tensor([[0.0, 0.5, 1.0]]), time_steps=4).rows[0]
+        LayerActivity(layer='0', neurons=3, rate=0.5, dead=1, saturated=1)
     """
     spikes = _spikes(net, x, time_steps, time_dim, output)
     rows = []
@@ -136,11 +137,12 @@ def dead_neurons(
 ) -> DeadNeurons:
     """Which neurons never fire, for any sample of a batch at any step. The arguments are those of `firing_rates`.
 
-    >>> import torch
-    >>> from spikingjelly.activation_based import neuron
-    >>> net = torch.nn.Sequential(neuron.IFNode())
-    >>> dead_neurons(net, torch.tensor([[0.0, 0.5, 1.0]]), time_steps=4).masks["0"]
-    tensor([ True, False, False])
+    Examples:
+        >>> import torch
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = torch.nn.Sequential(neuron.IFNode())
+        >>> dead_neurons(net, torch.tensor([[0.0, 0.5, 1.0]]), time_steps=4).masks["0"]
+        tensor([ True, False, False])
     """
     spikes = _spikes(net, x, time_steps, time_dim, output)
     return DeadNeurons({layer: counts == 0 for layer, (counts, _) in spikes.items()})

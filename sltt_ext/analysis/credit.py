@@ -160,14 +160,15 @@ def temporal_credit(
         ConversionError: If the network, or a part in ``through``, has no neuron, or has neurons that SLTT cannot train.
         InputError, LossError: As `OnlineTrainer`.
 
-    >>> from spikingjelly.activation_based import layer, neuron
-    >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(tau=2.0), layer.Linear(8, 2))
-    >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
-    >>> credit = temporal_credit(net, x, target, nn.functional.cross_entropy, time_steps=6)
-    >>> tuple(row.window for row in credit.select("network"))
-    (1, 2, 4, 6)
-    >>> round(credit.select("network")[-1].cosine, 4)
-    1.0
+    Examples:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(tau=2.0), layer.Linear(8, 2))
+        >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
+        >>> credit = temporal_credit(net, x, target, nn.functional.cross_entropy, time_steps=6)
+        >>> tuple(row.window for row in credit.select("network"))
+        (1, 2, 4, 6)
+        >>> round(credit.select("network")[-1].cosine, 4)
+        1.0
     """
     check_time_steps(time_steps)
     check_repeatable(x)

@@ -85,11 +85,12 @@ def drawn_steps(
         ConversionError: If the network has no neuron, or has neurons that SLTT cannot train.
         ConfigurationError: If a module takes its whole sequence, as no steps can be drawn from it.
 
-    >>> from spikingjelly.activation_based import layer, neuron
-    >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
-    >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
-    >>> drawn_steps(net, x, target, nn.functional.cross_entropy, time_steps=6).cosine(6)
-    1.0
+    Examples:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
+        >>> drawn_steps(net, x, target, nn.functional.cross_entropy, time_steps=6).cosine(6)
+        1.0
     """
     check_time_steps(time_steps)
     net = without_multi_step(net)

@@ -21,10 +21,11 @@ def peak_activation_bytes(run: Callable[[], Any], net: nn.Module | None = None) 
         net: The network being trained. A parameter's gradient counts while it is computed, but not after it is accumulated
             into ``.grad``.
 
-    >>> import torch
-    >>> net = torch.nn.Linear(8, 8)
-    >>> peak_activation_bytes(lambda: net(torch.ones(100, 8)).sum().backward(), net) > 100 * 8 * 4
-    True
+    Examples:
+        >>> import torch
+        >>> net = torch.nn.Linear(8, 8)
+        >>> peak_activation_bytes(lambda: net(torch.ones(100, 8)).sum().backward(), net) > 100 * 8 * 4
+        True
     """
     meter = ActivationMeter()
 

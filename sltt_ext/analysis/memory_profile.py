@@ -144,11 +144,12 @@ def memory_profile(
         ConfigurationError: If a method does not exist, or there is no T.
         InputError: If ``x`` has too few steps, or is neither a tensor nor (with ``fake``) a shape.
 
-    >>> from spikingjelly.activation_based import layer, neuron
-    >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
-    >>> profile = memory_profile(net, (16, 4), time_steps=(1, 8), fake=True)
-    >>> profile.peak_bytes("bptt", 8) > 4 * profile.peak_bytes("sltt", 8)
-    True
+    Examples:
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(), layer.Linear(8, 2))
+        >>> profile = memory_profile(net, (16, 4), time_steps=(1, 8), fake=True)
+        >>> profile.peak_bytes("bptt", 8) > 4 * profile.peak_bytes("sltt", 8)
+        True
     """
     methods = [method_named(name) for name in ([method] if isinstance(method, str) else method)]
     if not time_steps or not methods:

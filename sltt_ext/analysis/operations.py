@@ -131,14 +131,15 @@ def operation_counts(
         time_dim: As in `OnlineTrainer`.
         output: What the loss reads of the network's return value, as in `OnlineTrainer`.
 
-    >>> import torch
-    >>> from spikingjelly.activation_based import layer, neuron
-    >>> net = nn.Sequential(layer.Linear(4, 8), neuron.IFNode(), layer.Linear(8, 2))
-    >>> counts = operation_counts(net, torch.rand(1, 4), "sltt", time_steps=6)
-    >>> counts.total("backward", "temporal")
-    Count(multiplications=0, additions=0)
-    >>> counts.total("backward").multiplications  # of each step 4 x 8, 8 neurons, and twice 8 x 2
-    432
+    Examples:
+        >>> import torch
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = nn.Sequential(layer.Linear(4, 8), neuron.IFNode(), layer.Linear(8, 2))
+        >>> counts = operation_counts(net, torch.rand(1, 4), "sltt", time_steps=6)
+        >>> counts.total("backward", "temporal")
+        Count(multiplications=0, additions=0)
+        >>> counts.total("backward").multiplications  # of each step 4 x 8, 8 neurons, and twice 8 x 2
+        432
     """
     check_time_steps(time_steps)
     chosen = method_named(method)

@@ -163,13 +163,14 @@ def gradient_similarity(
         ConversionError: If the network has no neuron, or has neurons that SLTT cannot train.
         InputError, LossError, ConfigurationError: As `OnlineTrainer`.
 
-    >>> import torch
-    >>> from spikingjelly.activation_based import layer, neuron
-    >>> net = torch.nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(tau=1.1), layer.Linear(8, 2))
-    >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
-    >>> similarity = gradient_similarity(net, x, target, torch.nn.functional.cross_entropy, time_steps=4)
-    >>> 0.9 < similarity.overall.cosine <= 1.0
-    True
+    Examples:
+        >>> import torch
+        >>> from spikingjelly.activation_based import layer, neuron
+        >>> net = torch.nn.Sequential(layer.Linear(4, 8), neuron.LIFNode(tau=1.1), layer.Linear(8, 2))
+        >>> x, target = torch.rand(5, 4), torch.randint(2, (5,))
+        >>> similarity = gradient_similarity(net, x, target, torch.nn.functional.cross_entropy, time_steps=4)
+        >>> 0.9 < similarity.overall.cosine <= 1.0
+        True
     """
     check_time_steps(time_steps)
     net = without_multi_step(net)

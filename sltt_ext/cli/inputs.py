@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sltt_ext.analysis.analyze import check_runs
 from sltt_ext.cli.arguments import checked_device
 from sltt_ext.cli.factory import build
-from sltt_ext.errors import InputError, one_line
+from sltt_ext.errors import ConfigurationError, InputError, one_line
 
 __all__ = ["Batch", "network", "random_batches", "read_output", "saved_batches"]
 
@@ -33,10 +33,12 @@ def random_batches(
     """Uniform random inputs from 0 to 1, and random class indices.
 
     Raises:
-        InputError: If there is no input shape, if the network rejects it, or if its output is not ``[N, classes]``.
+        ConfigurationError: If there is no input shape.
+        InputError: If the network rejects it, or if its output is not ``[N, classes]``.
     """
     if options.input_shape is None:
-        raise InputError("give --input-shape, such as 3,64,64, or --data FILE.pt")
+        data = ", or --data FILE.pt" if hasattr(options, "data") else ""
+        raise ConfigurationError(f"give --input-shape, such as 3,64,64{data}")
     device = checked_device(options.device)
     shape = (options.batch, *options.input_shape)
     torch.manual_seed(options.seed)

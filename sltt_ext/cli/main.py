@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import sltt_ext
 from sltt_ext.cli import analyze, bench, demo, env, plan
-from sltt_ext.errors import SLTTError, is_out_of_memory, one_line
+from sltt_ext.errors import ConfigurationError, SLTTError, is_out_of_memory, one_line
 
 __all__ = ["main"]
 
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"sltt: {_message(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigurationError) else 1
     return 0
 
 

@@ -37,9 +37,10 @@ def write_tiny(name: str, root: str | Path) -> dict[str, Any]:
         WriteError: If the folder cannot be written.
 
     Example:
-        >>> from tempfile import mkdtemp
-        >>> write_tiny("cifar10", mkdtemp())
-        {'checksums': False}
+        Examples:
+            >>> from tempfile import mkdtemp
+            >>> write_tiny("cifar10", mkdtemp())
+            {'checksums': False}
     """
     if name not in WRITERS:
         raise ConfigurationError(f"no data set {name!r}: one of {', '.join(WRITERS)}")

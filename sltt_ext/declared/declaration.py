@@ -58,23 +58,24 @@ def declare_neuron(
     Raises:
         ConfigurationError: If the declaration cannot describe a neuron.
 
-    >>> import torch
-    >>> class MyLIF(torch.nn.Module):
-    ...     def forward(self, x):                           # [T, N, ...]
-    ...         mem, spikes = 0, []
-    ...         for step in x:
-    ...             mem = 0.5 * mem + step
-    ...             spikes.append((mem > 1).float() + (mem.sigmoid() - mem.sigmoid().detach()))
-    ...             mem = mem * (1 - spikes[-1])
-    ...         return torch.stack(spikes)
-    >>> @declare_neuron(MyLIF, time_dim=0, spikes=0)
-    ... def step(module, x, mem):
-    ...     mem = x if mem is None else 0.5 * mem + x
-    ...     spike = (mem > 1).float() + (mem.sigmoid() - mem.sigmoid().detach())
-    ...     return spike, mem * (1 - spike)
-    >>> import sltt_ext
-    >>> sltt_ext.convert(MyLIF())(torch.full((3, 1), 0.8)).flatten().tolist()
-    [0.0, 1.0, 0.0]
+    Examples:
+        >>> import torch
+        >>> class MyLIF(torch.nn.Module):
+        ...     def forward(self, x):                           # [T, N, ...]
+        ...         mem, spikes = 0, []
+        ...         for step in x:
+        ...             mem = 0.5 * mem + step
+        ...             spikes.append((mem > 1).float() + (mem.sigmoid() - mem.sigmoid().detach()))
+        ...             mem = mem * (1 - spikes[-1])
+        ...         return torch.stack(spikes)
+        >>> @declare_neuron(MyLIF, time_dim=0, spikes=0)
+        ... def step(module, x, mem):
+        ...     mem = x if mem is None else 0.5 * mem + x
+        ...     spike = (mem > 1).float() + (mem.sigmoid() - mem.sigmoid().detach())
+        ...     return spike, mem * (1 - spike)
+        >>> import sltt_ext
+        >>> sltt_ext.convert(MyLIF())(torch.full((3, 1), 0.8)).flatten().tolist()
+        [0.0, 1.0, 0.0]
     """
     names = (state,) if isinstance(state, str) else tuple(state)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):

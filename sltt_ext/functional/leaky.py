@@ -75,15 +75,16 @@ def multi_step_leaky(
         ConfigurationError: If ``reset_mechanism`` is none of the three, or a number is NaN.
         BackendError: If ``backend`` cannot be used.
 
-    >>> import torch
-    >>> spikes, mem = multi_step_leaky(torch.full((4, 1), 0.6), beta=0.9)
-    >>> spikes.flatten().tolist(), round(mem.item(), 4)
-    ([0.0, 1.0, 0.0, 1.0], 1.1634)
-    >>> beta = torch.tensor(0.9, requires_grad=True)
-    >>> spikes, mem_seq = multi_step_leaky(torch.full((4, 1), 0.6), beta=beta, return_mem_seq=True)
-    >>> mem_seq.sum().backward()
-    >>> mem_seq.shape, round(beta.grad.item(), 4)
-    (torch.Size([4, 1]), 2.366)
+    Examples:
+        >>> import torch
+        >>> spikes, mem = multi_step_leaky(torch.full((4, 1), 0.6), beta=0.9)
+        >>> spikes.flatten().tolist(), round(mem.item(), 4)
+        ([0.0, 1.0, 0.0, 1.0], 1.1634)
+        >>> beta = torch.tensor(0.9, requires_grad=True)
+        >>> spikes, mem_seq = multi_step_leaky(torch.full((4, 1), 0.6), beta=beta, return_mem_seq=True)
+        >>> mem_seq.sum().backward()
+        >>> mem_seq.shape, round(beta.grad.item(), 4)
+        (torch.Size([4, 1]), 2.366)
     """
     settings = leaky_settings(
         reset_mechanism=reset_mechanism,

@@ -80,10 +80,11 @@ def multi_step_if(
         ConfigurationError: If a number is NaN, or both ``charged`` and ``through_time`` are asked for.
         BackendError: If ``backend`` cannot be used.
 
-    >>> import torch
-    >>> spikes, v = multi_step_if(torch.full((3, 1), 0.6))
-    >>> spikes.flatten().tolist(), round(v.item(), 2)
-    ([0.0, 1.0, 0.0], 0.6)
+    Examples:
+        >>> import torch
+        >>> spikes, v = multi_step_if(torch.full((3, 1), 0.6))
+        >>> spikes.flatten().tolist(), round(v.item(), 2)
+        ([0.0, 1.0, 0.0], 0.6)
     """
     settings = lif_settings(
         v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, charged=charged,
@@ -134,14 +135,15 @@ def multi_step_lif(
         InputError: If ``x_seq`` or ``v`` has the wrong shape, dtype or device.
         BackendError: If ``backend`` cannot be used.
 
-    >>> import torch
-    >>> x_seq = torch.full((4, 1), 1.5, requires_grad=True)
-    >>> spikes, v = multi_step_lif(x_seq, tau=2.0)
-    >>> spikes.flatten().tolist()
-    [0.0, 1.0, 0.0, 1.0]
-    >>> spikes.sum().backward()
-    >>> x_seq.grad.shape
-    torch.Size([4, 1])
+    Examples:
+        >>> import torch
+        >>> x_seq = torch.full((4, 1), 1.5, requires_grad=True)
+        >>> spikes, v = multi_step_lif(x_seq, tau=2.0)
+        >>> spikes.flatten().tolist()
+        [0.0, 1.0, 0.0, 1.0]
+        >>> spikes.sum().backward()
+        >>> x_seq.grad.shape
+        torch.Size([4, 1])
     """
     settings = lif_settings(
         tau=tau, decay_input=decay_input, factored_leak=factored_leak, v_threshold=v_threshold, v_reset=v_reset,
@@ -194,12 +196,13 @@ def multi_step_plif(
         InputError: If ``x_seq``, ``v`` or ``w`` has the wrong shape, dtype or device.
         BackendError: If ``backend`` cannot be used.
 
-    >>> import torch
-    >>> w = torch.tensor(0.0, requires_grad=True)
-    >>> spikes, v = multi_step_plif(torch.full((4, 1), 1.5), w)
-    >>> spikes.sum().backward()
-    >>> bool(w.grad > 0)
-    True
+    Examples:
+        >>> import torch
+        >>> w = torch.tensor(0.0, requires_grad=True)
+        >>> spikes, v = multi_step_plif(torch.full((4, 1), 1.5), w)
+        >>> spikes.sum().backward()
+        >>> bool(w.grad > 0)
+        True
     """
     settings = lif_settings(
         decay_input=decay_input, factored_leak=factored_leak, v_threshold=v_threshold, v_reset=v_reset,
@@ -228,10 +231,11 @@ def after_reset(
     Returns:
         The potential ``[N, ...]`` that the same neurons return without ``charged``.
 
-    >>> import torch
-    >>> _, h = multi_step_if(torch.tensor([[0.4, 1.3]]), charged=True)
-    >>> h.tolist(), after_reset(h).tolist()
-    ([0.4000000059604645, 1.2999999523162842], [0.4000000059604645, 0.0])
+    Examples:
+        >>> import torch
+        >>> _, h = multi_step_if(torch.tensor([[0.4, 1.3]]), charged=True)
+        >>> h.tolist(), after_reset(h).tolist()
+        ([0.4000000059604645, 1.2999999523162842], [0.4000000059604645, 0.0])
     """
     settings = lif_settings(
         v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset, surrogate=surrogate

@@ -50,10 +50,11 @@ def launch_geometry(
         rows: Rows that are handled independently of each other.
         max_blocks: The most blocks to use.
 
-    >>> launch_geometry(2**20, 4, [0, 4096])
-    Geometry(width=4, blocks=1024)
-    >>> launch_geometry(2**20 + 2, 4, [0, 4096]).width
-    2
+    Examples:
+        >>> launch_geometry(2**20, 4, [0, 4096])
+        Geometry(width=4, blocks=1024)
+        >>> launch_geometry(2**20 + 2, 4, [0, 4096]).width
+        2
     """
     width = _LOAD_BYTES // itemsize
     offsets = 0

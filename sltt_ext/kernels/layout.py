@@ -33,8 +33,9 @@ def same_layout(step: Tensor, *sequences: Tensor) -> bool:
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the elements fill their memory without gaps and overlaps, in any order of dimensions.
 
-    >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (4, 1)), is_dense((2, 3), (0, 1))
-    (True, False, False)
+    Examples:
+        >>> is_dense((2, 3), (1, 2)), is_dense((2, 3), (4, 1)), is_dense((2, 3), (0, 1))
+        (True, False, False)
     """
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, stride) if size != 1):

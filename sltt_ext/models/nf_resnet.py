@@ -166,8 +166,9 @@ def nf_resnet34(
 ) -> NFResNet:
     """NF-ResNet-34, 21.8 million parameters; see `NFResNet`.
 
-    >>> sum(p.numel() for p in nf_resnet34().parameters())
-    21797688
+    Examples:
+        >>> sum(p.numel() for p in nf_resnet34().parameters())
+        21797688
     """
     return NFResNet(
         BasicBlock, [3, 4, 6, 3], num_classes, in_channels=in_channels, neuron=neuron, width=width

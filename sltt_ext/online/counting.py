@@ -243,7 +243,7 @@ class CallsAround:
 
     def __init__(self) -> None:
         self._calls = self._alike = 0
-        self._offsets: set[int] = set()  # of these inputs, in their storage
+        self._offsets: set[Any] = set()  # of these inputs, in their storage
         self._last: Callable[[], Tensor | None] = lambda: None
         self._since: tuple[Any, ...] = ()
 

@@ -71,10 +71,11 @@ def chances(stratum: int, k: int, time_steps: int, drawn: list[int]) -> dict[int
         time_steps: T.
         drawn: What was drawn in the strata before.
 
-    >>> {t: str(chance) for t, chance in chances(1, 2, 3, [0]).items()}  # step 1 is in both strata
-    {1: '1/2', 2: '1/2'}
-    >>> {t: str(chance) for t, chance in chances(1, 2, 3, [1]).items()}
-    {1: '0', 2: '1'}
+    Examples:
+        >>> {t: str(chance) for t, chance in chances(1, 2, 3, [0]).items()}  # step 1 is in both strata
+        {1: '1/2', 2: '1/2'}
+        >>> {t: str(chance) for t, chance in chances(1, 2, 3, [1]).items()}
+        {1: '0', 2: '1'}
     """
     start, stop = stratum * time_steps, (stratum + 1) * time_steps
     steps = range(start // k, -(-stop // k))
@@ -89,8 +90,9 @@ def chances(stratum: int, k: int, time_steps: int, drawn: list[int]) -> dict[int
 def last_steps(k: int, time_steps: int) -> Mapping[int, Fraction]:
     """The probability that ``"early"`` draws a step as its last one.
 
-    >>> {t: str(probability) for t, probability in last_steps(1, 3).items()}
-    {0: '4/9', 1: '1/3', 2: '2/9'}
+    Examples:
+        >>> {t: str(probability) for t, probability in last_steps(1, 3).items()}
+        {0: '4/9', 1: '1/3', 2: '2/9'}
     """
     tail = max(time_steps - k, 1)
     ways = {t: comb(t, k - 1) * Fraction(tail + time_steps - 1 - t, tail) for t in range(k - 1, time_steps)}

@@ -22,10 +22,11 @@ class CrossEntropyMSELoss(nn.Module):
 
     Shape: output ``[N, classes]``, target class indices ``[N]``; returns a scalar.
 
-    >>> import torch
-    >>> loss_fn = CrossEntropyMSELoss(mse_weight=0.05)
-    >>> loss_fn(torch.zeros(4, 10), torch.arange(4)).shape
-    torch.Size([])
+    Examples:
+        >>> import torch
+        >>> loss_fn = CrossEntropyMSELoss(mse_weight=0.05)
+        >>> loss_fn(torch.zeros(4, 10), torch.arange(4)).shape
+        torch.Size([])
     """
 
     def __init__(self, mse_weight: float = 0.05, mse_target: float | str = 1.0) -> None:

@@ -86,11 +86,12 @@ class ActivationMeter(LookingAtOperators):
         live_bytes: Bytes that live now.
         peak_bytes: The most bytes that lived at the same time.
 
-    >>> import torch
-    >>> with ActivationMeter() as meter:
-    ...     y = torch.ones(1000) + 1
-    >>> meter.live_bytes, meter.peak_bytes
-    (4000, 8000)
+    Examples:
+        >>> import torch
+        >>> with ActivationMeter() as meter:
+        ...     y = torch.ones(1000) + 1
+        >>> meter.live_bytes, meter.peak_bytes
+        (4000, 8000)
     """
 
     def __init__(self) -> None:

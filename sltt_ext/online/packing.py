@@ -312,8 +312,9 @@ def _unpack(saved: _Saved) -> Tensor:
 def pack_bits(numbers: Tensor) -> Tensor:
     """Which of ``numbers`` ``[n]`` are not zero, eight in a byte.
 
-    >>> pack_bits(torch.tensor([1.0, 0.0, 1.0])).tolist()
-    [5]
+    Examples:
+        >>> pack_bits(torch.tensor([1.0, 0.0, 1.0])).tolist()
+        [5]
     """
     fired = numbers.bool()
     if len(fired) % 8:
@@ -331,8 +332,9 @@ def table_of_bits(device: torch.device, dtype: torch.dtype) -> Tensor:
 def unpack_bits(bits: Tensor, count: int, dtype: torch.dtype, table: Tensor | None = None) -> Tensor:
     """The zeros and ones ``[count]`` that `pack_bits` packed; ``table`` is that of `table_of_bits`.
 
-    >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3, torch.float32)
-    tensor([1., 0., 1.])
+    Examples:
+        >>> unpack_bits(torch.tensor([5], dtype=torch.uint8), 3, torch.float32)
+        tensor([1., 0., 1.])
     """
     table = table_of_bits(bits.device, dtype) if table is None else table
     return F.embedding(bits.int(), table).flatten()[:count]  # a table: one pass over memory

@@ -94,8 +94,9 @@ class Plan:
 def size_of(number: int) -> str:
     """Bytes as text, in the largest unit in which the number is at least 1.
 
-    >>> size_of(2040109466), size_of(300)
-    ('1.9 GiB', '300 bytes')
+    Examples:
+        >>> size_of(2040109466), size_of(300)
+        ('1.9 GiB', '300 bytes')
     """
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if number >= 1024**power:

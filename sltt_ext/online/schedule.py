@@ -39,8 +39,9 @@ def steps_of_a_draw(selected: Iterable[int], time_steps: int, window: int) -> fl
 
     The mean over the drawn steps is divided by it: were it by their own number, steps of a shorter last window would count more.
 
-    >>> steps_of_a_draw([4, 5], time_steps=6, window=4)
-    3.0
+    Examples:
+        >>> steps_of_a_draw([4, 5], time_steps=6, window=4)
+        3.0
     """
     return len({t // window for t in selected}) * time_steps / -(-time_steps // window)
 
@@ -79,8 +80,9 @@ def runs(time_steps: int, selected: Iterable[int], chunk: int, group: int) -> It
 
     Those that are back-propagated have at most ``chunk`` steps, the others at most ``group``.
 
-    >>> list(runs(7, [2, 3, 4], chunk=2, group=3))
-    [(0, 2, False), (2, 4, True), (4, 5, True), (5, 7, False)]
+    Examples:
+        >>> list(runs(7, [2, 3, 4], chunk=2, group=3))
+        [(0, 2, False), (2, 4, True), (4, 5, True), (5, 7, False)]
     """
     chosen = set(selected)
     start = 0
@@ -96,8 +98,9 @@ def runs(time_steps: int, selected: Iterable[int], chunk: int, group: int) -> It
 def longest_runs(time_steps: int, selected: Iterable[int]) -> dict[bool, int]:
     """How many consecutive steps of ``0..time_steps`` are back-propagated (True), and are not, at most.
 
-    >>> longest_runs(7, [2, 3, 4])
-    {False: 2, True: 3}
+    Examples:
+        >>> longest_runs(7, [2, 3, 4])
+        {False: 2, True: 3}
     """
     longest = {False: 0, True: 0}
     for start, stop, kind in runs(time_steps, selected, time_steps, time_steps):

@@ -18,10 +18,11 @@ Rebuild = Callable[[Sequence[Tensor]], Any]
 def flatten(value: Any) -> tuple[list[Tensor], Rebuild]:
     """The tensors in a value, in order, and how to make the value again of others.
 
-    >>> import torch
-    >>> tensors, rebuild = flatten({"logits": torch.zeros(2), "name": "net"})
-    >>> rebuild([torch.ones(2)])
-    {'logits': tensor([1., 1.]), 'name': 'net'}
+    Examples:
+        >>> import torch
+        >>> tensors, rebuild = flatten({"logits": torch.zeros(2), "name": "net"})
+        >>> rebuild([torch.ones(2)])
+        {'logits': tensor([1., 1.]), 'name': 'net'}
     """
     tensors: list[Tensor] = []
     return tensors, _visit(value, tensors)

@@ -27,7 +27,8 @@ def step_loss(loss_fn: Any) -> Callable[[Tensor, Any], Tensor]:
         ConfigurationError: If the loss is no mean over time steps (spike counts, spike times, the largest
             membrane potential), so that one step's part of it does not exist.
 
-    >>> loss_fn = step_loss(functional.ce_rate_loss())
+    Examples:
+        >>> loss_fn = step_loss(functional.ce_rate_loss())
     """
     if not isinstance(loss_fn, _MEANS_OVER_TIME) or getattr(loss_fn, "time_var_targets", False):
         raise ConfigurationError(

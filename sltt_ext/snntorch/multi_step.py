@@ -44,11 +44,12 @@ class MultiStep(StatefulModule, nn.Module):
         SLTTError: If ``net`` is not converted.
         ConfigurationError: If ``net`` has stateful modules of another framework.
 
-    >>> import sltt_ext, snntorch, torch
-    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
-    >>> multi_step = MultiStep(sltt_ext.convert(net))
-    >>> multi_step(torch.rand(25, 8, 4)).shape
-    torch.Size([25, 8, 2])
+    Examples:
+        >>> import sltt_ext, snntorch, torch
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9, init_hidden=True))
+        >>> multi_step = MultiStep(sltt_ext.convert(net))
+        >>> multi_step(torch.rand(25, 8, 4)).shape
+        torch.Size([25, 8, 2])
     """
 
     keeps_steps_apart = True

@@ -32,18 +32,19 @@ class Stateful(StatefulModule, nn.Module):
     Raises:
         InputError: In forward, if a step does not return its output and all states.
 
-    >>> import sltt_ext, snntorch, torch
-    >>> class Net(torch.nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.fc, self.lif = torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9)
-    ...     def forward(self, x, state):
-    ...         spk, mem = self.lif(self.fc(x), state)
-    ...         return spk, mem
-    >>> net = Stateful(sltt_ext.convert(Net()))
-    >>> online = sltt_ext.OnlineTrainer(net, torch.nn.functional.cross_entropy, time_steps=5)
-    >>> online.forward_backward(torch.rand(8, 4), torch.randint(2, (8,))).output.shape
-    torch.Size([8, 2])
+    Examples:
+        >>> import sltt_ext, snntorch, torch
+        >>> class Net(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc, self.lif = torch.nn.Linear(4, 2), snntorch.Leaky(beta=0.9)
+        ...     def forward(self, x, state):
+        ...         spk, mem = self.lif(self.fc(x), state)
+        ...         return spk, mem
+        >>> net = Stateful(sltt_ext.convert(Net()))
+        >>> online = sltt_ext.OnlineTrainer(net, torch.nn.functional.cross_entropy, time_steps=5)
+        >>> online.forward_backward(torch.rand(8, 4), torch.randint(2, (8,))).output.shape
+        torch.Size([8, 2])
     """
 
     def __init__(self, net: nn.Module, step: Step | None = None) -> None:

@@ -37,8 +37,9 @@ def known_surrogate(function: Any) -> Surrogate | None:
     are no function of the potential alone (``SSO`` draws random numbers), and for a parameter that is
     not a number.
 
-    >>> known_surrogate(surrogate.fast_sigmoid(slope=25))
-    Surrogate(name='fast_sigmoid', parameters=(25.0,))
+    Examples:
+        >>> known_surrogate(surrogate.fast_sigmoid(slope=25))
+        Surrogate(name='fast_sigmoid', parameters=(25.0,))
     """
     factory = getattr(function, "__qualname__", "").removesuffix(".<locals>.inner")
     if getattr(function, "__module__", None) != surrogate.__name__ or factory not in _ROWS:

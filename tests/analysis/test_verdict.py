@@ -61,7 +61,8 @@ def test_where_steps_differ_all_of_them_are_taken():
 def test_fewer_steps_that_save_no_time_are_not_advised():
     found = analysis(spread=0.75, costs=(("BPTT", 1.0), ("SLTT", 2.2), ("SLTT-2", 2.1)))
     assert verdict(found)[1:] == [
-        "It takes longer than BPTT here, which is usual for small networks and batches: use it for its memory.",
+        "With one step in a call, it takes longer than BPTT here, as is usual for small networks and batches: use it for its memory. "
+        "sltt plan times faster plans.",
         "Back-propagate all steps: fewer of them save no time here.",
     ]
     assert take(found) == "SLTT"

@@ -239,7 +239,8 @@ def test_mistakes_are_told_without_traceback(arguments, message, capsys):
     torch.save((torch.ones(6, 1, 8, 8), torch.zeros(6)), "float_label.pt")
     torch.save((torch.ones(6, 3, 1, 8, 8), torch.zeros(6, dtype=torch.long)), "sequence.pt")
     torch.save((torch.ones(6, 1, 8, 8).half(), torch.zeros(6, dtype=torch.long)), "half.pt")
-    assert main(["analyze", *SMALL, *arguments, "--output", "out"]) == 1
+    code = main(["analyze", *SMALL, *arguments, "--output", "out"])
+    assert code == (2 if set(arguments) & {"--device", "--time-dim"} else 1)
     said = capsys.readouterr().err
     assert said.startswith("sltt: ")
     assert said.count("\n") == 1 or "nothing was converted" in said
@@ -272,7 +273,7 @@ def test_what_cannot_be_written_is_told_before_the_work(command, path, capsys, t
         path, path
     )
     before = sorted(tmp_path.rglob("*"))
-    assert main([*command, where]) == 1
+    assert main([*command, where]) == 2
     said = capsys.readouterr().err
     assert re.match(rf"sltt: {command[-1]}: .* cannot be written \(.*\): give another path\n$", said), said
     assert sorted(tmp_path.rglob("*")) == before
@@ -294,7 +295,7 @@ def test_checking_what_can_be_written_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize("command", [["demo"], ["bench"], ["analyze", "user_models:build", *SMALL]], ids=str)
 @pytest.mark.usefixtures("no_work")
 def test_a_device_that_holds_no_numbers_is_told_before_the_work(command, capsys):
-    assert main([*command, "--device", "meta"]) == 1
+    assert main([*command, "--device", "meta"]) == 2
     assert "--device meta: sltt runs on cpu and cuda devices" in capsys.readouterr().err
 
 
@@ -316,8 +317,10 @@ def test_debug_gives_the_traceback():
 
 
 def test_input_shape_or_data_is_needed(capsys):
-    assert main(["analyze", "user_models:build"]) == 1
-    assert "give --input-shape" in capsys.readouterr().err
+    assert main(["analyze", "user_models:build"]) == 2
+    assert "give --input-shape, such as 3,64,64, or --data FILE.pt" in capsys.readouterr().err
+    assert main(["plan", "user_models:build"]) == 2
+    assert capsys.readouterr().err == "sltt: give --input-shape, such as 3,64,64\n"
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_built_in_network_as_table_json_and_csv(tmp_path, capsys):
     ("methods", "message"), [(["bptt", "ottt"], "method must be"), (["sltt", "SLTT"], "a method twice")]
 )
 def test_mistakes(methods, message, capsys):
-    assert main(["bench", *TINY, "--methods", *methods]) == 1
+    assert main(["bench", *TINY, "--methods", *methods]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -76,7 +76,7 @@ def test_json(capsys):
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, capsys):
-    assert main([*TINY, *arguments]) == 1
+    assert main([*TINY, *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error
     assert "\n" not in error
