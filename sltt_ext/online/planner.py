@@ -21,7 +21,7 @@ from torch import nn
 from sltt_ext.errors import ConfigurationError, warn
 from sltt_ext.forwards import Replacements
 from sltt_ext.online.capture import capturing
-from sltt_ext.online.choices import Choices
+from sltt_ext.online.choices import ATTEMPTS, Choices
 from sltt_ext.online.compiled import is_compiled
 from sltt_ext.online.grouping import CallBytes, Grouping, in_bytes
 from sltt_ext.online.measured import Measured, Trial
@@ -154,6 +154,30 @@ class Planner:
         self._warned = False
         self._held: Way | None = None
         self._kept_whole: str | None = None
+        self._ran_out_at: int | None = None
+
+    @property
+    def tries_long_calls(self) -> bool:
+        """Whether the next iteration is measured with more steps in a call than the user's own calls have."""
+        trial = None if self._is_decided or self._held is not None else self._next
+        return trial is not None and trial.way.chunk > self._part
+
+    def ran_out(self, net: nn.Module) -> None:
+        """Memory has run out in an iteration that `tries_long_calls`: nothing that needs as much is tried again."""
+        trial = self._next
+        assert trial is not None
+        needs, way = self._measured.need(trial.way), trial.way
+        self._measured.attempts[trial] = ATTEMPTS
+        if needs is not None:
+            longest = self._part if trial.doubles else way.chunk
+            self._ran_out_at = needs.of(longest) + trial.doubles
+            self._budget = min(self._budget or self._room(net), self._ran_out_at - 1)
+        self._next = self._choices().next_trial(may_be_timed(net))
+        self._is_decided = self._next is None
+        warn(
+            f"memory ran out while a plan was tried, with {way.chunk} of {self._time_steps} steps in a call. The iteration runs again with "
+            "less, and plans that need as much are not tried again. memory_budget= bounds what is tried"
+        )
 
     def hold(self, way: Way | None) -> None:
         """Run every iteration in this way from now on, and measure nothing; None: in the one that was decided."""
@@ -393,15 +417,15 @@ class Planner:
         return max(fitting // self._part * self._part, way.chunk)
 
     def _room(self, net: nn.Module) -> int:
-        asked = self._asked.memory_budget
+        asked, known = self._asked.memory_budget, 2**62 if self._ran_out_at is None else self._ran_out_at - 1
         if asked is not None and asked != "least":
-            return in_bytes(asked, net)
+            return min(in_bytes(asked, net), known)
         try:
-            return in_bytes(DEFAULT_BUDGET, net)
+            return min(in_bytes(DEFAULT_BUDGET, net), known)
         except ConfigurationError:
             if self._asked.explicit:
                 raise
-            return 2**62  # nobody has asked, and it cannot be told
+            return known  # nobody has asked, and it cannot be told
 
     def _say_what_it_needs(self, choices: Choices) -> None:
         """Warn, once, of a budget below the leanest way: it is taken all the same."""

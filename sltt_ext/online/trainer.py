@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, LossError
+from sltt_ext.errors import ConfigurationError, LossError, is_out_of_memory
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online import options
@@ -19,9 +19,7 @@ from sltt_ext.online.block_plan import Blocks, check_options
 from sltt_ext.online.blocks import CompiledCode
 from sltt_ext.online.counting import FirstCalls
 from sltt_ext.online.cuda_graphs import IterationGraphs
-from sltt_ext.online.distributed import (
-    synchronised_once,
-)
+from sltt_ext.online.distributed import is_distributed, synchronised_once
 from sltt_ext.online.draws import Draws
 from sltt_ext.online.frozen import Iteration as GraphedIteration
 from sltt_ext.online.invariant_trials import InvariantModules
@@ -43,6 +41,7 @@ from sltt_ext.online.passes import Call
 from sltt_ext.online.plan import Plan
 from sltt_ext.online.planner import Asked, Planner
 from sltt_ext.online.schedule import Schedule, longest_runs
+from sltt_ext.online.snapshot import Snapshot
 from sltt_ext.online.states import all_or_nothing, reset
 from sltt_ext.sequence_trial import is_the_same_in_sequences
 
@@ -274,7 +273,20 @@ class OnlineTrainer(Iterations):
         counts = self._steps()
         if self._graphs is not None:
             return self._graphs.run(self._iteration_for_graphs(x, neurons), x, target, counts)  # type: ignore[no-any-return]
-        return self._back_propagated(x, target, counts, sync)
+        while True:
+            undone = self._undone(x)
+            try:
+                return self._back_propagated(x, target, counts, sync)
+            except Exception as error:
+                if undone is None or not is_out_of_memory(error):
+                    raise
+            undone.restore()  # here, where the error holds no tensors any more
+            self._planner.ran_out(self.net)
+
+    def _undone(self, x: Any) -> Snapshot | None:
+        """What takes back an iteration that tries a plan which may need too much memory; None where none does, or it cannot be."""
+        once = isinstance(x, Iterator) or is_distributed(self.wrapper or self.net)
+        return Snapshot(self.net) if self._planner.tries_long_calls and not once else None
 
     def _back_propagated(
         self, x: Any, target: Any, counts: Mapping[int, float], sync: bool = True
