@@ -97,39 +97,20 @@ class TimeInside:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_axes": None, "_comparisons": _COMPARISONS}
 
-    @contextmanager
-    def steps(self, net: nn.Module, steps: int, continues: bool, replaced: Replacements) -> Iterator[None]:
-        """Have the network run so many steps.
-
-        Args:
-            net: The network.
-            steps: How many.
-            continues: Whether they continue a sequence: a network that puts its neurons to rest at the beginning then goes on.
-            replaced: What puts everything back; an interrupt may leave this to the block around all calls.
-        """
-        with replaced:
-            for store, name in self._places(net):
-                replaced.entry(store, name, steps)
-            for neuron in net.modules() if continues else ():
-                if isinstance(neuron, StatefulModule):
-                    for name, instead in neuron.instead_of_rest().items():
-                        replaced.entry(vars(neuron), name, instead)
-            yield
-
     def check_unchanged(self, net: nn.Module) -> None:
         """See that the network would still run T steps.
 
         Raises:
             ConfigurationError: If it would run another number of them.
         """
-        for store, name in self._places(net):
+        for store, name in self.places(net):
             if store[name] != self.time_steps:
                 raise ConfigurationError(
                     f"time_inside={', '.join(self.names)} was {self.time_steps} when over_time was called, and is {store[name]} now: call "
                     "over_time again after such a change"
                 )
 
-    def _places(self, net: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    def places(self, net: nn.Module) -> list[tuple[dict[str, Any], str]]:
         """The dicts that hold the number of steps, and its name in each."""
         attributes = [
             (vars(module), name)
@@ -235,13 +216,13 @@ class TimeInside:
         """What the network returns for all steps at once, and for one after the other."""
         neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
 
-        replaced = Replacements()
+        told = _Told(self, net)
 
         def ran(start: int, stop: int) -> list[Tensor]:
-            with self.steps(net, stop - start, start > 0, replaced), one_call(neurons, stop - start):
+            with told.steps(stop - start, start > 0), one_call(neurons, stop - start):
                 return flatten(run(net, start, stop))[0]
 
-        with replaced, replaced:  # twice, for interrupts
+        with told.replaced, told.replaced:  # twice, for interrupts
             reset(neurons)
             net.train()
             with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
@@ -258,24 +239,46 @@ class TimeInside:
         return whole, parts
 
 
+class _Told:
+    """A network is told how many steps to run.
+
+    Attributes:
+        replaced: What puts everything back; what an interrupt keeps it from is left to the block around all calls.
+    """
+
+    def __init__(self, inside: TimeInside, net: nn.Module) -> None:
+        self.replaced = Replacements()
+        self._places = inside.places(net)
+        self._neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
+
+    @contextmanager
+    def steps(self, steps: int, continues: bool) -> Iterator[None]:
+        """Have it run so many; where it continues a sequence, it goes on though it puts its neurons to rest at the beginning."""
+        with self.replaced:
+            for store, name in self._places:
+                self.replaced.entry(store, name, steps)
+            for neuron in self._neurons if continues else ():
+                for name, instead in neuron.instead_of_rest().items():
+                    self.replaced.entry(vars(neuron), name, instead)
+            yield
+
+
 class StepsInside(SpeedUp):
     """Has a network run the steps of each call."""
 
     def __init__(self, inside: TimeInside, net: nn.Module) -> None:
-        self._inside = inside
-        self._net = net
-        self._replaced = Replacements()
+        self._told = _Told(inside, net)
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Put back what an interrupt of a call has left."""
-        one.replaced.at_end(self._replaced.undo)
+        one.replaced.at_end(self._told.replaced.undo)
         yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Say how many they are."""
-        with self._inside.steps(self._net, call.steps, call.start > 0, self._replaced):
+        with self._told.steps(call.steps, call.start > 0):
             yield
 
 

@@ -332,6 +332,17 @@ def test_a_neuron_for_single_steps_that_is_given_a_sequence():
     assert said(trainer(mixed(contained=True))) == []
 
 
+def test_shapes_that_do_not_tell_time_from_the_batch():
+    x = 3 * torch.rand(N, N, N)
+    net = nn.Sequential(
+        nn.Linear(N, N), neuron.LIFNode(step_mode="m"), layer.MultiStepContainer(neuron.LIFNode())
+    )
+    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, N, chunk=N, time_dim=0)
+    assert not [
+        text for text, _ in warnings_of(lambda: online.forward_backward(x, TARGET)) if "step_mode" in text
+    ]
+
+
 def warnings_of(run):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -400,6 +411,7 @@ def test_calls_that_are_no_loop_over_time():
         "other inputs": lambda: [net(x.clone()) for net in [made()] for x in X],
         "more inputs than steps": lambda: [net(x) for net in [made()] for x in several],
         "fewer calls": lambda: [net(X[0]) for net in [made()] for _ in range(T - 1)],
+        "some inputs twice": lambda: [net(X[max(t, 1)]) for net in [made()] for t in range(T)],
         "predictions": lambda: predicts(made()),
         "a stream": lambda: [net(x) for net in [made(carry=True)] for x in X],
         "two views": lambda: [net(x) for net in [sltt_ext.over_time(Single(), 2)] for x in X[:2]],

@@ -10,6 +10,7 @@ import pytest
 import snntorch
 import torch
 from fuzz import networks_snntorch
+from snntorch import utils
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 from torch.nn import functional as F
@@ -396,7 +397,7 @@ def test_steps_of_the_input(make, averages, time_dim):
             oracle.detach_memories(plain)
             networks_snntorch.detach(plain)
         functional.reset_net(plain)
-        snntorch.utils.reset(plain)
+        utils.reset(plain)
         wanted = torch.stack(outputs)
         wanted = wanted.mean(0) if averages else wanted.movedim(0, time_dim)
         found = net(x_seq.movedim(0, time_dim).contiguous(), scale=1.0)
