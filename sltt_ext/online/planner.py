@@ -172,7 +172,8 @@ class Planner:
             longest = self._part if trial.doubles else way.chunk
             self._ran_out_at = needs.of(longest) + trial.doubles
             self._budget = min(self._budget or self._room(net), self._ran_out_at - 1)
-        self._next = self._choices().next_trial(may_be_timed(net))
+        following = self._choices().next_trial(may_be_timed(net))
+        self._next = None if following == trial else following  # never the same again
         self._is_decided = self._next is None
         warn(
             f"memory ran out while a plan was tried, with {way.chunk} of {self._time_steps} steps in a call. The iteration runs again with "

@@ -11,7 +11,7 @@ from torch import nn
 from sltt_ext.errors import InputError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule, constant
 
-__all__ = ["Stateful", "states_of"]
+__all__ = ["Stateful"]
 
 Step = Callable[[nn.Module, Any, Any], tuple[Any, Any]]
 
@@ -52,7 +52,7 @@ class Stateful(StatefulModule, nn.Module):
         self.net = net
         self.step = step
         self.state: Any = None
-        self._names = states_of(net) if step is None else ()
+        self._names = _states_of(net) if step is None else ()
 
     @property
     def multi_step(self) -> bool:
@@ -68,7 +68,7 @@ class Stateful(StatefulModule, nn.Module):
         """The output of one step for its input ``[N, ...]``."""
         if not self._goes_on():
             self.detach_state()
-        names = self._names if self.step is None else ()
+        names = self._names
         if self.step is not None:
             returned = self.step(self.net, x, self.state)
         elif names:
@@ -92,9 +92,9 @@ class Stateful(StatefulModule, nn.Module):
         return any(neuron.through_time and neuron.told_steps is not None for neuron in neurons)
 
 
-def states_of(net: nn.Module) -> tuple[str, ...]:
+def _states_of(net: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of forward that are states, if there are several: those behind the first without another default."""
-    _, *others = inspect.signature(net.forward).parameters.values()
+    others = list(inspect.signature(net.forward).parameters.values())[1:]
     names = [one.name for one in others if one.kind in _NAMED and one.default in (one.empty, None)]
     return tuple(names) if len(names) > 1 else ()
 
