@@ -42,7 +42,7 @@ def on_page_read_source(page: Any, config: Any) -> str | None:
 
 
 def as_markdown(path: Path) -> str:
-    """The cells of a notebook and what they printed, as Markdown."""
+    """The cells of a notebook, and what they printed and drew, as Markdown."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return "\n\n".join(part for cell in cells for part in _parts(cell, path))
 
@@ -53,9 +53,15 @@ def _parts(cell: dict[str, Any], path: Path) -> list[str]:
         return [source]
     parts = [f"{FENCE}python\n{source}\n{FENCE}"]
     for output in cell["outputs"]:
-        if output["output_type"] != "stream":
-            raise PluginError(f"{path}: print what a cell shows; the site has no {output['output_type']}")
-        parts.append(f"{FENCE}text\n{''.join(output['text']).rstrip()}\n{FENCE}")
+        picture = output.get("data", {}).get("image/png")
+        if output["output_type"] == "stream":
+            parts.append(f"{FENCE}text\n{''.join(output['text']).rstrip()}\n{FENCE}")
+        elif picture is None or "alt" not in cell["metadata"]:
+            raise PluginError(
+                f"{path}: print what a cell shows, or draw it and say in its metadata what is seen (alt)"
+            )
+        else:
+            parts.append(f"![{cell['metadata']['alt']}](data:image/png;base64,{''.join(picture.split())})")
     return parts
 
 

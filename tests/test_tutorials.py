@@ -9,7 +9,10 @@ NUMBER = r"\d+(?:\.\d+)?"
 
 def printed(notebook):
     return "".join(
-        output.text for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+        output.text if output.output_type == "stream" else f"picture {'image/png' in output.data} "
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
     )
 
 
