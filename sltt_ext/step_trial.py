@@ -30,7 +30,7 @@ from sltt_ext.errors import LossError
 from sltt_ext.forwards import HOOKS, Layer, Replacements
 from sltt_ext.neuron import Reclassed, SLTTNeuron
 
-__all__ = ["StepTrial"]
+__all__ = ["StepTrial", "hooks_of_torch"]
 
 _LONGEST, _SHORTEST = 16, 4
 """Steps of a trial, at most, with a few samples and with all: what reaches further back is not seen."""
@@ -260,13 +260,20 @@ def _copied(net: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
-        for name in HOOKS:
-            hooks = getattr(module, name)
-            memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_of_torch(hook))
-    copied = copy.deepcopy(net, memo)
+    copied = copy.deepcopy(net, memo | hooks_of_torch(net))
     if isinstance(copied, Reclassed):  # one call of it, and not a whole sequence
         copied.give_back_class()
     return copied
+
+
+def hooks_of_torch(net: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` takes for copies of hooks: torch's own, which compute weights, and none of the user's."""
+    found = {}
+    for module in net.modules():
+        for name in HOOKS:
+            hooks = getattr(module, name)
+            found[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_of_torch(hook))
+    return found
 
 
 def _without_statistics(norm: nn.Module, forward: Callable[..., Any], x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ this. Afterwards only the steps of calls that stand for several are counted.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from sltt_ext.neuron import SLTTNeuron
 from sltt_ext.online.compiled import eager_modules
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.online.silent import Silence
+from sltt_ext.online.storages import storage_of
 
 __all__ = ["CallsAround", "FirstCalls", "NeuronSteps"]
 
@@ -34,7 +36,14 @@ _SINGLE = (
     "has step_mode 's' and is given [T, N, ...], and so takes time for the batch: set the step mode of the whole network, "
     "functional.set_step_mode(net, 'm')"
 )
-_RESET = "is reset in the middle of a sequence: leave the reset out of forward, as the trainer resets before each sequence"
+_RESET = (
+    "is reset in the middle of a sequence: leave the reset out of forward, as the trainer resets before each sequence; if forward "
+    "makes its states there, have it take and return them, and use sltt_ext.snntorch.Stateful(net)"
+)
+_RESTARTS = (
+    "is given a state at rest in the middle of a sequence: if forward makes its states itself, have it take and return them, and use "
+    "sltt_ext.snntorch.Stateful(net), or leave them to the neurons (init_hidden=True)"
+)
 
 
 _Left = dict[str, tuple["ReferenceType[Any]", bool]]
@@ -138,7 +147,8 @@ class NeuronSteps(SpeedUp):
         self._steps: dict[nn.Module, int] = {}  # of this call
         self._left: dict[nn.Module, _Left] = {}  # what neurons carried after the last call
         self._resets: list[nn.Module] = []  # of this call
-        self._single: list[nn.Module] = []  # neurons that take time for the batch
+        self._found: dict[str, str] = {}  # what else neurons do in this call
+        self._given: dict[nn.Module, Any] = {}  # the states that they were given before
         self._call: Call | None = None
 
     @contextmanager
@@ -162,7 +172,7 @@ class NeuronSteps(SpeedUp):
         Raises:
             ConfigurationError: If they differ in a call that stands for several, or nothing is carried between two calls.
         """
-        self._steps, self._resets, self._single, self._first.runs = {}, [], [], True
+        self._steps, self._resets, self._found, self._first.runs = {}, [], {}, True
         self._call = call
         if self._watches and self._one is not None:
             self._first.shown(call.frame, self._one.multi_step)
@@ -197,7 +207,7 @@ class NeuronSteps(SpeedUp):
             )
         for neuron in self._resets:
             found.setdefault(self._paths[neuron], f"a {_name(neuron)} {_RESET}")
-        found |= {self._paths[neuron]: f"a {_name(neuron)} {_SINGLE}" for neuron in self._single}
+        found |= self._found
         if self._first.other_batch:
             found[""] = self._first.other_batch
         self._first.says(found)
@@ -214,28 +224,47 @@ class NeuronSteps(SpeedUp):
         return forward(*args, **kwargs)
 
     def _look_at_arguments(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See that a neuron is not given the same state at each step, nor a sequence for a batch.
+        """See that a neuron is given what its last step has left, and one step of it.
 
         Raises:
-            ConfigurationError: If a state is what the network was called with, at a later step as well.
+            ConfigurationError: If it is given what the network was called with, at a later step as well.
         """
         one, call, batch = self._one, self._call, self._first.batch
         assert one is not None
         assert call is not None
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        x, states = tensors[0] if tensors else None, tensors[1:]
-        runs_steps = call.steps > 1 and not one.multi_step and module in self._steps
-        if states and (module in self._left or runs_steps):
-            shown = {id(leaf) for leaf in tree_leaves(call.frame)}
-            if any(id(state) in shown for state in states):
+        path, carried = self._paths[module], module.carried()
+        named = dict(zip(list(inspect.signature(module.original.forward).parameters)[1:], args)) | kwargs
+        states = {
+            name: value for name, value in named.items() if name in carried and isinstance(value, Tensor)
+        }
+        if states and (
+            module in self._left or (call.steps > 1 and not one.multi_step and module in self._steps)
+        ):
+            shown = {storage_of(leaf) for leaf in tree_leaves(call.frame) if isinstance(leaf, Tensor)}
+            if self._given[module] == _moment(states) and not shown.isdisjoint(
+                map(storage_of, states.values())
+            ):
                 raise ConfigurationError(
-                    f"{self._paths[module]!r} is given a state that the network was called with, the same one at every time step: "
+                    f"{path!r} is given a state that the network was called with, the same one at every time step: "
                     "states that forward takes and returns have to go from step to step, so wrap the network, "
                     "sltt_ext.snntorch.Stateful(net), and call it with the input alone; or leave them to the neurons (init_hidden=True)"
                 )
+            left = [carried[name] for name in states]
+            if (
+                module not in self._steps
+                and all(map(_is_rest, states.values()))
+                and not all(map(_is_rest, left))
+            ):
+                self._found[path] = f"a {_name(module)} {_RESTARTS}"
+        self._given[module] = _moment(states)
         takes_steps = one.multi_step and not module.multi_step and batch != call.steps
-        if takes_steps and x is not None and tuple(x.shape[:2]) == (call.steps, batch):
-            self._single.append(module)
+        if (
+            takes_steps
+            and args
+            and isinstance(args[0], Tensor)
+            and tuple(args[0].shape[:2]) == (call.steps, batch)
+        ):
+            self._found[path] = f"a {_name(module)} {_SINGLE}"
 
 
 class CallsAround:
@@ -271,6 +300,7 @@ class CallsAround:
         self._alike += 1
         self._offsets.add(x.storage_offset())
         if self._alike == time_steps and len(self._offsets) in (1, time_steps):
+            self._calls = 4 * time_steps  # said once
             is_step = len(self._offsets) > 1
             given = f"the {time_steps} steps of a sequence" if is_step else "the same input"
             warn(
@@ -282,6 +312,13 @@ class CallsAround:
 
 def _name(neuron: Any) -> str:
     return str(neuron.original.__name__)
+
+
+def _moment(states: dict[str, Tensor]) -> dict[str, Any]:
+    """Which numbers states are."""
+    return {
+        name: (storage_of(state), state.storage_offset(), state._version) for name, state in states.items()
+    }
 
 
 def _state(neuron: Any) -> _Left:

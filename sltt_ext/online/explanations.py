@@ -19,7 +19,7 @@ from sltt_ext.errors import InputError, LossError, SLTTError, is_out_of_memory, 
 
 __all__ = ["explaining_losses", "explaining_steps"]
 
-_OF_SHAPES = re.compile(r"\bdim|shape|size|\dD\b", re.IGNORECASE)
+_OF_SHAPES = re.compile(r"\bdim|shape|size|elements|\dD\b", re.IGNORECASE)
 _OF_ONE_SAMPLE = "more than 1 value per channel"  # which says all there is to say
 _LAYERS = (_ConvNd, _BatchNorm, _AvgPoolNd, _MaxPoolNd)
 
@@ -44,7 +44,8 @@ def explaining_steps(
         if time_dim is not None and isinstance(x, Tensor) and x.dim() < 5 and not causes:
             causes = [
                 f"time_dim={time_dim} takes axis {time_dim} of x {list(x.shape)} for time: if x has no axis of time, as images [N, C, H, W], "
-                "leave time_dim out, and give time_steps"
+                "leave time_dim out, and give time_steps; if forward goes through the steps of x itself, use sltt_ext.over_time(net, "
+                "time_inside='x', time_dim=0)"
             ]
         if multi_step and time_dim is None and not causes:
             causes = [

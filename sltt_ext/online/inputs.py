@@ -35,12 +35,14 @@ class Arguments:
     def __init__(
         self, net: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], time_dim: TimeDims
     ) -> None:
-        self._named = {**dict(zip(_names(net, len(args)), args)), **kwargs}
+        names = _names(net)
+        others = [f"argument {place}" for place in range(len(names) + 1, len(args) + 1)]
+        self._named = {**dict(zip([*names, *others], args)), **kwargs}
         self._positional = len(args)
         self.tensors: list[Tensor] = []
         self._axes: list[Any] = []
         self._parts: list[tuple[int, int, Rebuild]] = []
-        axes = self._axes_of(time_dim)
+        axes = self._axes_of(net, time_dim)
         for name, value in self._named.items():
             tensors, rebuild = flatten(value)
             self._parts.append((len(self.tensors), len(self.tensors) + len(tensors), rebuild))
@@ -54,6 +56,9 @@ class Arguments:
             InputError: If they have another number of steps than was said, or than one another, or there is none.
         """
         lengths = set()
+        arrays = [name for name, value in self._named.items() if type(value).__module__ == "numpy"]
+        if arrays and not self.tensors:
+            raise InputError(f"{arrays[0]} is a NumPy array: give a tensor, torch.from_numpy({arrays[0]})")
         for tensor, axis in zip(self.tensors, self._axes):
             if isinstance(axis, int):
                 if tensor.dim() <= axis:
@@ -121,9 +126,11 @@ class Arguments:
             next(iter(self._named.values())), Tensor
         )
 
-    def _axes_of(self, time_dim: TimeDims) -> dict[str, int | None]:
+    def _axes_of(self, net: nn.Module, time_dim: TimeDims) -> dict[str, int | None]:
+        """By name; one that is for all is that of forward's first parameter, in whatever order the call has them."""
         if not isinstance(time_dim, Mapping):
-            return dict.fromkeys(list(self._named)[:1], time_dim)
+            first = [name for name in _names(net) if name in self._named]
+            return dict.fromkeys([*first, *self._named][:1], time_dim)
         unknown = [name for name in time_dim if name not in self._named]
         if unknown:
             raise ConfigurationError(
@@ -145,11 +152,10 @@ def _take(tensor: Tensor, axis: Any, keeps_axis: bool, repeats: bool) -> Callabl
     return lambda start, stop: tensor.movedim(axis, 0)[start:stop]
 
 
-def _names(net: nn.Module, number: int) -> list[str]:
-    """Names of a forward's first parameters."""
+def _names(net: nn.Module) -> list[str]:
+    """Names of a forward's parameters."""
     try:
         parameters = list(inspect.signature(net.forward).parameters.values())
     except (TypeError, ValueError):  # a forward that is not of Python tells nothing
-        parameters = []
-    names = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    return [*names, *(f"argument {place}" for place in range(len(names) + 1, number + 1))][:number]
+        return []
+    return [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]

@@ -28,14 +28,15 @@ class Found:
 
     Attributes:
         bytes: How much autograd has saved in a call, at most.
-        again: How many backward passes have run steps again.
+        backwards: How many backward passes there were.
+        again: How many of them have run steps again.
         compares: Whether outputs of the second run are still compared with those of the first.
         holding: The recordings that keep graphs.
     """
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.again = 0
+        self.backwards = self.again = 0
         self.compares = True
         self.holding: WeakSet[Graphs] = WeakSet()
 

@@ -115,6 +115,7 @@ class _Recording:
         self._opening = opening
         self._moments = Moments()
         self._graphs = Graphs(heads.outputs, found)
+        self._found = found
         self._once: EvaluatedOnce | None = None  # which holds what the kept graphs have read
 
     def run(self) -> None:
@@ -144,6 +145,7 @@ class _Recording:
         Returns:
             The gradients of ``wanting``.
         """
+        self._found.backwards += 1
         stand_ins = self._stand_ins or StandIns(self._pass.net, wanting)
         stand_ins.forget_gradients()
         if self._once is not None:

@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from types import CodeType, FunctionType
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from sltt_ext.errors import ConfigurationError, LossError, warn
+from sltt_ext.errors import ConfigurationError, LossError, one_line, warn
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.inputs import TimeDims
@@ -31,8 +31,9 @@ from sltt_ext.online.snapshot import random_numbers
 from sltt_ext.online.stand_ins import is_leaf
 from sltt_ext.online.states import one_call, reset
 from sltt_ext.online.structures import Rebuild, flatten
+from sltt_ext.step_trial import hooks_of_torch
 
-__all__ = ["StepsInside", "TimeInside"]
+__all__ = ["OutputAxes", "StepsInside", "TimeInside"]
 
 Run = Callable[[nn.Module, int, int], Any]
 """``(net, start, stop) -> `` what the network returns for these steps."""
@@ -65,9 +66,10 @@ class TimeInside:
         self._globals: set[str] = set()
         found: dict[str, int] = {}
         self.arguments: set[str] = set()
-        forward = list(inspect.signature(net.forward).parameters)
+        parameters = inspect.signature(net.forward).parameters
+        forward = [name for name, one in parameters.items() if not _is_number(one.default)]
         for name in self.names:
-            places = {path: value for path, value in _numbers(net) if fnmatchcase(path, name)}
+            places = {path: value for path, value in _numbers(net) if _matches(path, name)}
             self._paths |= places.keys()
             if not places:
                 places = {f"{store.get('__name__', '')}.{name}": store[name] for store in _globals(net, name)}
@@ -91,11 +93,11 @@ class TimeInside:
                 f"time_inside names attributes that differ, {listed}: name those that hold T"
             )
         self.time_steps = next(iter(found.values()), None)
-        self._axes: list[int] | None = None
+        self._outputs: dict[bool, OutputAxes] = {}  # in training, and not
         self._comparisons = _COMPARISONS
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_axes": None, "_comparisons": _COMPARISONS}
+        return {**vars(self), "_outputs": {}, "_comparisons": _COMPARISONS}
 
     def check_unchanged(self, net: nn.Module) -> None:
         """See that the network would still run T steps.
@@ -120,28 +122,219 @@ class TimeInside:
         ]
         return attributes + [(store, name) for name in self._globals for store in _globals(net, name)]
 
-    def tensors(self, returned: Any, steps: int) -> tuple[list[Tensor], Rebuild]:
-        """All tensors that the network returns for C steps, each ``[C, N, ...]``; an average counts C times."""
-        tensors, rebuild = flatten(returned)
-        assert self._axes is not None
-        return [
-            tensor.expand(steps, *tensor.shape) if axis == _AVERAGED else tensor.movedim(axis, 0)
-            for tensor, axis in zip(tensors, self._axes, strict=True)
-        ], rebuild
+    def outputs(self, net: nn.Module) -> OutputAxes:
+        """Where the outputs have their time, in the mode that the network is in."""
+        return self._outputs[net.training]
 
-    def returned(self, tensor: Tensor, head: int) -> Tensor:
-        """An output as the network itself returns it, of ``[T, N, ...]`` or the mean ``[N, ...]``."""
-        assert self._axes is not None
-        axis = self._axes[head]
-        if axis != _AVERAGED:
-            return tensor.movedim(0, axis)
-        return tensor if self.averages else tensor.mean(0)
+    def compare(self, net: nn.Module, time_steps: int, shown: Callable[[Convert], Run]) -> None:
+        """See once that the network, step by step, gives what it gives as it is, and with other weights as well.
+
+        In training, it may return something else than in evaluation. So where its outputs have their time is found out for each.
+
+        Args:
+            net: The network.
+            time_steps: T.
+            shown: Runs it on its input, with the tensors of that converted.
+
+        Raises:
+            ConfigurationError: If its outputs have another shape, or other numbers.
+        """
+        if not self._comparisons and net.training in self._outputs:
+            return
+        draw_again = random_numbers(net)
+        device = next((parameter.device.type for parameter in net.parameters()), "cpu")
+        try:
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                seen, tolerance = self._seen(net, time_steps, shown, _as_they_are)
+                untold = self._judge(net, seen, time_steps, tolerance)
+                elsewhere: _Seen | None = None
+                with suppress(
+                    RuntimeError, ValueError, ArithmeticError
+                ):  # not every network takes any weights
+                    elsewhere, tolerance = self._seen(net, time_steps, shown, _changed)
+                if elsewhere is not None and elsewhere.numbers() == seen.numbers():
+                    untold &= self._judge(net, elsewhere, time_steps, tolerance)
+        finally:
+            draw_again()
+        whole, part = seen.training if net.training and seen.training else (seen.whole, seen.parts[0])
+        self._outputs[net.training] = self._axes(net, whole, part, time_steps)
+        if not self._comparisons:
+            return
+        self._comparisons = self._comparisons - 1 if untold else 0
+        if untold and not self._comparisons:
+            warn(
+                f"in its first {_COMPARISONS} calls the network has given the same at all time steps (do its neurons fire?), so "
+                "it could not be checked that it may run step by step: if it adds its outputs up over time, computes something that "
+                "is not linear in their average, or makes states itself, the gradient is wrong"
+            )
+
+    def _axes(
+        self, net: nn.Module, whole: Sequence[Tensor], part: Sequence[Tensor], steps: int
+    ) -> OutputAxes:
+        """Where outputs have their time, by what they are for all steps and for one.
+
+        Raises:
+            ConfigurationError: If they have it nowhere, and are no average either.
+        """
+        if len(whole) != len(part):
+            raise ConfigurationError(
+                f"the network returns {len(whole)} tensors for {steps} steps, and {len(part)} for one: return one tensor for all steps, "
+                "torch.stack(outputs)"
+            )
+        axes = [_axis(*pair, steps) for pair in zip(whole, part)]
+        wrong = next((pair for axis, pair in zip(axes, zip(whole, part)) if axis is None), None)
+        if wrong is not None:
+            raise ConfigurationError(
+                f"with time_inside set to 1, an output is {list(wrong[1].shape)} instead of {list(wrong[0].shape)}: time_inside has to "
+                f"name what holds the number of steps, and nothing else{self._also(net)}"
+            )
+        return OutputAxes([axis for axis in axes if axis is not None])
+
+    def _also(self, net: nn.Module) -> str:
+        """What else may hold the number of steps, for a message."""
+        names = {path.rpartition(".")[2] for path in self._paths}
+        left = [
+            path for path, _ in _numbers(net) if path not in self._paths and path.rpartition(".")[2] in names
+        ]
+        return f"; {', '.join(left)} may have to be named, too (with '*.T', T of all modules)" if left else ""
+
+    def _judge(self, net: nn.Module, seen: _Seen, time_steps: int, tolerance: float) -> bool:
+        """Whether the outputs of all steps are the same, which tells nothing.
+
+        Raises:
+            ConfigurationError: If the network, step by step, gives other outputs than as it is.
+            LossError: If it returns no tensor, or numbers that have no mean.
+        """
+        if not seen.whole:
+            raise LossError(f"{type(net).__name__} returned no tensor: return what the loss reads")
+        untold = time_steps > 1
+        for head, axis in enumerate(self._axes(net, seen.whole, seen.parts[0], time_steps).axes):
+            whole, steps = seen.whole[head], [part[head] for part in seen.parts]
+            if axis == _AVERAGED and not whole.is_floating_point() and not all(map(whole.equal, steps)):
+                raise LossError(
+                    f"an output has no mean over time: it has {whole.dtype} and is computed from the average. Return that, and "
+                    "compute it behind the network"
+                )
+            untold &= all(torch.equal(step, steps[0]) for step in steps)
+            whole, steps = whole.double(), [step.double() for step in steps]
+            joined = torch.stack(steps).mean(0) if axis == _AVERAGED else torch.cat(steps, axis)
+            scale = float(whole.abs().max()) if whole.numel() else 0.0
+            if torch.allclose(joined, whole, rtol=0.0, atol=tolerance * scale, equal_nan=True):
+                continue
+            if torch.allclose(time_steps * joined, whole, rtol=0.0, atol=1e-6 * scale):
+                raise ConfigurationError(
+                    f"{type(net).__name__} adds its outputs up over time, but it has to return their mean or all of them: "
+                    "divide by the number of steps in its forward; if you need the sum, multiply behind the network"
+                )
+            raise ConfigurationError(
+                "the network gives other outputs step by step than as it is. Perhaps it computes something that is not linear in the "
+                "average over time (put over_time on the part before it); returns the last step or the maximum alone (return all "
+                "steps, and take that behind the network); resets its neurons at its end (move that to the beginning of forward) or "
+                "between two steps (use convert alone and your own loop); treats single steps in another way or mixes them; or makes "
+                "states itself (have forward take and return them, and use sltt_ext.snntorch.Stateful)"
+            )
+        return untold
+
+    def _seen(
+        self,
+        net: nn.Module,
+        time_steps: int,
+        shown: Callable[[Convert], Run],
+        weights: Callable[[nn.Module], Any],
+    ) -> tuple[_Seen, float]:
+        """What a copy of the network returns with these weights, and how far rounding may take it."""
+        try:  # in float64, where a spike does not depend on rounding
+            return self._both(_copied(net).double(), time_steps, shown(_double), weights), 1e-6
+        except RuntimeError:  # float32 is written down in the network, as it is in snnTorch
+            pass
+        try:
+            return self._both(_copied(net), time_steps, shown(_copy), weights), 1e-3
+        except _NotOneStepError as error:
+            raise ConfigurationError(
+                f"{type(net).__name__} runs {time_steps} steps, but not one alone ({error}): over_time runs it step by step, and each "
+                f"step has to return an output{self._also(net)}"
+            ) from error.__cause__
+
+    def _both(self, net: nn.Module, time_steps: int, run: Run, weights: Callable[[nn.Module], Any]) -> _Seen:
+        """What the network returns for all steps at once, and for one after the other."""
+        neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
+        told, draw_again = _Told(self, net), random_numbers(net)
+        training: list[list[Tensor]] = []
+        weights(net)
+
+        def ran(start: int, stop: int) -> list[Tensor]:
+            with told.steps(stop - start, start > 0), one_call(neurons, stop - start):
+                return flatten(run(net, start, stop))[0]
+
+        def one_step(t: int) -> list[Tensor]:
+            try:
+                return ran(t, t + 1)
+            except ValueError:  # of this package, or of a norm that has one sample
+                raise
+            except Exception as error:
+                raise _NotOneStepError(one_line(error)) from error
+
+        with told.replaced, told.replaced:  # twice, for interrupts
+            net.train()
+            with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
+                reset(neurons)
+                part = one_step(0)
+                reset(neurons)
+                training += [ran(0, time_steps), part]
+            net.eval()
+            reset(neurons)
+            draw_again()
+            whole = ran(0, time_steps)
+            reset(neurons)
+            draw_again()
+            parts = [one_step(t) for t in range(time_steps)]
+        return _Seen(whole, parts, training)
+
+
+class OutputAxes:
+    """Where the outputs of a network have their time.
+
+    Args:
+        axes: Of each output; -1 where it is the average.
+    """
+
+    def __init__(self, axes: Sequence[int]) -> None:
+        self.axes = list(axes)
 
     @property
     def averages(self) -> bool:
         """Whether the network averages all of its outputs over time itself."""
-        assert self._axes is not None
-        return all(axis == _AVERAGED for axis in self._axes)
+        return all(axis == _AVERAGED for axis in self.axes)
+
+    def tensors(self, returned: Any, steps: int) -> tuple[list[Tensor], Rebuild]:
+        """All tensors that the network returns for C steps, each ``[C, N, ...]``; an average counts C times.
+
+        Raises:
+            ConfigurationError: If they have their time elsewhere than in the first call, or are not as many.
+        """
+        tensors, rebuild = flatten(returned)
+        if len(tensors) != len(self.axes):
+            raise ConfigurationError(
+                f"the network returned {len(tensors)} tensors, and {len(self.axes)} in its first call: return the same in each call"
+            )
+        pairs = list(zip(tensors, self.axes))
+        for tensor, axis in pairs:
+            if axis != _AVERAGED and (tensor.dim() <= axis or tensor.shape[axis] != steps):
+                raise ConfigurationError(
+                    f"an output of {steps} step{'s' * (steps > 1)} is {list(tensor.shape)}, and in the first call its time was on axis "
+                    f"{axis}: return [T, N, ...] or the average, for every number of samples"
+                )
+        return [
+            tensor.expand(steps, *tensor.shape) if axis == _AVERAGED else tensor.movedim(axis, 0)
+            for tensor, axis in pairs
+        ], rebuild
+
+    def returned(self, tensor: Tensor, head: int) -> Tensor:
+        """An output as the network itself returns it, of ``[T, N, ...]`` or the mean ``[N, ...]``."""
+        axis = self.axes[head]
+        if axis != _AVERAGED:
+            return tensor.movedim(0, axis)
+        return tensor if self.averages else tensor.mean(0)
 
     def check_each_step(self, part: int, asked_by: str) -> None:
         """See that the steps of its outputs can be told from one another.
@@ -153,90 +346,26 @@ class TimeInside:
         Raises:
             ConfigurationError: If a call gives their average.
         """
-        assert self._axes is not None
-        if part > 1 and _AVERAGED in self._axes:
+        if part > 1 and _AVERAGED in self.axes:
             raise ConfigurationError(
                 f"{asked_by} asks for each step, but the network averages the {part} steps of a call: use chunk=1"
             )
 
-    def compare(self, net: nn.Module, time_steps: int, shown: Callable[[Convert], Run]) -> None:
-        """See once that the network, step by step, gives what it gives as it is.
 
-        Args:
-            net: The network.
-            time_steps: T.
-            shown: Runs it on its input, with the tensors of that converted.
+class _Seen(NamedTuple):
+    """What a network returns: for all steps, for each step, and in training for all steps and for one, if it runs there."""
 
-        Raises:
-            ConfigurationError: If its outputs have another shape, or other numbers.
-        """
-        if not self._comparisons:
-            return
-        draw_again = random_numbers(net)
-        try:
-            with torch.no_grad(), torch.autocast(next(net.parameters()).device.type, enabled=False):
-                try:  # in float64, where a spike does not depend on rounding
-                    whole, parts = self._both(_copied(net).double(), time_steps, shown(_double))
-                    tolerance = 1e-6
-                except RuntimeError:  # float32 is written down in the network, as it is in snnTorch
-                    whole, parts = self._both(_copied(net), time_steps, shown(_copy))
-                    tolerance = 1e-3
-        finally:
-            draw_again()
-        self._axes = [_axis(a, b, time_steps) for a, b in zip(whole, parts[0], strict=True)]
-        untold = False  # an average of equal steps tells nothing
-        for head, axis in enumerate(self._axes):
-            steps = [part[head] for part in parts]
-            joined = torch.stack(steps).mean(0) if axis == _AVERAGED else torch.cat(steps, axis)
-            scale = float(whole[head].abs().max()) if whole[head].numel() else 0.0
-            if axis == _AVERAGED and time_steps > 1:
-                untold |= all(torch.equal(step, steps[0]) for step in steps)
-            if not torch.allclose(joined, whole[head], rtol=0.0, atol=tolerance * scale, equal_nan=True):
-                self._axes = None
-                if torch.allclose(time_steps * joined, whole[head], rtol=0.0, atol=1e-6 * scale):
-                    raise ConfigurationError(
-                        f"{type(net).__name__} adds its outputs up over time, but it has to return their mean or all of them: "
-                        "divide by the number of steps in its forward; if you need the sum, multiply behind the network"
-                    )
-                raise ConfigurationError(
-                    "the network gives other outputs step by step than as it is: it computes something that is not "
-                    "linear in the average over time (put over_time on the part before it), mixes time steps, resets its neurons between "
-                    "two steps (use convert alone and your own loop), or makes states itself (have forward take and return them, and use "
-                    "sltt_ext.snntorch.Stateful)"
-                )
-        self._comparisons = self._comparisons - 1 if untold else 0
-        if untold and not self._comparisons:
-            warn(
-                f"in its first {_COMPARISONS} calls the network has given the same at all time steps (do its neurons fire?), so "
-                "it could not be checked whether it averages them: if it adds them up, or computes something that is not linear "
-                "in the average, the gradient is wrong"
-            )
+    whole: list[Tensor]
+    parts: list[list[Tensor]]
+    training: list[list[Tensor]]
 
-    def _both(self, net: nn.Module, time_steps: int, run: Run) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """What the network returns for all steps at once, and for one after the other."""
-        neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
+    def numbers(self) -> list[int]:
+        """How many outputs there are, each time."""
+        return [len(self.whole), *map(len, self.parts)]
 
-        told = _Told(self, net)
 
-        def ran(start: int, stop: int) -> list[Tensor]:
-            with told.steps(stop - start, start > 0), one_call(neurons, stop - start):
-                return flatten(run(net, start, stop))[0]
-
-        with told.replaced, told.replaced:  # twice, for interrupts
-            reset(neurons)
-            net.train()
-            with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
-                ran(0, time_steps)
-            net.eval()
-            reset(neurons)
-            whole = ran(0, time_steps)
-            reset(neurons)
-            parts = [ran(t, t + 1) for t in range(time_steps)]
-        if not whole or len(whole) != len(parts[0]):
-            raise LossError(
-                f"the network returned a {type(net).__name__} without a tensor: return what the loss reads"
-            )
-        return whole, parts
+class _NotOneStepError(RuntimeError):
+    """A network runs all of its steps, but not one alone."""
 
 
 class _Told:
@@ -268,17 +397,19 @@ class StepsInside(SpeedUp):
 
     def __init__(self, inside: TimeInside, net: nn.Module) -> None:
         self._told = _Told(inside, net)
+        self._from_rest = True
 
     @contextmanager
     def around_pass(self, one: Pass) -> Iterator[None]:
         """Put back what an interrupt of a call has left."""
+        self._from_rest = one.from_rest
         one.replaced.at_end(self._told.replaced.undo)
         yield
 
     @contextmanager
     def around_call(self, call: Call) -> Iterator[None]:
         """Say how many they are."""
-        with self._told.steps(call.steps, call.start > 0):
+        with self._told.steps(call.steps, call.start > 0 or not self._from_rest):
             yield
 
 
@@ -351,8 +482,27 @@ def _is_of_the_user(cls: type) -> bool:
     return cls.__module__.partition(".")[0] not in _FRAMEWORKS
 
 
-def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int:
-    """The axis of time of an output, by what it is for all steps and for one."""
+def _matches(path: str, name: str) -> bool:
+    """Whether an attribute is named; ``"*.T"`` is that of the network itself, too."""
+    return fnmatchcase(path, name) or fnmatchcase(f".{path}", name)
+
+
+def _as_they_are(net: nn.Module) -> None:
+    """The weights that the network has."""
+
+
+def _changed(net: nn.Module) -> None:
+    """Weights a tenth of their size away: what is the same for all steps at the beginning need not stay so."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in net.parameters():
+        if weight.is_floating_point() and weight.numel():
+            size = weight.square().mean().sqrt()
+            noise = torch.randn(weight.shape, generator=generator).to(weight)
+            weight.add_(0.1 * noise * torch.where(size > 0, size, torch.ones_like(size)))
+
+
+def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int | None:
+    """The axis of time of an output, by what it is for all steps and for one; None if there is none."""
     if whole.shape == part.shape:
         return _AVERAGED
     axes = (
@@ -360,23 +510,30 @@ def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int:
         if whole.dim() == part.dim()
         else []
     )
-    if len(axes) != 1 or part.shape[axes[0]] != 1 or whole.shape[axes[0]] != time_steps:
-        raise ConfigurationError(
-            f"with time_inside set to 1, an output is {list(part.shape)} instead of {list(whole.shape)}: time_inside has to name "
-            "what holds the number of steps, and nothing else"
-        )
-    return axes[0]
+    is_time = len(axes) == 1 and part.shape[axes[0]] == 1 and whole.shape[axes[0]] == time_steps
+    return axes[0] if is_time else None
 
 
 def _copied(net: nn.Module) -> nn.Module:
-    """The network once more, with what it has computed from its parameters as constants."""
+    """The network once more, without hooks of the user's, and with what it has computed from its parameters as constants.
+
+    Raises:
+        ConfigurationError: If it cannot be copied.
+    """
     computed = [
         leaf
         for module in net.modules()
         for leaf in tree_leaves(vars(module))
         if isinstance(leaf, Tensor) and not is_leaf(leaf)
     ]
-    alone = copy.deepcopy(net, {id(tensor): tensor.detach().clone() for tensor in computed})
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    try:
+        alone = copy.deepcopy(net, memo | hooks_of_torch(net))
+    except Exception as error:  # whatever a module holds: a lock, a file, a generator
+        raise ConfigurationError(
+            f"{type(net).__name__} cannot be copied ({one_line(error)}), and time_inside= compares a copy, step by step, with the "
+            "network as it is: keep what cannot be copied out of the network"
+        ) from error
     for parameter in alone.parameters():
         parameter.grad = None
     return alone

@@ -44,7 +44,7 @@ from sltt_ext.online.schedule import Schedule, runs, selected_steps, steps_of_a_
 from sltt_ext.online.sequence_norms import NormsOfSequence, statistics_over_time
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import is_leaf, outer_tensors
-from sltt_ext.online.time_inside import StepsInside, TimeInside
+from sltt_ext.online.time_inside import OutputAxes, StepsInside, TimeInside
 from sltt_ext.online.windows import each_frame, each_step, read_each
 
 __all__ = ["Forward", "Norms", "Settings", "TimeLoop"]
@@ -148,16 +148,16 @@ class TimeLoop:
 
         if inside is not None:
             inside.check_unchanged(net)
-            self._compare(net, inside, arguments, time_steps, part, call_of)
+            self._compare(net, inside, arguments, time_steps, call_of)
         wanting = self._wanting(net, arguments)
         counts = self._steps(net, time_steps) if wanting else {}
         steps = tuple(counts)
-        if inside is not None and len(set(counts.values())) > 1:
-            inside.check_each_step(part, "a schedule in which steps count differently")
-        if inside is not None and lengths is not None:
-            inside.check_each_step(part, "lengths=")
-        returns = self._returns()
-        read: Read = inside.tensors if inside else partial(tensors_over_time, multi_step=multi_step)
+        axes = None
+        if inside is not None:
+            axes = inside.outputs(net)
+            self._check_each_step(axes, part, counts, lengths)
+        returns = self._returns(axes)
+        read: Read = axes.tensors if axes else partial(tensors_over_time, multi_step=multi_step)
         heads = Heads(
             returns,
             time_steps,
@@ -168,7 +168,7 @@ class TimeLoop:
         )
         found = self._found.setdefault(_kind(net, arguments.tensors), Found())
         if wanting and inside is None and not settings.carry:
-            self._around_it.look(net, _first(arguments.tensors), time_steps, found.again)
+            self._around_it.look(net, _first(arguments.tensors), time_steps, found.backwards)
         one = Pass(
             net, call_of(net), neurons, multi_step, source(arguments.tensors), time_steps, steps, False,
             CallSizes(part, part, part), self._first.reading(heads.of_call, looks=inside is None), from_rest=not settings.carry, differentiable=bool(wanting),
@@ -183,8 +183,8 @@ class TimeLoop:
                 norms = (NormsOfSequence(statistics_over_time(looking, (*self._around(net), self._kept))),)
             speed_ups = partial(self._speed_ups, net, norms, windows)
             outputs = recorded(one, heads, arguments.tensors, source, speed_ups, wanting, found)
-        if inside and settings.returns is None:
-            outputs = [inside.returned(output, head) for head, output in enumerate(outputs)]
+        if axes and settings.returns is None:
+            outputs = [axes.returned(output, head) for head, output in enumerate(outputs)]
         elif inside is None and settings.time_dim is None:
             self._say_where_time_may_be(arguments, time_steps, outputs, returns)
         return heads.rebuild(outputs)
@@ -195,7 +195,6 @@ class TimeLoop:
         inside: TimeInside,
         arguments: Arguments,
         time_steps: int,
-        part: int,
         call_of: Callable[[nn.Module], Callable[[Any], Any]],
     ) -> None:
         """See that a network with its time inside can run step by step; one step alone does not tell where its time is."""
@@ -207,15 +206,25 @@ class TimeLoop:
             return lambda net, start, stop: call_of(net)(frames.take(start, stop))
 
         inside.compare(net, time_steps if told else 2, shown)
-        if self.settings.returns == "sequence":
-            inside.check_each_step(part, "returns='sequence'")
 
-    def _returns(self) -> Returns:
+    def _check_each_step(
+        self, axes: OutputAxes, part: int, counts: dict[int, float], lengths: Tensor | None
+    ) -> None:
+        """See that steps can be told from one another, if somebody asks for that."""
+        asked = {
+            "returns='sequence'": self.settings.returns == "sequence",
+            "a schedule in which steps count differently": len(set(counts.values())) > 1,
+            "lengths=": lengths is not None,
+        }
+        for name, is_asked in asked.items():
+            if is_asked:
+                axes.check_each_step(part, name)
+
+    def _returns(self, axes: OutputAxes | None) -> Returns:
         """What the caller gets: where time is inside, as the network gives it unless something else was said."""
-        inside = self.settings.time_inside
         if self.settings.returns is not None:
             return self.settings.returns
-        return "mean" if inside is None or inside.averages else "sequence"
+        return "mean" if axes is None or axes.averages else "sequence"
 
     def _keeps_from(
         self, net: nn.Module, steps: tuple[int, ...], time_steps: int, part: int, found: Found
@@ -281,13 +290,14 @@ class TimeLoop:
     def _say_where_time_may_be(
         self, arguments: Arguments, time_steps: int, outputs: Sequence[Tensor], returns: Returns
     ) -> None:
-        """Warn, once, of an input that looks like a sequence and is taken for a batch of T samples."""
+        """Warn, in the first call, of an input that looks like a sequence and is taken for a batch of T samples."""
         x = _first(arguments.tensors)
-        if x is None or x.dim() < 3 or x.shape[0] != time_steps or time_steps == 1 or "time" in self._told:
+        is_first = "time" not in self._told
+        self._told.add("time")
+        if not is_first or x is None or x.dim() < 3 or x.shape[0] != time_steps or time_steps == 1:
             return
         shapes = [output.shape[returns == "sequence" :] for output in outputs]
         if all(len(shape) > 2 and shape[:2] == x.shape[:2] for shape in shapes):
-            self._told.add("time")
             warn(
                 f"x {list(x.shape)} is taken for a batch of {time_steps} samples, each shown for {time_steps} time steps. If its first axis is "
                 "time, say time_dim=0 instead of time_steps; and returns='sequence' if you need the output of each step"

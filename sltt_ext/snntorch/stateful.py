@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sltt_ext.errors import InputError
+from sltt_ext.errors import ConfigurationError, InputError
 from sltt_ext.neuron import SLTTNeuron, StatefulModule, constant
 
 __all__ = ["Stateful"]
@@ -30,6 +30,7 @@ class Stateful(StatefulModule, nn.Module):
         step: Runs one step, ``(net, x, state) -> (output, state)``, for a network with another interface.
 
     Raises:
+        ConfigurationError: If ``net`` is no module, or takes no state.
         InputError: In forward, if a step does not return its output and all states.
 
     Examples:
@@ -49,6 +50,8 @@ class Stateful(StatefulModule, nn.Module):
 
     def __init__(self, net: nn.Module, step: Step | None = None) -> None:
         super().__init__()
+        if not isinstance(net, nn.Module):
+            raise ConfigurationError(f"Stateful takes a torch.nn.Module, got {net!r}")
         self.net = net
         self.step = step
         self.state: Any = None
@@ -61,11 +64,19 @@ class Stateful(StatefulModule, nn.Module):
     def reset_state(self) -> None:
         self.state = None
 
+    def reset(self) -> None:
+        """What SpikingJelly's ``reset_net`` calls: the next step begins a sequence."""
+        self.reset_state()
+
     def detach_state(self) -> None:
         self.state = constant(self.state)
 
     def forward(self, x: Any) -> Any:
         """The output of one step for its input ``[N, ...]``."""
+        if self.state is None:  # a neuron that is given None goes on from what it has kept
+            for module in self.net.modules():
+                if isinstance(module, StatefulModule):
+                    module.reset_state()
         if not self._goes_on():
             self.detach_state()
         names = self._names
@@ -93,10 +104,22 @@ class Stateful(StatefulModule, nn.Module):
 
 
 def _states_of(net: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of forward that are states, if there are several: those behind the first without another default."""
+    """Names of the arguments of forward that are states and are given by name: those behind the first without another default.
+
+    Raises:
+        ConfigurationError: If there are none.
+    """
     others = list(inspect.signature(net.forward).parameters.values())[1:]
-    names = [one.name for one in others if one.kind in _NAMED and one.default in (one.empty, None)]
-    return tuple(names) if len(names) > 1 else ()
+    names = [one for one in others if one.kind in _NAMED and one.default in (one.empty, None)]
+    if not others and not any(
+        one.kind == one.VAR_POSITIONAL for one in inspect.signature(net.forward).parameters.values()
+    ):
+        raise ConfigurationError(
+            f"forward of {type(net).__name__} takes no state, and Stateful is for a network that takes and returns its states: leave "
+            "Stateful out, or give it a step function"
+        )
+    by_name = len(names) > 1 or any(one.kind == one.KEYWORD_ONLY for one in names)
+    return tuple(one.name for one in names) if by_name else ()
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -417,3 +417,69 @@ def test_calls_that_are_no_loop_over_time():
         "two views": lambda: [net(x) for net in [sltt_ext.over_time(Single(), 2)] for x in X[:2]],
     }
     assert {name: said for name, run in runs.items() if (said := warnings_of(run))} == {}
+
+
+class Packed(GivenStates):
+    """Takes its states in one tensor, as `torch.nn.RNN` does."""
+
+    def forward(self, x, states):
+        return super().forward(x, states[0], states[1, :, :4], states[2, :, :4])
+
+
+def test_parts_of_what_the_network_was_called_with_are_refused_as_states():
+    with pytest.raises(ConfigurationError, match=r"'lif1' is given a state that the network was called with"):
+        sltt_ext.over_time(Packed(), T)(X[0], torch.zeros(3, N, 16))
+
+
+class Gate(snntorch.Leaky):
+    def forward(self, x, gate):
+        return super().forward(x * gate)
+
+
+@pytest.mark.parametrize("over_time", [False, True])
+def test_another_input_of_a_neuron_is_no_state(over_time):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.lif = nn.Linear(8, 4), Gate(beta=0.9, init_hidden=True)
+
+        def forward(self, x, gate):
+            return self.lif(self.fc(x), gate)
+
+    net = sltt_ext.over_time(Net(), time_dim={"x": 0, "gate": 0} if over_time else 0)
+    assert warnings_of(lambda: net(X, torch.rand(T, N, 4) if over_time else torch.rand(N, 4))) == []
+
+
+def test_states_that_forward_makes_at_each_step():
+    class Makes(GivenStates):
+        def forward(self, x, mem1=None, syn2=None, mem2=None):
+            states = (
+                (torch.zeros(N, 16), torch.zeros(N, 4), torch.zeros(N, 4))
+                if mem1 is None
+                else (mem1, syn2, mem2)
+            )
+            return super().forward(x, *states)
+
+    (text,) = [text for text, _ in warnings_of(lambda: sltt_ext.over_time(Makes(), T)(X[0]))]
+    assert "lif1: a Leaky is given a state at rest in the middle of a sequence" in text
+    assert "Stateful" in text
+    stateful = sltt_ext.over_time(Stateful(Makes()), T)
+    assert warnings_of(lambda: stateful(X[0])) == []
+
+
+def test_the_first_parameter_of_forward_has_time_in_whatever_order():
+    class Two(Single):
+        def forward(self, x, context):
+            return super().forward(x) + context
+
+    net, context = sltt_ext.over_time(Two(), time_dim=0), torch.rand(N, 4)
+    wanted = net(X, context)
+    assert torch.equal(net(x=X, context=context), wanted)
+    assert torch.equal(net(**{"context": context, "x": X}), wanted)
+
+
+@pytest.mark.parametrize("options", [{"k": 1}, {"memory_budget": "1GiB"}, {"chunk": T}], ids=str)
+def test_accumulated_gradients_of_parts_of_a_batch_are_no_loop_over_time(options):
+    net = sltt_ext.over_time(Multi(), T, norms="step", **options)
+    parts = torch.rand(T, N, 8)
+    assert warnings_of(lambda: [F.cross_entropy(net(part), TARGET).backward() for part in parts]) == []

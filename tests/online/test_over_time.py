@@ -417,7 +417,7 @@ def test_a_network_that_resets_itself_between_two_steps():
             functional.reset_net(self)
             return first + super().forward(x)
 
-    with pytest.raises(ConfigurationError, match="resets its neurons between two steps"):
+    with pytest.raises(ConfigurationError, match="resets its neurons at its end"):
         sltt_ext.over_time(ResetsItself(), time_inside="T")(X)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 import types
 import warnings
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import spectral_norm
 
 import sltt_ext
-from sltt_ext.errors import ConfigurationError, SLTTWarning
+from sltt_ext.errors import ConfigurationError, SLTTError, SLTTWarning
 from sltt_ext.snntorch import MultiStep
 
 T = 4
@@ -160,9 +161,7 @@ def test_steps_that_count_differently_in_a_call_that_averages(options, named):
 
 def test_a_silent_network_does_not_tell_whether_it_averages():
     net = Inside(spikingjelly_net())
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.zero_()
+    net.body[1].v_threshold = 1e6
     sltt_ext.over_time(net, time_inside="T")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -438,3 +437,244 @@ def test_windows_of_the_steps_of_the_input():
     net = sltt_ext.over_time(Sequence(snntorch_net()), time_inside="x", time_dim=0, temporal="call", chunk=2)
     net(x_seq).pow(2).mean().backward()
     assert oracle.relative_error(oracle.gradients(net), oracle.gradients(wanted)) < 1e-6
+
+
+class InTraining(Inside):
+    """Returns all steps in training, for a loss of each, and their mean in evaluation; or the other way round."""
+
+    def forward(self, x):
+        s = self.body(x.unsqueeze(0).repeat(self.T, 1, 1))
+        return s if self.training == self.averages else s.mean(0)
+
+
+@pytest.mark.parametrize("steps_in_training", [True, False])
+@pytest.mark.parametrize("first", ["training", "evaluation"])
+def test_outputs_that_differ_in_training(steps_in_training, first):
+    body = spikingjelly_net()
+    plain = [copy.deepcopy(body) for _ in range(2)]
+    net = sltt_ext.over_time(InTraining(body, steps_in_training), time_inside="T")
+    if first == "evaluation":
+        net.eval()
+        net(X)
+        net.train()
+    wanted = oracle_gradients(plain[0]) if not steps_in_training else None
+    output = net(X)
+    assert output.shape == ((T, 3, 5) if steps_in_training else (3, 5))
+    if steps_in_training:
+        functional.set_step_mode(plain[1], "s")
+        outputs = []
+        for _ in range(T):
+            outputs.append(plain[1](X))
+            oracle.detach_memories(plain[1])
+        torch.stack(outputs).pow(2).mean().backward()
+        output.pow(2).mean().backward()
+        wanted = oracle.gradients(plain[1])
+    else:
+        F.cross_entropy(output, TARGET).backward()
+    assert oracle.relative_error(oracle.gradients(net), wanted) < 1e-6
+    assert net.eval()(X).shape == ((3, 5) if steps_in_training else (T, 3, 5))
+
+
+class MoreInTraining(Inside):
+    """With an auxiliary head in training."""
+
+    def forward(self, x):
+        s = self.body(x.unsqueeze(0).repeat(self.T, 1, 1))
+        return (s.mean(0), s) if self.training else s.mean(0)
+
+
+def test_more_outputs_in_training():
+    net = sltt_ext.over_time(MoreInTraining(spikingjelly_net()), time_inside="T")
+    assert [output.shape for output in net(X)] == [(3, 5), (T, 3, 5)]
+    assert net.eval()(X).shape == (3, 5)
+
+
+class MakesStates(nn.Module):
+    """As some code does instead of ``init_leaky``."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.lif = nn.Linear(6, 5), snntorch.Leaky(beta=0.9, threshold=threshold)
+
+    def forward(self, x):
+        mem, spikes = torch.zeros(x.shape[1], 5), []
+        for x_t in x:
+            spk, mem = self.lif(self.fc(x_t), mem)
+            spikes.append(spk)
+        return torch.stack(spikes)
+
+
+def test_a_network_that_makes_its_states_and_is_silent_at_first():
+    x_seq = torch.rand(T, 3, 6)
+    net = sltt_ext.over_time(MakesStates(2.0), time_inside="x", time_dim=0)
+    with pytest.warns(SLTTWarning, match="lif: a Leaky is given a state at rest in the middle of a sequence"):
+        assert not net(0.5 * x_seq).any()
+    with pytest.raises(ConfigurationError, match="makes states itself"):
+        net(20 * x_seq)
+
+
+class PerStep(Inside):
+    """Has weights for each step, which are the same at the beginning."""
+
+    def __init__(self, body):
+        super().__init__(body)
+        self.w = nn.Parameter(torch.ones(T))
+
+    def forward(self, x):
+        s = self.body(x.unsqueeze(0).repeat(self.T, 1, 1))
+        return (s * self.w[: self.T, None, None]).mean(0)
+
+
+def test_weights_of_single_steps_that_are_the_same_at_first():
+    net = sltt_ext.over_time(PerStep(spikingjelly_net()), time_inside="T")
+    before = [parameter.clone() for parameter in net.parameters()]
+    with pytest.raises(ConfigurationError, match="treats single steps in another way"):
+        net(X)
+    assert all(map(torch.equal, before, net.parameters()))
+
+
+class Flat(Inside):
+    """Returns ``[T * N, C]``."""
+
+    def forward(self, x):
+        return self.body(x.unsqueeze(0).repeat(self.T, 1, 1)).flatten(0, 1)
+
+
+def test_a_first_call_with_one_sample_does_not_tell_where_time_is():
+    net = sltt_ext.over_time(Flat(spikingjelly_net()), time_inside="T")
+    net(X[:1])
+    with pytest.raises(
+        ConfigurationError, match=r"an output of 1 step is \[3, 5\].*for every number of samples"
+    ):
+        net(X)
+
+
+class Draws(Loop):
+    """Draws its input anew at each step, in evaluation as well."""
+
+    def forward(self, x):
+        s = torch.stack([self.body((torch.rand_like(x) < x / 2).to(x)) for _ in range(self.T)])
+        return s.mean(0)
+
+
+def test_random_numbers_at_each_step():
+    body = spikingjelly_net(step_mode="s")
+    plain, net = Draws(copy.deepcopy(body)), sltt_ext.over_time(Draws(body), time_inside="T")
+    torch.manual_seed(3)
+    wanted = plain(X)
+    torch.manual_seed(3)
+    torch.testing.assert_close(net(X), wanted)
+
+
+def test_hooks_do_not_see_the_comparison():
+    net = sltt_ext.over_time(Loop(spikingjelly_net(step_mode="s")), time_inside="T")
+    seen = []
+    net.body[0].register_forward_hook(lambda module, inputs, output: seen.append(module.training))
+    with torch.no_grad():
+        net(X)
+    assert seen == [True] * T
+
+
+def test_an_output_that_does_not_depend_on_time():
+    class WithEmbedding(Loop):
+        def forward(self, x):
+            return super().forward(x), x.square()
+
+    net = sltt_ext.over_time(WithEmbedding(spikingjelly_net(step_mode="s")), time_inside="T")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            _, embedding = net(X)
+    torch.testing.assert_close(embedding, X.square())
+
+
+def test_a_state_that_is_carried_from_call_to_call_by_a_network_that_puts_itself_to_rest():
+    x_seq = torch.rand(6, 3, 6)
+
+    class Recorded(Tutorial):
+        def forward(self, x):
+            mem1, mem2, outputs = self.lif1.init_leaky(), self.lif2.init_leaky(), []
+            for x_t in x:
+                spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+                _, mem2 = self.lif2(self.fc2(spk1), mem2)
+                outputs.append(mem2)
+            return torch.stack(outputs)
+
+    def make():
+        return Recorded(lambda: snntorch.Leaky(beta=0.9, threshold=0.2), "init_leaky")
+
+    net = sltt_ext.over_time(make(), time_inside="x", time_dim=0, carry=True)
+    torch.testing.assert_close(torch.cat([net(x_seq[:2]), net(x_seq[2:])]), make()(x_seq))
+
+
+def refused(make_output):
+    class Returns(Inside):
+        def forward(self, x):
+            return make_output(self.body(x.unsqueeze(0).repeat(self.T, 1, 1)))
+
+    return sltt_ext.over_time(Returns(spikingjelly_net()), time_inside="T")
+
+
+REFUSED = {
+    "a class": (lambda s: (s.mean(0), s.mean(0).argmax(1)), "an output has no mean over time"),
+    "a list of steps": (list, r"returns 4 tensors for 4 steps, and 1 for one.*torch.stack"),
+    "no tensor": (lambda s: None, "returned no tensor"),
+    "nothing of the first step": (lambda s: torch.stack(list(s)[1:]), "not one alone.*non-empty"),
+    "the last step": (lambda s: s[-1], "returns the last step or the maximum alone"),
+}
+
+
+@pytest.mark.parametrize(("make_output", "message"), REFUSED.values(), ids=REFUSED)
+def test_outputs_that_are_refused(make_output, message):
+    with pytest.raises(SLTTError, match=message):
+        refused(make_output)(X)
+
+
+def test_flags_of_each_step():
+    output, flags = refused(lambda s: (s, s > 0))(X)
+    assert torch.equal(flags, output > 0)
+
+
+def test_numbers_of_steps_of_all_modules():
+    class Inner(Inside):
+        def forward(self, x):
+            return self.body(x.unflatten(0, (self.T, -1)))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.T, self.inner = T, Inner(spikingjelly_net())
+
+        def forward(self, x):
+            return self.inner(x.repeat(self.T, 1)).mean(0)
+
+    wanted = Outer()(X)
+    torch.testing.assert_close(sltt_ext.over_time(Outer(), time_inside="*.T")(X), wanted)
+    with pytest.raises(ConfigurationError, match=r"inner.T may have to be named, too"):
+        sltt_ext.over_time(Outer(), time_inside="T")(X)
+
+
+def test_what_cannot_be_copied():
+    net = Loop(spikingjelly_net(step_mode="s"))
+    net.lock = threading.Lock()
+    with pytest.raises(ConfigurationError, match=r"cannot be copied .*keep what cannot be copied out"):
+        sltt_ext.over_time(net, time_inside="T")(X)
+
+
+def test_a_network_without_parameters():
+    net = sltt_ext.over_time(Inside(neuron.IFNode(step_mode="m")), time_inside="T")
+    assert net(X).shape == (3, 6)
+
+
+def test_a_number_that_is_given_at_each_call():
+    class Given(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = snntorch_net()
+
+        def forward(self, x, num_steps=4):
+            return torch.stack([self.body(x) for _ in range(num_steps)])
+
+    with pytest.raises(ConfigurationError, match="hold the number in an attribute"):
+        sltt_ext.over_time(Given(), time_inside="num_steps")

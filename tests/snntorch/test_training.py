@@ -289,3 +289,38 @@ def test_compile():
         results.append((torch.stack(outputs).detach(), oracle.gradients(net)))
     torch.testing.assert_close(results[1][0], results[0][0])
     assert oracle.relative_error(results[1][1], results[0][1]) < 1e-6
+
+
+class OneStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc, self.lif = nn.Linear(12, 5), snntorch.Leaky(beta=0.9, threshold=2.0)
+
+    def forward(self, x, *, mem=None):
+        _, mem = self.lif(self.fc(x), mem)
+        return mem, mem
+
+
+def test_a_stream_of_a_stateful_network():
+    x_seq = torch.rand(6, N, 12)
+    wanted = sltt_ext.over_time(Stateful(OneStep()), time_dim=0, returns="sequence")(x_seq)
+    net = sltt_ext.over_time(Stateful(OneStep()), time_dim=0, returns="sequence", carry=True)
+    for _ in range(2):
+        torch.testing.assert_close(torch.cat([net(x_seq[:2]), net(x_seq[2:])]), wanted)
+        for module in net.modules():  # as SpikingJelly's reset_net does
+            if hasattr(module, "reset"):
+                module.reset()
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ([], "takes a torch.nn.Module"),
+        (OneStep, "takes a torch.nn.Module"),
+        (nn.Linear(2, 2), "takes no state"),
+    ],
+)
+def test_what_stateful_does_not_take(net, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Stateful(net)
