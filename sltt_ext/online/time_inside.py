@@ -1,21 +1,19 @@
 """Networks that run over time inside their own forward: an attribute, a global variable or their input has the number of steps.
 
 Such a network repeats its input T times, or loops over T, and often averages over time at the end. If that number is set to
-a smaller one, or the input has fewer steps, the network runs that many. Many such networks put their neurons to rest first (``reset_net``, ``init_leaky``).
-In the middle of a sequence this does nothing, and returns the state that is carried. In the first calls, the outputs of all steps
-are compared with what the original network returns: whatever it computes from the average has to be linear.
+a smaller one, or the input has fewer steps, the network runs that many. Many such networks put their neurons to rest first
+(``reset_net``, ``init_leaky``). In the middle of a sequence this does nothing, and returns the state that is carried. In the first
+call, a copy runs all steps at once and one after the other, with its weights and with others. Both have to give the same:
+whatever the network computes from the average has to be linear, and no step may be treated in a way of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from fnmatch import fnmatchcase
-from functools import lru_cache
-from types import CodeType, FunctionType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +24,20 @@ from sltt_ext.errors import ConfigurationError, LossError, one_line, warn
 from sltt_ext.forwards import Replacements
 from sltt_ext.neuron import StatefulModule
 from sltt_ext.online.inputs import TimeDims
+from sltt_ext.online.output_axes import AVERAGED, OutputAxes, axis_of_time
 from sltt_ext.online.passes import Call, Pass, SpeedUp
 from sltt_ext.online.snapshot import random_numbers
 from sltt_ext.online.stand_ins import is_leaf
 from sltt_ext.online.states import one_call, reset
-from sltt_ext.online.structures import Rebuild, flatten
+from sltt_ext.online.step_numbers import check_axis, given_names, globals_with, is_number, matches, numbers_of
+from sltt_ext.online.structures import flatten
 from sltt_ext.step_trial import hooks_of_torch
 
-__all__ = ["OutputAxes", "StepsInside", "TimeInside"]
+__all__ = ["StepsInside", "TimeInside"]
 
 Run = Callable[[nn.Module, int, int], Any]
 """``(net, start, stop) -> `` what the network returns for these steps."""
 Convert = Callable[[Tensor], Tensor]
-_AVERAGED = -1
-_FRAMEWORKS = {"torch", "spikingjelly", "snntorch", "sltt_ext"}
 _COMPARISONS = 10  # at most, as long as all steps give the same
 
 
@@ -61,24 +59,26 @@ class TimeInside:
     """
 
     def __init__(self, net: nn.Module, names: str | Sequence[str], time_dim: TimeDims) -> None:
-        self.names = _names(names)
+        self.names = given_names(names)
         self._paths: set[str] = set()
         self._globals: set[str] = set()
         found: dict[str, int] = {}
         self.arguments: set[str] = set()
         parameters = inspect.signature(net.forward).parameters
-        forward = [name for name, one in parameters.items() if not _is_number(one.default)]
+        forward = [name for name, one in parameters.items() if not is_number(one.default)]
         for name in self.names:
-            places = {path: value for path, value in _numbers(net) if _matches(path, name)}
+            places = {path: value for path, value in numbers_of(net) if matches(path, name)}
             self._paths |= places.keys()
             if not places:
-                places = {f"{store.get('__name__', '')}.{name}": store[name] for store in _globals(net, name)}
+                places = {
+                    f"{store.get('__name__', '')}.{name}": store[name] for store in globals_with(net, name)
+                }
                 self._globals.add(name)
             if not places and name in forward:
-                _check_axis(name, forward, time_dim)
+                check_axis(name, forward, time_dim)
                 self.arguments.add(name)
             elif not places:
-                own = [path for path, _ in _numbers(net, of_the_user=True)]
+                own = [path for path, _ in numbers_of(net, of_the_user=True)]
                 numbers = f" (its attributes that are numbers: {', '.join(sorted(own)[:10])})" * bool(own)
                 raise ConfigurationError(
                     f"time_inside={name!r} names no attribute of {type(net).__name__} that is a number of steps, no global variable "
@@ -120,7 +120,7 @@ class TimeInside:
             for name in vars(module)
             if f"{path}.{name}".lstrip(".") in self._paths
         ]
-        return attributes + [(store, name) for name in self._globals for store in _globals(net, name)]
+        return attributes + [(store, name) for name in self._globals for store in globals_with(net, name)]
 
     def outputs(self, net: nn.Module) -> OutputAxes:
         """Where the outputs have their time, in the mode that the network is in."""
@@ -181,7 +181,7 @@ class TimeInside:
                 f"the network returns {len(whole)} tensors for {steps} steps, and {len(part)} for one: return one tensor for all steps, "
                 "torch.stack(outputs)"
             )
-        axes = [_axis(*pair, steps) for pair in zip(whole, part)]
+        axes = [axis_of_time(*pair, steps) for pair in zip(whole, part)]
         wrong = next((pair for axis, pair in zip(axes, zip(whole, part)) if axis is None), None)
         if wrong is not None:
             raise ConfigurationError(
@@ -194,7 +194,9 @@ class TimeInside:
         """What else may hold the number of steps, for a message."""
         names = {path.rpartition(".")[2] for path in self._paths}
         left = [
-            path for path, _ in _numbers(net) if path not in self._paths and path.rpartition(".")[2] in names
+            path
+            for path, _ in numbers_of(net)
+            if path not in self._paths and path.rpartition(".")[2] in names
         ]
         return f"; {', '.join(left)} may have to be named, too (with '*.T', T of all modules)" if left else ""
 
@@ -210,14 +212,14 @@ class TimeInside:
         untold = time_steps > 1
         for head, axis in enumerate(self._axes(net, seen.whole, seen.parts[0], time_steps).axes):
             whole, steps = seen.whole[head], [part[head] for part in seen.parts]
-            if axis == _AVERAGED and not whole.is_floating_point() and not all(map(whole.equal, steps)):
+            if axis == AVERAGED and not whole.is_floating_point() and not all(map(whole.equal, steps)):
                 raise LossError(
                     f"an output has no mean over time: it has {whole.dtype} and is computed from the average. Return that, and "
                     "compute it behind the network"
                 )
             untold &= all(torch.equal(step, steps[0]) for step in steps)
             whole, steps = whole.double(), [step.double() for step in steps]
-            joined = torch.stack(steps).mean(0) if axis == _AVERAGED else torch.cat(steps, axis)
+            joined = torch.stack(steps).mean(0) if axis == AVERAGED else torch.cat(steps, axis)
             scale = float(whole.abs().max()) if whole.numel() else 0.0
             if torch.allclose(joined, whole, rtol=0.0, atol=tolerance * scale, equal_nan=True):
                 continue
@@ -291,67 +293,6 @@ class TimeInside:
         return _Seen(whole, parts, training)
 
 
-class OutputAxes:
-    """Where the outputs of a network have their time.
-
-    Args:
-        axes: Of each output; -1 where it is the average.
-    """
-
-    def __init__(self, axes: Sequence[int]) -> None:
-        self.axes = list(axes)
-
-    @property
-    def averages(self) -> bool:
-        """Whether the network averages all of its outputs over time itself."""
-        return all(axis == _AVERAGED for axis in self.axes)
-
-    def tensors(self, returned: Any, steps: int) -> tuple[list[Tensor], Rebuild]:
-        """All tensors that the network returns for C steps, each ``[C, N, ...]``; an average counts C times.
-
-        Raises:
-            ConfigurationError: If they have their time elsewhere than in the first call, or are not as many.
-        """
-        tensors, rebuild = flatten(returned)
-        if len(tensors) != len(self.axes):
-            raise ConfigurationError(
-                f"the network returned {len(tensors)} tensors, and {len(self.axes)} in its first call: return the same in each call"
-            )
-        pairs = list(zip(tensors, self.axes))
-        for tensor, axis in pairs:
-            if axis != _AVERAGED and (tensor.dim() <= axis or tensor.shape[axis] != steps):
-                raise ConfigurationError(
-                    f"an output of {steps} step{'s' * (steps > 1)} is {list(tensor.shape)}, and in the first call its time was on axis "
-                    f"{axis}: return [T, N, ...] or the average, for every number of samples"
-                )
-        return [
-            tensor.expand(steps, *tensor.shape) if axis == _AVERAGED else tensor.movedim(axis, 0)
-            for tensor, axis in pairs
-        ], rebuild
-
-    def returned(self, tensor: Tensor, head: int) -> Tensor:
-        """An output as the network itself returns it, of ``[T, N, ...]`` or the mean ``[N, ...]``."""
-        axis = self.axes[head]
-        if axis != _AVERAGED:
-            return tensor.movedim(0, axis)
-        return tensor if self.averages else tensor.mean(0)
-
-    def check_each_step(self, part: int, asked_by: str) -> None:
-        """See that the steps of its outputs can be told from one another.
-
-        Args:
-            part: How many steps a call has.
-            asked_by: Who asks for that.
-
-        Raises:
-            ConfigurationError: If a call gives their average.
-        """
-        if part > 1 and _AVERAGED in self.axes:
-            raise ConfigurationError(
-                f"{asked_by} asks for each step, but the network averages the {part} steps of a call: use chunk=1"
-            )
-
-
 class _Seen(NamedTuple):
     """What a network returns: for all steps, for each step, and in training for all steps and for one, if it runs there."""
 
@@ -413,80 +354,6 @@ class StepsInside(SpeedUp):
             yield
 
 
-def _names(names: Any) -> tuple[str, ...]:
-    """``time_inside`` as names.
-
-    Raises:
-        ConfigurationError: If it is something else.
-    """
-    given = [names] if isinstance(names, str) else names
-    if not isinstance(given, Sequence) or not given or not all(isinstance(name, str) for name in given):
-        raise ConfigurationError(
-            f"time_inside must be the name of what holds the number of steps, such as 'T', or a list of names, got {names!r}; if the "
-            "network runs a single step in its forward, give time_steps="
-        )
-    return tuple(given)
-
-
-def _check_axis(name: str, forward: Sequence[str], time_dim: TimeDims) -> None:
-    """See that it is known where an argument of ``forward`` has its time.
-
-    Raises:
-        ConfigurationError: If it is not.
-    """
-    axes = time_dim if isinstance(time_dim, Mapping) else {forward[0]: time_dim}
-    if axes.get(name) is None:
-        wanted = "0" if name == forward[0] else f"{{{name!r}: 0}}"
-        raise ConfigurationError(
-            f"time_inside={name!r} takes the number of steps from that argument of forward: say which of its axes is time, "
-            f"time_dim={wanted} for [T, N, ...]"
-        )
-
-
-def _numbers(net: nn.Module, of_the_user: bool = False) -> Iterator[tuple[str, int]]:
-    """Whole numbers that modules hold, by path; of the frameworks' own modules, too, or not."""
-    for path, module in net.named_modules():
-        if of_the_user and not _is_of_the_user(type(module)):
-            continue
-        for name, value in vars(module).items():
-            if _is_number(value) and not name.startswith("_sltt_"):
-                yield f"{path}.{name}".lstrip("."), value
-
-
-def _is_number(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _globals(net: nn.Module, name: str) -> list[dict[str, Any]]:
-    """The global variables among which the network's own code reads a number of this name."""
-    own = {base for module in net.modules() for base in type(module).__mro__ if _is_of_the_user(base)}
-    found = {id(store): store for cls in own for store in _globals_read(cls, name)}
-    return [store for store in found.values() if _is_number(store.get(name))]
-
-
-@lru_cache(maxsize=256)
-def _globals_read(cls: type, name: str) -> list[dict[str, Any]]:
-    """The global variables of the functions of a class that read something of this name."""
-    methods = [inspect.unwrap(value) for value in vars(cls).values() if callable(value)]
-    functions = [method for method in methods if isinstance(method, FunctionType)]
-    return [function.__globals__ for function in functions if _reads(function.__code__, name)]
-
-
-def _reads(code: CodeType, name: str) -> bool:
-    """Whether a function, or one inside of it, reads something of this name."""
-    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return name in code.co_names or any(_reads(one, name) for one in inner)
-
-
-def _is_of_the_user(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] not in _FRAMEWORKS
-
-
-def _matches(path: str, name: str) -> bool:
-    """Whether an attribute is named; ``"*.T"`` is that of the network itself, too."""
-    return fnmatchcase(path, name) or fnmatchcase(f".{path}", name)
-
-
 def _as_they_are(net: nn.Module) -> None:
     """The weights that the network has."""
 
@@ -499,19 +366,6 @@ def _changed(net: nn.Module) -> None:
             size = weight.square().mean().sqrt()
             noise = torch.randn(weight.shape, generator=generator).to(weight)
             weight.add_(0.1 * noise * torch.where(size > 0, size, torch.ones_like(size)))
-
-
-def _axis(whole: Tensor, part: Tensor, time_steps: int) -> int | None:
-    """The axis of time of an output, by what it is for all steps and for one; None if there is none."""
-    if whole.shape == part.shape:
-        return _AVERAGED
-    axes = (
-        [axis for axis, (a, b) in enumerate(zip(whole.shape, part.shape)) if a != b]
-        if whole.dim() == part.dim()
-        else []
-    )
-    is_time = len(axes) == 1 and part.shape[axes[0]] == 1 and whole.shape[axes[0]] == time_steps
-    return axes[0] if is_time else None
 
 
 def _copied(net: nn.Module) -> nn.Module:

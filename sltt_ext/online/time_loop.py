@@ -36,6 +36,7 @@ from sltt_ext.online.kept_graphs import Found
 from sltt_ext.online.mixing import PartsTried
 from sltt_ext.online.network import goes_through_time, neurons_of, whole_sequences
 from sltt_ext.online.norms import norms_over_time
+from sltt_ext.online.output_axes import OutputAxes
 from sltt_ext.online.outside import KeptTensors, UnknownNeurons
 from sltt_ext.online.packing import PackedSpikes
 from sltt_ext.online.passes import CallSizes, Pass, SpeedUp
@@ -44,7 +45,7 @@ from sltt_ext.online.schedule import Schedule, runs, selected_steps, steps_of_a_
 from sltt_ext.online.sequence_norms import NormsOfSequence, statistics_over_time
 from sltt_ext.online.speed_ups import speed_ups_of
 from sltt_ext.online.stand_ins import is_leaf, outer_tensors
-from sltt_ext.online.time_inside import OutputAxes, StepsInside, TimeInside
+from sltt_ext.online.time_inside import StepsInside, TimeInside
 from sltt_ext.online.windows import each_frame, each_step, read_each
 
 __all__ = ["Forward", "Norms", "Settings", "TimeLoop"]
