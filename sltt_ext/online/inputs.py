@@ -119,6 +119,19 @@ class Arguments:
             for tensor, axis in zip(self.tensors, self._axes)
         ]
 
+    def some(self, tensors: Sequence[Tensor], samples: int) -> list[Tensor]:
+        """``tensors`` in the place of `tensors`, with at most so many samples where they have the batch of the first one."""
+
+        def batch(tensor: Tensor, axis: Any) -> int:
+            return tensor.shape[int(axis == 0)] if tensor.dim() > int(axis == 0) else 0
+
+        pairs = list(zip(tensors, self._axes))
+        first = next((batch(*pair) for pair in pairs if pair[1] != _AS_IT_IS), 0)
+        return [
+            tensor.narrow(int(axis == 0), 0, samples) if batch(tensor, axis) == first > samples else tensor
+            for tensor, axis in pairs
+        ]
+
     @property
     def single(self) -> bool:
         """Whether all there is is one positional tensor."""

@@ -278,11 +278,12 @@ class TimeInside:
 
         with told.replaced, told.replaced:  # twice, for interrupts
             net.train()
-            with _measuring_statistics(net), suppress(ValueError):  # of one sample there are no statistics
+            with suppress(ValueError):  # of one sample there are no statistics
                 reset(neurons)
-                part = one_step(0)
+                with _measuring_statistics(net):
+                    whole = ran(0, time_steps)
                 reset(neurons)
-                training += [ran(0, time_steps), part]
+                training += [whole, one_step(0)]
             net.eval()
             reset(neurons)
             draw_again()

@@ -678,3 +678,36 @@ def test_a_number_that_is_given_at_each_call():
 
     with pytest.raises(ConfigurationError, match="hold the number in an attribute"):
         sltt_ext.over_time(Given(), time_inside="num_steps")
+
+
+BATCHES = []  # not kept by the network
+
+
+class Noting(Loop):
+    """Notes its batches, and may take one size of them alone."""
+
+    def __init__(self, body, only=None):
+        super().__init__(body)
+        self.only = only
+
+    def forward(self, x, context=None):
+        BATCHES.append(len(x))
+        if self.only is not None:
+            x = x.view(self.only, 6)
+        return super().forward(x if context is None else x + context[: len(x)])
+
+
+@pytest.mark.parametrize("only", [None, 12])
+@pytest.mark.parametrize(
+    "context", [None, torch.rand(12, 6), torch.rand(15, 6)], ids=["alone", "batch", "other"]
+)
+def test_a_few_samples_are_compared_if_the_network_takes_them(only, context):
+    x = torch.cat([X] * 4)
+    body = spikingjelly_net(step_mode="s")
+    wanted = Noting(copy.deepcopy(body))(x, context)
+    net = sltt_ext.over_time(Noting(body, only), time_inside="T")
+    BATCHES.clear()
+    torch.testing.assert_close(net(x, context), wanted)
+    compared = BATCHES[:-T]
+    assert set(compared) == ({4} if only is None else {4, 12})
+    assert BATCHES[-T:] == [12] * T
