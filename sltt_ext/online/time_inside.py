@@ -141,7 +141,7 @@ class TimeInside:
         """
         if not self._comparisons and net.training in self._outputs:
             return
-        draw_again = random_numbers(net)
+        draw_again = _all_random_numbers(net)
         device = next((parameter.device.type for parameter in net.parameters()), "cpu")
         try:
             with torch.no_grad(), torch.autocast(device, enabled=False):
@@ -260,7 +260,7 @@ class TimeInside:
     def _both(self, net: nn.Module, time_steps: int, run: Run, weights: Callable[[nn.Module], Any]) -> _Seen:
         """What the network returns for all steps at once, and for one after the other."""
         neurons = [module for module in net.modules() if isinstance(module, StatefulModule)]
-        told, draw_again = _Told(self, net), random_numbers(net)
+        told, draw_again = _Told(self, net), _all_random_numbers(net)
         training: list[list[Tensor]] = []
         weights(net)
 
@@ -355,6 +355,20 @@ class StepsInside(SpeedUp):
             yield
 
 
+def _all_random_numbers(net: nn.Module) -> Callable[[], None]:
+    """A function that has all generators draw the same again, also those that modules hold."""
+    draw_again = random_numbers(net)
+    held = [leaf for module in net.modules() for leaf in tree_leaves(vars(module))]
+    states = [(leaf, leaf.get_state()) for leaf in held if isinstance(leaf, torch.Generator)]
+
+    def all_again() -> None:
+        draw_again()
+        for generator, state in states:
+            generator.set_state(state)
+
+    return all_again
+
+
 def _as_they_are(net: nn.Module) -> None:
     """The weights that the network has."""
 
@@ -375,13 +389,10 @@ def _copied(net: nn.Module) -> nn.Module:
     Raises:
         ConfigurationError: If it cannot be copied.
     """
-    computed = [
-        leaf
-        for module in net.modules()
-        for leaf in tree_leaves(vars(module))
-        if isinstance(leaf, Tensor) and not is_leaf(leaf)
-    ]
+    held = [leaf for module in net.modules() for leaf in tree_leaves(vars(module))]
+    computed = [leaf for leaf in held if isinstance(leaf, Tensor) and not is_leaf(leaf)]
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in computed}
+    memo |= {id(leaf): leaf for leaf in held if isinstance(leaf, torch.Generator)}  # which are put back
     try:
         alone = copy.deepcopy(net, memo | hooks_of_torch(net))
     except Exception as error:  # whatever a module holds: a lock, a file, a generator

@@ -553,18 +553,30 @@ def test_a_first_call_with_one_sample_does_not_tell_where_time_is():
 class Draws(Loop):
     """Draws its input anew at each step, in evaluation as well."""
 
+    def __init__(self, body, generator):
+        super().__init__(body)
+        self.generator = generator
+
     def forward(self, x):
-        s = torch.stack([self.body((torch.rand_like(x) < x / 2).to(x)) for _ in range(self.T)])
-        return s.mean(0)
+        def drawn():
+            return (torch.rand(x.shape, generator=self.generator) < x / 2).to(x)
+
+        return torch.stack([self.body(drawn()) for _ in range(self.T)]).mean(0)
 
 
-def test_random_numbers_at_each_step():
-    body = spikingjelly_net(step_mode="s")
-    plain, net = Draws(copy.deepcopy(body)), sltt_ext.over_time(Draws(body), time_inside="T")
-    torch.manual_seed(3)
-    wanted = plain(X)
-    torch.manual_seed(3)
-    torch.testing.assert_close(net(X), wanted)
+@pytest.mark.parametrize("own", [False, True])
+def test_random_numbers_at_each_step(own):
+    def made():
+        torch.manual_seed(3)
+        return Draws(spikingjelly_net(step_mode="s"), torch.Generator().manual_seed(3) if own else None)
+
+    plain, net = made(), sltt_ext.over_time(made(), time_inside="T")
+    for _ in range(2):
+        torch.manual_seed(3)
+        wanted = plain(X)
+        functional.reset_net(plain)
+        torch.manual_seed(3)
+        torch.testing.assert_close(net(X), wanted)
 
 
 def test_hooks_do_not_see_the_comparison():
