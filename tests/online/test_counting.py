@@ -327,7 +327,7 @@ def mixed(contained):
 
 
 def test_a_neuron_for_single_steps_that_is_given_a_sequence():
-    (text,) = said(trainer(mixed(contained=False)))
+    (text,) = said(trainer(mixed(contained=False), chunk=1))
     assert "3: a LIFNode has step_mode 's' and is given [T, N, ...]" in text
     assert said(trainer(mixed(contained=True))) == []
 
