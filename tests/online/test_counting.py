@@ -483,3 +483,27 @@ def test_accumulated_gradients_of_parts_of_a_batch_are_no_loop_over_time(options
     net = sltt_ext.over_time(Multi(), T, norms="step", **options)
     parts = torch.rand(T, N, 8)
     assert warnings_of(lambda: [F.cross_entropy(net(part), TARGET).backward() for part in parts]) == []
+
+
+class GivenAtEachStep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.lif = nn.Linear(8, 4), snntorch.Leaky(beta=0.9)
+
+    def forward(self, x, mem):
+        return self.lif(self.fc(x), mem)[1]
+
+
+def test_states_of_each_step_are_no_state_of_all():
+    net = sltt_ext.over_time(GivenAtEachStep(), time_dim={"x": 0, "mem": 0})
+    assert warnings_of(lambda: net(X, torch.rand(T, N, 4))) == []
+
+
+def test_a_state_at_rest_where_the_last_step_has_left_it_at_rest():
+    class AtRest(GivenAtEachStep):
+        def forward(self, x):
+            return super().forward(0 * x, torch.zeros(N, 4))
+
+    net = AtRest()
+    nn.init.zeros_(net.fc.bias)
+    assert warnings_of(lambda: sltt_ext.over_time(net, T)(X[0])) == []

@@ -722,3 +722,40 @@ def test_a_few_samples_are_compared_if_the_network_takes_them(only, context):
     compared = BATCHES[:-T]
     assert set(compared) == ({4} if only is None else {4, 12})
     assert BATCHES[-T:] == [12] * T
+
+
+class ReadsInside(nn.Module):
+    """Reads the number of its steps in a function inside of a decorated one, and nowhere else."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    @decorated
+    def forward(self, x):
+        def outputs():
+            return [self.body(x) for _ in range(STEPS)]
+
+        return torch.stack(outputs()).mean(0)
+
+
+def test_a_global_variable_that_is_read_in_an_inner_function():
+    wanted = ReadsInside(spikingjelly_net(step_mode="s"))(X)
+    net = sltt_ext.over_time(ReadsInside(spikingjelly_net(step_mode="s")), time_inside="STEPS")
+    torch.testing.assert_close(net(X), wanted)
+
+
+class ResetsHidden(Loop):
+    """Puts its neurons to rest first, and leaves the states to them."""
+
+    def forward(self, x):
+        for module in self.body:
+            if isinstance(module, snntorch.Leaky):
+                module.reset_mem()
+        return super().forward(x)
+
+
+def test_hidden_states_of_a_network_that_puts_itself_to_rest():
+    wanted = ResetsHidden(snntorch_net())(X)
+    net = sltt_ext.over_time(ResetsHidden(snntorch_net()), time_inside="T")
+    torch.testing.assert_close(net(X), wanted)
