@@ -1,3 +1,4 @@
+import itertools
 import os
 import sys
 import tempfile
@@ -43,3 +44,11 @@ def _seed():
 def bytes_alone(monkeypatch):
     """Plans are decided by bytes, which are the same in every run, and not by seconds."""
     monkeypatch.setattr("sltt_ext.online.planner.may_be_timed", lambda net: False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Each look at the clock is a second later: a plan is as fast as it has few calls."""
+    ticks = itertools.count()
+    monkeypatch.setattr("sltt_ext.online.stopwatch.now", lambda: float(next(ticks)))
+    return ticks

@@ -43,6 +43,11 @@ class Arguments:
         self._axes: list[Any] = []
         self._parts: list[tuple[int, int, Rebuild]] = []
         axes = self._axes_of(net, time_dim)
+        self._arrays = [
+            name
+            for name, value in self._named.items()
+            if type(value).__module__ == "numpy" and isinstance(axes.get(name), int)
+        ]
         for name, value in self._named.items():
             tensors, rebuild = flatten(value)
             self._parts.append((len(self.tensors), len(self.tensors) + len(tensors), rebuild))
@@ -56,9 +61,11 @@ class Arguments:
             InputError: If they have another number of steps than was said, or than one another, or there is none.
         """
         lengths = set()
-        arrays = [name for name, value in self._named.items() if type(value).__module__ == "numpy"]
-        if arrays and not self.tensors:
-            raise InputError(f"{arrays[0]} is a NumPy array: give a tensor, torch.from_numpy({arrays[0]})")
+        if self._arrays:
+            name = self._arrays[0]
+            raise InputError(
+                f"{name} is a NumPy array, and over time: give a tensor, torch.from_numpy({name})"
+            )
         for tensor, axis in zip(self.tensors, self._axes):
             if isinstance(axis, int):
                 if tensor.dim() <= axis:

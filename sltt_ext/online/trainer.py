@@ -286,7 +286,10 @@ class OnlineTrainer(Iterations):
     def _undone(self, x: Any) -> Snapshot | None:
         """What takes back an iteration that tries a plan which may need too much memory; None where none does, or it cannot be."""
         once = isinstance(x, Iterator) or is_distributed(self.wrapper or self.net)
-        return Snapshot(self.net) if self._planner.tries_long_calls and not once else None
+        if once or not self._planner.tries_long_calls:
+            return None
+        changed = [self.net, self.loss_fn]  # a loss may keep something, too
+        return Snapshot(nn.ModuleList(one for one in changed if isinstance(one, nn.Module)))
 
     def _back_propagated(
         self, x: Any, target: Any, counts: Mapping[int, float], sync: bool = True

@@ -342,3 +342,22 @@ def test_surrogates_of_ones_own_and_other_dtypes():
     output.sum().backward()
     assert output.dtype == torch.bfloat16
     assert net[0].weight.grad.isfinite().all()
+
+
+class TakesArrays(nn.Module):
+    """As the networks of reinforcement learning do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 5), neuron.LIFNode(v_threshold=0.3))
+
+    def forward(self, obs):
+        return self.body(torch.as_tensor(obs))
+
+
+def test_a_network_that_takes_arrays():
+    x = torch.rand(T, 6)
+    net = sltt_ext.over_time(TakesArrays(), T)
+    assert torch.equal(net(x.numpy()), net(x))
+    with pytest.raises(InputError, match=r"obs is a NumPy array, and over time: give a tensor"):
+        sltt_ext.over_time(TakesArrays(), T, time_dim=0)(x.numpy())

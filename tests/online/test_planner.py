@@ -9,7 +9,8 @@ import oracle
 import products
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron
+from planned import PLAIN, T, normed, trained
+from spikingjelly.activation_based import layer, neuron
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,33 +20,10 @@ from sltt_ext.online import grouping, planner, stopwatch
 from sltt_ext.online.grouping import ActivationMeter
 from sltt_ext.online.plan import Plan, size_of
 
-T = 4
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Each look at the clock is a second later: a plan is as fast as it has few calls."""
-    ticks = itertools.count()
-    monkeypatch.setattr(stopwatch, "now", lambda: float(next(ticks)))
-    return ticks
-
-
 packs_by_itself = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
     reason="older torch does not tell whether others save tensors",
 )
-
-
-def normed(step_mode="s"):
-    """With batch norm, whose statistics are those of a step whatever the plan."""
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        layer.Conv2d(1, 6, 3, padding=1), layer.BatchNorm2d(6), neuron.LIFNode(v_threshold=0.3),
-        layer.Conv2d(6, 6, 3, padding=1), layer.BatchNorm2d(6), neuron.LIFNode(v_threshold=0.3),
-        layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(6, 5),
-    )  # fmt: skip
-    functional.set_step_mode(net, step_mode)
-    return net
 
 
 NETWORKS = {
@@ -54,28 +32,12 @@ NETWORKS = {
     "norms, single-step": normed,
     "norms, multi-step": lambda: normed("m"),
 }
-PLAIN = {"chunk": 1, "pack_spikes": False, "cache_invariant": False}
 LOOPS = {
     "SLTT": {},
     "SLTT-2": {"schedule": lambda T, generator: [1, 3]},
     "two in a row, no tail": {"schedule": lambda T, generator: [1, 2], "full_output": False},
     "mean": {"loss_on": "mean"},
 }
-
-
-def trained(net, iterations=None, **options):
-    """Gradients, outputs and buffers of each iteration, until the plan is decided or as many; and the trainer."""
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(net), F.cross_entropy, T, **options)
-    x, target = networks.images(4)
-    found = []
-    for _ in range(iterations or 40):
-        net.zero_grad()
-        output = online.forward_backward(x, target).output
-        buffers = [buffer.double().clone() for buffer in net.buffers()]
-        found.append([*(gradient.clone() for gradient in oracle.gradients(net)), output, *buffers])
-        if iterations is None and online.plan.is_decided:
-            break
-    return found, online
 
 
 @pytest.mark.usefixtures("clock")
@@ -411,96 +373,3 @@ def test_a_compiled_network_is_run_as_it_is_said():
     online = sltt_ext.OnlineTrainer(net, F.cross_entropy, T)
     trained_on(online, 1)
     assert str(online.plan) == "chunk 1 of 4"
-
-
-TRIED = []  # not kept by the network, which would be seen
-
-
-class Limited(nn.Module):
-    """Memory runs out where a call has more steps than there is room for, in its forward or in its backward."""
-
-    def __init__(self, most, where):
-        super().__init__()
-        self.most, self.where = most, where
-
-    def forward(self, x_seq):
-        TRIED.append(len(x_seq))
-        return RunsOut.apply(x_seq, self.most, self.where)
-
-
-class RunsOut(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_seq, most, where):
-        ctx.runs_out = len(x_seq) > most
-        if ctx.runs_out and where == "forward":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return x_seq.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.runs_out:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return grad, None, None
-
-
-def limited(most, where):
-    net = normed("m")
-    net.insert(6, Limited(most, where))
-    return net
-
-
-@pytest.mark.usefixtures("clock")
-@pytest.mark.parametrize("options", [{}, {"loss_on": "mean"}, {"memory_budget": "8GiB"}], ids=str)
-@pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("most", [1, 2, 3])
-def test_memory_that_runs_out_while_a_plan_is_tried(most, where, options):
-    TRIED.clear()
-    with pytest.warns(SLTTWarning, match="memory ran out while a plan was tried, with . of 4 steps") as said:
-        found, online = trained(limited(most, where), **options)
-    assert online.plan.chunk <= most
-    assert max(TRIED) > most
-    TRIED.clear()
-    for _ in range(3):
-        online.forward_backward(*networks.images(4))
-    assert max(TRIED) <= most
-    assert len(said) <= 2
-    plain, _ = trained(normed("m"), len(found), **{**PLAIN, **options, "memory_budget": None})
-    for own, wanted in zip(found, plain, strict=True):
-        for pair in zip(own, wanted, strict=True):
-            torch.testing.assert_close(
-                *pair, rtol=1e-5, atol=1e-6
-            )  # of a bias before a norm, rounding is left
-
-
-@pytest.mark.usefixtures("clock")
-def test_memory_that_runs_out_otherwise_is_an_error():
-    _, online = trained(limited(T, "forward"))
-    online.net[6].most = 0
-    with pytest.raises(torch.OutOfMemoryError):
-        online.forward_backward(*networks.images(4))
-    online = sltt_ext.OnlineTrainer(sltt_ext.convert(limited(1, "forward")), F.cross_entropy, T)
-    images, target = networks.images(4)
-    for _ in range(4):
-        if online._planner.tries_long_calls:
-            break
-        online.forward_backward(images, target)
-    with pytest.raises(torch.OutOfMemoryError):  # frames are there once
-        online.forward_backward(iter([images] * T), target)
-
-
-@pytest.mark.usefixtures("clock")
-def test_the_same_steps_are_drawn_where_memory_runs_out():
-    def drawn(net, **options):
-        online = sltt_ext.OnlineTrainer(
-            sltt_ext.convert(net),
-            F.cross_entropy,
-            T,
-            3,
-            generator=torch.Generator().manual_seed(0),
-            **options,
-        )
-        return [online.forward_backward(*networks.images(4)).time_steps for _ in range(20)]
-
-    with pytest.warns(SLTTWarning, match="memory ran out"):
-        found = drawn(limited(1, "forward"))
-    assert found == drawn(normed("m"), **PLAIN)
