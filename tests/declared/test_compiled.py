@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from declared.test_declare import Attributes, AttributesByStep, HardReset, Loop, declared, fire  # noqa: F401
+from declared_neurons import Attributes, AttributesByStep, HardReset, Loop, fire
 from torch import nn
 from torch.nn import functional as F
 
